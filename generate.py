@@ -1,0 +1,494 @@
+"""Text completion with Mamba: tokenizers, a sampler, a loop, and a command line.
+
+    python generate.py "To be, or not to be"                       # the small model that ships
+    python generate.py "Mamba is the" --model state-spaces/mamba-370m
+
+    model = Mamba.from_pretrained("state-spaces/mamba-130m")
+    tokenizer = load_tokenizer(model.config, "state-spaces/mamba-130m")
+    print(generate(model, tokenizer, "Mamba is the", temperature=0.7, seed=1))
+
+From the outside in: `generate` (text in, text out) -> `stream` (ids in, ids out, one at a time) ->
+`sample` (logits in, ids out) -> the tokenizers -> the checks -> the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import itertools
+import math
+import os
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from mamba import SCANS, Mamba, MambaConfig, at_least_float32
+
+## ================================================================================================
+## Text in, text out
+## ================================================================================================
+
+
+def generate(
+    model: Mamba, tokenizer: Tokenizer, prompt: str | list[str], **sampling: Any
+) -> str | list[str]:
+    """The text that follows the prompt, without the prompt; for a list of prompts, a list.
+
+    sampling: the keyword arguments of `stream`, except mask. Unless eos_token_id is given, it is
+    the tokenizer's, and the text ends before it. A character left incomplete at the end is dropped.
+    Raises ValueError for an empty prompt, and what `stream` raises.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    input_ids, mask = encode_batch(tokenizer, prompts, model.lm_head.weight.device)
+    eos = sampling.setdefault("eos_token_id", tokenizer.eos_token_id)
+    steps = list(stream(model, input_ids, mask=mask, **sampling))
+    texts = []
+    for ids in torch.stack(steps, dim=1).tolist():
+        ids = itertools.takewhile(lambda token_id: token_id != eos, ids)
+        texts.append("".join(tokenizer.decode_stream(ids)))
+    return texts[0] if isinstance(prompt, str) else texts
+
+
+## Prompts of unequal length form one batch by padding on the left, so that all of them end, and
+## continue, at the same column. The mask keeps the padding out of the state: each prompt gets the
+## numbers that it would get alone.
+
+
+def encode_batch(
+    tokenizer: Tokenizer, prompts: list[str], device: torch.device | str
+) -> tuple[Tensor, Tensor | None]:
+    """Texts -> ids (batch, longest), int64, and mask, bool, of that shape; None if no padding."""
+    rows = [tokenizer.encode(prompt) for prompt in prompts]
+    if not all(rows) or not rows:
+        raise ValueError("the prompt is empty: there is nothing to continue")
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    mask = torch.arange(longest, device=device) >= longest - lengths.unsqueeze(-1)
+    return ids, None if mask.all() else mask
+
+
+## ================================================================================================
+## The loop
+## ================================================================================================
+##
+## The prompt is known, so all of it goes through the model at once and in parallel (prefill). What
+## it leaves behind is a state of fixed size and the logits of its last position. From here on each
+## token depends on the one before, and every step costs the same: sample a token from the logits,
+## feed it to `step`, get the next logits and the next state. No earlier token is looked at again.
+##
+## A function with `yield` is a good home for such a loop. The caller takes as many tokens as it
+## likes, when it likes, and between two of them the state waits in the local variables.
+
+
+@torch.no_grad()
+def stream(
+    model: Mamba,
+    input_ids: Tensor,
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    eos_token_id: int | None = None,
+    seed: int | None = None,
+    mask: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """input_ids (batch, seqlen) -> the next token of each row, (batch,) int64, again and again.
+
+    Ends after max_new_tokens, or once every row has produced eos_token_id; a row that is finished
+    repeats it. None never ends early. Temperature to min_p: see `sample`; repetition_penalty: see
+    `penalize_repetition`; rows of the vocabulary that only pad it are never sampled.
+
+    seed: None draws from torch's global generator, an integer from one of this call's own.
+    mask: (batch, seqlen) bool, False on left padding.
+
+    All arguments are checked when the first token is asked for. Raises ValueError for values out
+    of range and shapes that do not fit, IndexError for an id that is not in the vocabulary.
+    """
+    cuts = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    check_sampling(
+        max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty, seed=seed, **cuts
+    )
+    check_prompt(model.config, input_ids, mask)
+    batch, vocab_size, device = len(input_ids), model.config.vocab_size, input_ids.device
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    finished = torch.zeros(batch, dtype=torch.bool, device=device)
+    # What the prompt contains. Padding is marked in a column of its own, which is cut off.
+    real_ids = input_ids if mask is None else input_ids.masked_fill(~mask, vocab_size)
+    seen = torch.zeros(batch, vocab_size + 1, dtype=torch.bool, device=device)
+    seen = seen.scatter_(1, real_ids.long(), True)[:, :vocab_size]
+
+    u, state = model.features(input_ids, model.init_state(batch), mask=mask)
+    # Of a long prompt's logits, (batch, seqlen, vocabulary), only the last are wanted.
+    logits = model.lm_head(u[:, -1])
+    for count in range(1, max_new_tokens + 1):
+        logits = logits[:, :vocab_size]
+        if repetition_penalty != 1:
+            logits = penalize_repetition(logits, seen, repetition_penalty)
+        token_ids = sample(logits, generator=generator, **cuts)
+        if eos_token_id is not None:
+            token_ids = token_ids.masked_fill(finished, eos_token_id)
+            finished |= token_ids == eos_token_id
+        yield token_ids
+        # Asked here and not before the yield: a step is computed only if its logits are wanted.
+        if count == max_new_tokens or (eos_token_id is not None and finished.all()):
+            return
+        seen.scatter_(1, token_ids.unsqueeze(-1), True)
+        logits, state = model.step(token_ids, state)
+
+
+## ================================================================================================
+## The sampler
+## ================================================================================================
+##
+## softmax(logits) is what the model believes about the next token. A text that always takes the
+## most probable one is timid and soon walks in circles. A text that follows the belief exactly is
+## reckless: each of the thousands of odd tokens is improbable, but together they are not, so one
+## comes up every few words, and what follows has to live with it. The useful range lies between:
+##
+##   temperature  divides the logits. Below 1 it sharpens the distribution, above 1 it flattens it.
+##   top-k        keeps the k most probable tokens. Simple and blind: 40 candidates are many inside
+##                a word and few at the start of a sentence.
+##   top-p        keeps the most probable tokens until they make up the probability p: few where the
+##                model is sure, many where it is not (nucleus sampling, arXiv 1904.09751).
+##   min-p        keeps tokens at least min_p times as probable as the best (arXiv 2407.01082). It
+##                stays firm at high temperatures, where top-p reaches far into the tail.
+##
+## They apply in this order, each to what the one before has left. The best token passes them all.
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """logits (batch, vocab), any float dtype -> one token id of each row, (batch,) int64.
+
+    temperature 0 takes the most probable token; top_k 0, top_p 1 and min_p 0 switch a cut off.
+    The arguments are not checked here, once per token, but by the callers (`check_sampling`).
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    vocab_size = logits.shape[-1]
+    kept = min(top_k, vocab_size) if top_k > 0 else vocab_size
+    # topk sorts, most probable first: the order in which the next two cuts need them.
+    logits, token_ids = at_least_float32(logits).topk(kept)
+    # The largest becomes 0 first: a tiny temperature would make it inf, and inf - inf is NaN.
+    probs = torch.softmax((logits - logits[:, :1]) / max(temperature, 1e-30), dim=-1)
+    if top_p < 1:
+        before = probs.cumsum(-1) - probs  # the probability of all better tokens
+        # before > 0: a top_p too small for float32 is 0 here, and the best token must stay.
+        probs = probs.masked_fill((before > 0) & (before >= top_p), 0)
+    if min_p > 0:
+        probs = probs.masked_fill(probs < min_p * probs[:, :1], 0)
+    choice = torch.multinomial(probs, 1, generator=generator)  # it needs no normalised weights
+    return token_ids.gather(-1, choice).squeeze(-1)
+
+
+## A model that has written a phrase twice finds it only more probable the third time. The penalty
+## of CTRL (arXiv 1909.05858) makes every token less probable that has occurred before. Logits are
+## divided where positive and multiplied where negative, so that both move down.
+
+
+def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """logits (batch, vocab), seen (batch, vocab) bool -> logits, smaller where seen, penalty > 1.
+
+    A penalty of 1 changes nothing, one between 0 and 1 invites repetition.
+    """
+    logits = at_least_float32(logits)
+    penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(seen, penalized, logits)
+
+
+## ================================================================================================
+## Tokenizers
+## ================================================================================================
+##
+## A token is a short string of bytes. The simplest vocabulary is the 256 bytes themselves; byte
+## pair encoding (BPE) adds strings that occur often, such as " the", until it has 50,277 of them.
+## Text is the UTF-8 reading of the bytes of all tokens together. Not of each token: "é" is two
+## bytes and an emoji four, and a token may end in the middle of one.
+##
+## So a stream of tokens is decoded with a memory. The incremental decoder of the standard library
+## holds back the first bytes of a character until the last one is there, and nothing else.
+
+
+class Tokenizer(ABC):
+    """encode and token_bytes make a tokenizer; the way back to text is the same for all."""
+
+    vocab_size: int
+    eos_token_id: int | None = None  # the token that ends a document, if there is one
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text."""
+
+    @abstractmethod
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one id stands for."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Bytes that are not UTF-8, at the end of the ids too, become U+FFFD."""
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """One piece of text for each id, as soon as it comes; concatenated they are the text.
+
+        The piece is "" while a character is incomplete; one that never completes is left out.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for token_id in ids:
+            yield decoder.decode(self.token_bytes(token_id))
+
+
+class ByteTokenizer(Tokenizer):
+    """Token i is byte i. It has no token for the end of a document."""
+
+    vocab_size = 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8"))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id])
+
+
+class BPETokenizer(Tokenizer):
+    """A byte-level BPE from a tokenizer.json, such as that of gpt-neox-20b.
+
+    Raises ValueError for a tokenizer of another kind.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        import tokenizers
+
+        self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        if "ByteLevel" not in repr(self.tokenizer.decoder):
+            raise ValueError(f"{path}: expected byte-level BPE, got {self.tokenizer.decoder!r}")
+        self.vocab_size = self.tokenizer.get_vocab_size()
+        self.eos_token_id = self.tokenizer.token_to_id("<|endoftext|>")
+        # Added tokens stand in the file as plain text; the special ones among them have no text.
+        added = self.tokenizer.get_added_tokens_decoder().items()
+        self.added = {i: b"" if token.special else token.content.encode() for i, token in added}
+        ## The file writes each byte of the other tokens as one printable character: a printable
+        ## byte as itself, the rest, in order, as the characters from 256 on. A space is "Ġ".
+        printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+        rest = [byte for byte in range(256) if byte not in printable]
+        self.byte_of = {chr(byte): byte for byte in printable}
+        self.byte_of |= {chr(256 + i): byte for i, byte in enumerate(rest)}
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text).ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        if token_id in self.added:
+            return self.added[token_id]
+        characters = self.tokenizer.id_to_token(token_id) or ""  # None: a row that only pads
+        return bytes(self.byte_of[character] for character in characters)
+
+
+def load_tokenizer(config: MambaConfig, name_or_path: str | os.PathLike) -> Tokenizer:
+    """The tokenizer of the model that `Mamba.from_pretrained(name_or_path)` loads.
+
+    Bytes if its config says so; else tokenizer.json from its folder; else, downloaded once, that of
+    gpt-neox-20b, with which the state-spaces/mamba-* models were trained. Raises ValueError if it
+    is unknown, of another kind, or has tokens that the model has not.
+    """
+    if config.tokenizer not in (None, "bytes"):
+        raise ValueError(f"tokenizer must be 'bytes' or not given, got {config.tokenizer!r}")
+    if config.tokenizer == "bytes":
+        tokenizer: Tokenizer = ByteTokenizer()
+    else:
+        path = Path(name_or_path, "tokenizer.json")
+        if not path.is_file():
+            from huggingface_hub import hf_hub_download
+
+            path = Path(hf_hub_download("EleutherAI/gpt-neox-20b", "tokenizer.json"))
+        tokenizer = BPETokenizer(path)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: "
+            "they do not belong together"
+        )
+    return tokenizer
+
+
+## ================================================================================================
+## Checks
+## ================================================================================================
+
+# Written as what is allowed: every comparison with NaN is False, so NaN is refused.
+ALLOWED = {
+    "max_new_tokens": (lambda value: value >= 1, "at least 1"),
+    "temperature": (lambda value: 0 <= value < math.inf, "0 (greedy) or a positive number"),
+    "top_k": (lambda value: value >= 0, "0 (off) or a positive number"),
+    "top_p": (lambda value: 0 < value <= 1, "in (0, 1]"),
+    "min_p": (lambda value: 0 <= value <= 1, "in [0, 1]"),
+    "repetition_penalty": (lambda value: 0 < value < math.inf, "a positive number"),
+    "seed": (lambda value: value is None or 0 <= value < 2**64, "in [0, 2**64)"),
+}
+
+
+def check_sampling(**arguments: float | None) -> None:
+    """Raises ValueError, with the name of the argument, what it must be and what it is."""
+    for name, value in arguments.items():
+        is_allowed, expected = ALLOWED[name]
+        if not is_allowed(value):
+            raise ValueError(f"{name} must be {expected}, got {value}")
+
+
+def check_prompt(config: MambaConfig, input_ids: Tensor, mask: Tensor | None) -> None:
+    if input_ids.ndim != 2 or input_ids.numel() == 0 or input_ids.is_floating_point():
+        raise ValueError(
+            "input_ids must be integers (batch, seqlen), at least one, "
+            f"got {input_ids.dtype} {tuple(input_ids.shape)}"
+        )
+    # This waits for a GPU: once per prompt it may, per token it must not.
+    low, high = input_ids.min().item(), input_ids.max().item()
+    if low < 0 or high >= config.vocab_size:
+        raise IndexError(f"token ids must be in [0, {config.vocab_size}), got {low} ... {high}")
+    if mask is None:
+        return
+    if mask.dtype != torch.bool or mask.shape != input_ids.shape or not mask[:, -1].all():
+        raise ValueError(
+            f"mask must be bool {tuple(input_ids.shape)}, like input_ids, and True in the last "
+            f"column (left padding), got {mask.dtype} {tuple(mask.shape)}"
+        )
+
+
+## ================================================================================================
+## The command line
+## ================================================================================================
+
+DEFAULT_MODEL = Path(__file__).parent / "checkpoints" / "shakespeare"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, 1 for a failure, 130 for Ctrl-C. A wrong call exits with 2."""
+    try:
+        complete(parse_arguments(argv))
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader has seen enough. Python flushes once more on exit: let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"generate.py: error: {message}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def complete(arguments: argparse.Namespace) -> None:
+    """Print the prompt and its continuation, piece by piece, as often as samples are wanted."""
+    model = Mamba.from_pretrained(
+        arguments.model,
+        device=arguments.device,
+        dtype=getattr(torch, arguments.dtype),
+        scan=arguments.scan,
+    )
+    if arguments.device.type == "cpu" and model.config.d_model <= 512:
+        # Threads gain little on matrices this small, and lose much when one waits for a busy core.
+        torch.set_num_threads(1)
+    tokenizer = load_tokenizer(model.config, arguments.model)
+    input_ids, _ = encode_batch(tokenizer, [arguments.prompt], arguments.device)
+    eos = tokenizer.eos_token_id
+    sampling = {name: getattr(arguments, name) for name in ALLOWED}
+
+    for i in range(arguments.num_samples):
+        if i > 0:
+            print("-" * 80)
+            sampling["seed"] = None if arguments.seed is None else arguments.seed + i
+        steps = stream(model, input_ids, eos_token_id=eos, **sampling)
+        ids = itertools.takewhile(lambda token_id: token_id != eos, (t.item() for t in steps))
+        start = first = time.perf_counter()
+        # The prompt waits for the first piece, so that an error never stands beside it.
+        text, count = arguments.prompt, 0
+        for count, piece in enumerate(tokenizer.decode_stream(ids), start=1):
+            print(text + piece, end="", flush=True)
+            text = ""
+            if count == 1:
+                first = time.perf_counter()
+        last = time.perf_counter()
+        print(text, flush=True)
+        if arguments.stats:
+            rate = (count - 1) / (last - first) if count > 1 else 0.0
+            state = model.init_state(1)
+            print(
+                f"prompt {input_ids.shape[1]} tokens, first token after {first - start:.3f} s; "
+                f"{count} tokens, after the first {rate:.1f} tokens/s; "
+                f"state {state.conv.nbytes + state.h.nbytes} bytes",
+                file=sys.stderr,
+            )
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """A wrong call: one line, where argparse would print its usage as well."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        "generate.py",
+        description="Complete a text with a Mamba model.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("prompt", nargs="?", default=None, help="without it, standard input is the prompt")
+    add("--model", default=str(DEFAULT_MODEL), help="a folder, or a repository on the Hub")
+    add("--max-new-tokens", type=int, default=300, metavar="N")
+    add("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy")
+    add("--top-k", type=int, default=0, metavar="K", help="0 is off")
+    add("--top-p", type=float, default=0.95, metavar="P", help="1 is off")
+    add("--min-p", type=float, default=0.0, metavar="P", help="0 is off")
+    add("--repetition-penalty", type=float, default=1.0, metavar="R", help="1 is off")
+    add("--seed", type=int, metavar="S", help="the same seed, the same text")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", type=available_device, default=device)
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "float64"))
+    add("--scan", default="auto", choices=("auto", *SCANS, "triton"), help="for the prompt")
+    add("--num-samples", type=int, default=1, metavar="N")
+    add("--stats", action="store_true", help="tokens, times and the state's size on stderr")
+    arguments = parser.parse_args(argv)
+
+    try:
+        check_sampling(**{name: getattr(arguments, name) for name in ALLOWED})
+    except ValueError as error:
+        parser.error("--" + str(error).replace("_", "-"))
+    if arguments.num_samples < 1:
+        parser.error(f"--num-samples must be at least 1, got {arguments.num_samples}")
+    if arguments.prompt is None:
+        if sys.stdin.isatty():
+            parser.error('a prompt is missing: generate.py "To be, or not"')
+        # Without the newline at the end that echo adds and that nobody means.
+        arguments.prompt = sys.stdin.read().removesuffix("\n")
+    if not arguments.prompt:
+        parser.error("the prompt is empty: there is nothing to continue")
+    return arguments
+
+
+def available_device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise argparse.ArgumentTypeError(f"{name!r} is not available on this machine") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -16,7 +16,7 @@ from the token; lowercase letters are signals or axes.
     x, y     (b, l, d)        input and output of the SSM, d = d_inner; x goes through the short
                               convolution first
     z        (b, l, d)        the gate
-    dt       (b, l, d)        Δ before softplus
+    dt       (b, l, d)        Δ before its bias is added and softplus is taken
     delta    (b, l, d)        Δ, the step size
     A        (d, n)           how fast each state decays, negative
     B, C     (b, l, n)        what is written into the state, what is read out of it
@@ -73,7 +73,7 @@ from torch import Tensor, nn
 ## token alike. It cannot decide to remember this name and to skip that filler word, because nothing
 ## in it depends on what the token is.
 ##
-## Mamba's one idea is selection: Δ, B and C are computed from the current token (`select`). Now Ā
+## Mamba's one idea is selection: Δ, B and C are computed from the current input (`select`). Now Ā
 ## differs at every step, the powers of one Ā become products of many, and no fixed kernel exists:
 ## the convolution is gone. What is left is the recurrence (2a) itself. It has to be run as a scan:
 ## like a cumulative sum, it yields a result at every position, each from the one before. The
@@ -122,7 +122,7 @@ class MambaConfig:
     unknown rule, dt_init or scan. `scan` says how to compute and not what: it is never saved.
     """
 
-    d_model: int  # width of the residual stream; the paper's D (here D is the skip weight)
+    d_model: int  # width of the residual stream (the paper's D; its D is also d_inner, and D below)
     n_layer: int = 1
     vocab_size: int = 50277  # rows of the embedding that stand for tokens
     d_state: int = 16  # the paper's N: states per channel
@@ -198,7 +198,7 @@ class MambaConfig:
 ## Both orders compute a star after the two that it needs, so both give the same numbers. Row order
 ## shows a layer all its inputs at once, which is what a parallel scan needs. Column order needs of
 ## the past only the column before, that is, the state (`MambaState`), and generation has no more:
-## the next token is not known before its column is done. Completing a text uses both: `forward` for
+## token t+1 is not known before column t is done. Completing a text uses both: `forward` for
 ## the prompt (the prefill), which leaves a state behind, then `step` for token after token.
 
 
@@ -417,11 +417,11 @@ class RMSNorm(nn.Module):
 ## What the convolution is for. Δ, B and C should depend on more than a bare token: "not" means
 ## something else after "why". Four inputs side by side are cheap, and a recurrence is poor at
 ## exactly this: it smears the past by exponentials and has no sharp view of "two tokens ago".
-## H3 has an SSM that can only shift in the same place, for the same reason.
+## In the same place, for the same reason, H3 has an SSM that can only shift.
 ##
-## What the gate z is for. The scan is linear in x given Δ, B and C; silu(z) makes the block's
-## output a product of two different readings of the token, as in a gated MLP. z comes from u
-## directly: it has not been through the convolution or the scan, and it is not a residual.
+## What the gate z is for. It multiplies what the scan recalls by what the current token has to say:
+## two different readings meet in a product, as in a gated MLP, whose work it does. z comes from u
+## directly, past the convolution and the scan. It is not a residual: nothing is added to it.
 ##
 ## What D is for. y_t = C h_t goes through the state even to pass x_t on unchanged. D x_t is the
 ## direct path, one weight per channel: the SSM then only has to learn what to add to it.
@@ -459,7 +459,7 @@ class MambaBlock(nn.Module):
         """
         config = self.config
         ## A = -1, -2, ..., -n in every channel (arXiv 2206.11893 calls it S4D-Real): with a step
-        ## of Δ, state number i forgets in about 1 / (Δ i) tokens. n states are n time scales.
+        ## of Δ, state number i fades to 1/e in 1 / (Δ i) tokens. n states are n time scales.
         self.A_log.copy_(torch.arange(1, config.d_state + 1).log().expand_as(self.A_log))
         nn.init.ones_(self.D)
 
@@ -495,8 +495,8 @@ class MambaBlock(nn.Module):
 
         mask:      (b, l) bool, False on the left padding of a batch of unequal prompts.
         reset:     (b, l) bool, True where a new document starts: nothing crosses that point.
-        internals: a list; this call appends {x, dt, delta, A, B, C}. With the start state, they
-                   determine the state at every token, by (2a): see `scan_sequential`.
+        internals: a list; this call appends {x, dt, delta, A, B, C}. They give the state at every
+                   token: run the loop of `scan_sequential` on them, from the same start state.
 
         Raises ValueError for shapes that do not fit and for a mask that is not left padding.
         """
@@ -548,7 +548,8 @@ class MambaBlock(nn.Module):
 
     ## Selection ----------------------------------------------------------------------------------
     ##
-    ## Here a token decides what happens to the memory. From x_t alone come
+    ## Here a token decides what happens to the memory. From x_t, which since the convolution knows
+    ## of this token and the three before it, come
     ##   B_t  (n numbers)  what to write: x_t is added to state i in proportion to B_t[i];
     ##   C_t  (n numbers)  what to read: the output is the sum of the states weighted by C_t[i];
     ##   Δ_t  (d numbers)  how much this token counts, in each channel.
@@ -558,16 +559,17 @@ class MambaBlock(nn.Module):
     ## Δ is the one to understand. It multiplies both A and B; with Ā and B̄ written out (2a) is
     ##   h_t = exp(Δ A) h_{t-1} + Δ B x_t
     ##   Δ -> 0:    exp(Δ A) -> 1 and Δ B -> 0. The state stays as it is and the token is skipped.
-    ##   Δ -> inf:  exp(Δ A) -> 0 and Δ B is large. The past is forgotten, the token takes over.
+    ##   Δ -> inf:  exp(Δ A) -> 0 and Δ B -> inf. The past is forgotten, the token takes over. (Its
+    ##              weight grows without limit here; under rule "zoh" it would settle at B / |A|.)
     ## Why these belong together: Δ is a step in time, and a long step is at once a long time to
     ## decay and a long time under the influence of this input. In the simplest case it is a gate:
     ## with n = 1, A = -1, B = 1 and the exact solution of (1a) over a step (rule "zoh" below),
-    ## h_t = (1 - g) h_{t-1} + g x_t, where g = sigmoid(dt), as in minGRU (Theorem 1). A itself
-    ## needs no selection: it appears only in the product Δ A.
+    ## h_t = (1 - g) h_{t-1} + g x_t, where g = sigmoid(dt + bias). That is minGRU's recurrence, and
+    ## the paper's Theorem 1. A itself needs no selection: it appears only in the product Δ A.
     ##
-    ## softplus(dt) = log(1 + e^dt) keeps Δ positive: nearly 0 for negative dt, nearly dt for
-    ## positive. There is a bias, because "how much does a token count when nothing is known about
-    ## it" is a time scale of the channel, not zero.
+    ## Δ = softplus(dt + bias), where softplus(a) = log(1 + e^a) is positive: nearly 0 for very
+    ## negative a, nearly a for large ones. The bias, one for each channel, is the time scale that
+    ## the channel has before a token says anything.
     ##
     ## Why Δ has low rank. d values from d inputs would take a d x d matrix: 2.4 million weights in
     ## mamba-130m, where in_proj has as many. Tokens do not differ in that many ways as to how
@@ -598,7 +600,7 @@ class MambaBlock(nn.Module):
 ##
 ##   "zoh"       Zero-order hold: x keeps its value for the whole step. Eq. 4, exact:
 ##                   Ā = exp(ΔA)        B̄ = ((exp(ΔA) - 1) / A) B
-##   "mamba"     Ā as above, and for B̄ the first term of its series in ΔA, the Euler step:
+##   "mamba"     zoh's B̄ is Δ (1 + ΔA/2 + ...) B; keep the first term, as Euler's method does:
 ##                   Ā = exp(ΔA)        B̄ = Δ B
 ##   "bilinear"  The trapezoid rule, S4's choice: the slope at both ends counts half:
 ##                   Ā = (1 + ΔA/2) / (1 - ΔA/2)        B̄ = (Δ / (1 - ΔA/2)) B
@@ -653,8 +655,8 @@ def expm1_over(a: Tensor) -> Tensor:
 ##   reset (b, l) bool: Ā = 0 there  ->  y (b, l, d), h_last (b, d, n)
 ##
 ## Each is a pure function, differentiable in every tensor, h0 and h_last included. Each computes in
-## float32 even if it is given less, because errors in h add up along time: bfloat16, with 8 bits,
-## has no number between 0.9961 and 1 for a decay. README says what to copy along with each.
+## float32 even if it is given less, because errors in h add up along time: bfloat16, with 8
+## significant bits, has no number between 0.9961 and 1 for a decay. README lists what to copy too.
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -734,7 +736,7 @@ def scan_sequential(
 ## ε = 1.2e-7 in float32: 5e-5 after decays that sum to |a*| = 400, a tenth at 1e6. The sums are
 ## therefore restarted in every chunk, where |a*| is at most the chunk's own |A| ΣΔ. Two things
 ## remain. Where v⁺ and v⁻ cancel, the error stays as large as what has cancelled. And the gradients
-## of Δ and A see it times |ΔA|: at extreme decays, where they all but vanish, it drowns them.
+## of Δ and A have |ΔA| times this error, more than is left of them where decays are extreme.
 
 
 @float32_island
@@ -775,9 +777,9 @@ def scan_logspace(
 
 
 ## 3. Chunks. --------------------------------------------------------------------------------------
-## Log space pays for every state and step with logarithms and exponentials. Chunks need none: each
-## step of the loop is done twice, but many of them at once. Cut time into chunks of k steps. A
-## chunk, combined into one map, turns its start state h into
+## Log space takes several logarithms and exponentials for every state and step. Chunks take only
+## the exponentials of the loop, twice: each step is done two times, but many steps at once. Cut
+## time into chunks of k steps. A chunk, combined into one map, turns its start state h into
 ##
 ##     h_end = P h + e,    P = Ā_k ... Ā_2 Ā_1,    e = the end state if the chunk starts at zero
 ##
@@ -864,8 +866,8 @@ SCANS = {"sequential": scan_sequential, "logspace": scan_logspace, "chunked": sc
 ##   inference_params, allocate_inference_cache    state, init_state
 ##   conv_state, ssm_state                    state.conv, state.h
 ##   seqlen_offset (0: prefill, else: step)   nothing: the caller calls forward or step
-##   d in "b l d", D in (B, D, L)             d = d_inner; d and D there do not mean d_model
-##   D in the paper's Algorithm 2             d = d_inner; here D is only the skip weight
+##   d, D in the shapes of its scans          d = d_inner; d there is not d_model
+##   D in the shapes of Algorithm 2           d = d_inner; here D is only the direct path
 
 
 def selective_scan(
@@ -914,8 +916,8 @@ class DeltaProjection(nn.Linear):
     """A Linear whose bias is left to the caller, who adds it in float32.
 
     The bias starts between -7 and -2, and what the weights add to it is small. A sum in bfloat16,
-    with its 8 bits, would round away much of what the token has to say about Δ. It is called as a
-    module, so that adapters such as LoRA can wrap it; a wrapper has to pass `.bias` on.
+    with its 8 significant bits, would round away much of what the token has to say about Δ. It is
+    called as a module, so that adapters such as LoRA can wrap it; a wrapper has to pass `.bias` on.
     """
 
     def forward(self, low_rank: Tensor) -> Tensor:

@@ -374,6 +374,25 @@ def test_every_block_starts_smaller_by_the_root_of_the_number_of_layers():
     assert std_of_out_proj(1) == pytest.approx(3 * std_of_out_proj(9), rel=0.05)
 
 
+def test_initialising_twice_does_not_scale_twice():
+    model = Mamba(MambaConfig(d_model=64, n_layer=4, vocab_size=8))
+    once = model.backbone.layers[0].mixer.out_proj.weight.std().item()
+    model.reset_parameters()
+    assert model.backbone.layers[0].mixer.out_proj.weight.std().item() == pytest.approx(once, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("d_model", 8.0), ("n_layer", 0), ("d_conv", -1), ("vocab_size", True)),
+        *(("tie_embeddings", "false"), ("norm_eps", "1e-5"), ("dt_min", 0), ("dt_init", "zeros")),
+    ],
+)
+def test_a_configuration_value_of_the_wrong_kind_is_named(name, value):
+    with pytest.raises(ValueError, match=rf"^{name} must be .*{value!r}"):
+        MambaConfig(**{"d_model": 8, name: value})
+
+
 def test_embeddings_start_with_standard_deviation_two_hundredths():
     weight = Mamba(MambaConfig(d_model=64, vocab_size=1000)).backbone.embedding.weight
     assert weight.std().item() == pytest.approx(0.02, rel=0.02)
@@ -564,6 +583,20 @@ def test_a_later_token_changes_nothing_before_it_and_everything_after_it(scan):
         changed[0, t] = (ids[0, t] + 1) % 30
         differs = (model(changed) != before).any(-1)[0]
         assert torch.equal(differs, torch.arange(21) >= t)
+
+
+@pytest.mark.parametrize("bad", [-1, 32, 1000])
+def test_a_token_id_without_a_row_is_named(bad):
+    ids = random_ids(2, 5)
+    ids[1, 3] = bad
+    with pytest.raises(IndexError, match=rf"\[0, 32\).*{bad}"):
+        random_model()(ids)
+
+
+@pytest.mark.parametrize("ids", [torch.rand(2, 5), torch.ones(2, 5) > 0, torch.ones(5, dtype=int)])
+def test_ids_of_the_wrong_type_or_shape_are_refused(ids):
+    with pytest.raises(ValueError, match=r"\(batch, seqlen\)"):
+        random_model()(ids)
 
 
 ## ================================================================================================
@@ -797,6 +830,13 @@ def test_a_tensor_of_the_wrong_shape_is_named(name):
         selective_scan(**inputs)
 
 
+def test_complex_parameters_are_refused_and_not_cut_down_to_their_real_part():
+    inputs = selective_inputs()
+    inputs["A"] = inputs["A"].cfloat()
+    with pytest.raises(ValueError, match=r"^A must be real"):
+        selective_scan(**inputs)
+
+
 def test_names_of_unknown_scans_and_rules_are_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"sequential.*'parallel'"):
         selective_scan(**selective_inputs(), scan="parallel")
@@ -840,6 +880,16 @@ def test_a_scan_of_short_floats_computes_in_float32(scan):
         ("y", "h_last"), SCANS[scan](**inputs), recurrence(**inputs), strict=True
     ):
         assert_close(name, actual, expected, 1e-4 if scan == "logspace" else 1e-5)
+
+
+@pytest.mark.parametrize("scan", SCANS)
+def test_autocast_changes_nothing_inside_a_scan(scan):
+    inputs = scan_inputs(50)
+    expected, expected_gradients = values_and_gradients(SCANS[scan], inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, gradients = values_and_gradients(SCANS[scan], inputs)
+    assert_all_close(actual, expected, 0)
+    assert_all_close(gradients, expected_gradients, 0)
 
 
 def test_A_and_delta_of_a_bfloat16_block_are_not_rounded_to_bfloat16():
@@ -918,6 +968,26 @@ def test_a_state_keeps_nothing_of_the_sequence_but_its_own_numbers():
         assert (state.conv.shape, state.h.shape) == ((1, 16, 3), (1, 16, 16))
         for tensor in vars(state).values():
             assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+@pytest.mark.parametrize("scan", SCANS)
+def test_the_last_state_of_a_scan_does_not_keep_the_other_states_alive(scan):
+    inputs = {name: tensor.detach() for name, tensor in scan_inputs(50).items()}
+    _, h_last = SCANS[scan](**inputs)
+    assert h_last.untyped_storage().nbytes() == h_last.nbytes
+
+
+@pytest.mark.parametrize(
+    "changes", [{"n_layer": 3}, {"n_layer": 1}, {"d_state": 5}, {"d_conv": 1}, {"d_conv": 3}]
+)
+def test_the_state_of_another_model_is_refused(changes):
+    model, stranger = random_model(), random_model(**changes)
+    with pytest.raises(ValueError, match="state"):
+        model(random_ids(2, 3), stranger.init_state(2))
+    with pytest.raises(ValueError, match="state"):
+        model.step(random_ids(2, 1)[:, 0], stranger.init_state(2))
+    with pytest.raises(ValueError, match="state"):
+        model(random_ids(2, 3), model.init_state(3))
 
 
 def test_a_state_survives_a_file_that_may_hold_tensors_only(tmp_path):
@@ -1054,6 +1124,14 @@ def test_a_configuration_of_another_architecture_is_refused_by_its_field(field, 
     folder = write_original(tmp_path, original_weights(), **{field: value})
     with pytest.raises(ValueError, match="|".join(value) if field == "ssm_cfg" else field):
         Mamba.from_pretrained(folder)
+
+
+def test_a_mistyped_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("checkpoints").mkdir()
+    for name in ("checkpoints/typo", "./typo", "typo", "", "a/b/c"):
+        with pytest.raises(FileNotFoundError, match="neither a folder nor"):
+            Mamba.from_pretrained(name)
 
 
 def test_mamba_130m_has_129_135_360_parameters():

@@ -1246,6 +1246,13 @@ def test_rows_that_only_pad_the_vocabulary_are_never_sampled():
     assert streamed(model, random_ids(4, 3, 29), max_new_tokens=30, temperature=0).max() < 29
 
 
+def test_a_prompt_with_an_id_that_only_pads_the_vocabulary_is_refused():
+    model = random_model()
+    assert model.config.padded_vocab_size > 30
+    with pytest.raises(IndexError, match=r"\[0, 30\).*30"):
+        next(generate.stream(model, torch.tensor([[3, 30]])))
+
+
 def test_a_finished_row_repeats_the_end_token_until_all_rows_are_finished():
     script = torch.tensor([[5, 6, 0, 7, 8, 9, 9, 9], [5, 5, 5, 5, 0, 9, 9, 9]])
     tokens = streamed(scripted_model(script), random_ids(2, 3), temperature=0, eos_token_id=0)

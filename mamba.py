@@ -29,10 +29,14 @@ from the token; lowercase letters are signals or axes.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 import os
+import pickle
 import re
+import threading
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -325,20 +329,28 @@ class Mamba(nn.Module):
     def from_pretrained(
         cls, name_or_path: str | os.PathLike, *, revision: str | None = None,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-        scan: str = "auto", cache_dir: str | None = None, local_files_only: bool = False,
+        scan: str = "auto", cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False, verify: bool = False,
     ) -> Mamba:  # fmt: skip
         """Load a checkpoint: a local folder, or a Hub repository such as "state-spaces/mamba-130m".
 
+        The files may have the layout of state-spaces/mamba-* or that of transformers (mamba-*-hf).
         dtype None means float32, whatever the file holds. Every weight must be there with its own
-        shape, and nothing else. Raises FileNotFoundError for a folder, repository or file that is
-        not there, ValueError for a config.json of another kind of model, RuntimeError for weights
-        that do not fit it. How files are found and read: at the end of this file.
+        shape, and nothing else. verify compares downloaded weights with their checksums.
+
+        Raises FileNotFoundError for a folder, repository or file that is not there or not within
+        reach, ValueError for a config.json of another kind of model or a wrong argument,
+        RuntimeError for weights that are damaged or do not fit, and for a Hub that refuses.
+        How files are found and read: at the end of this file.
         """
+        dtype = dtype or torch.float32
+        check_target(device, dtype)
         find = file_finder(name_or_path, revision, cache_dir, local_files_only)
         config = replace(read_config(find("config.json")), scan=scan)
         with torch.device("meta"):  # the shapes without the numbers: these come from the file
             model = cls(config)
-        weights = read_weights(find, config, device, dtype or torch.float32)
+        files = find_weights(find, verify)
+        weights = read_weights(files, model, device, dtype)
         model.load_state_dict(weights, strict=True, assign=True)
         model.tie_weights()
         return model
@@ -1059,9 +1071,10 @@ def check_scan_shapes(x: Tensor, **tensors: Tensor | None) -> None:
         raise ValueError(f"reset must be bool, got {tensors['reset'].dtype}")
 
 
-## config.json in the layout of the state-spaces/mamba-* repositories: these fields at the top,
-## those of the SSM inside "ssm_cfg". What the published files do not have (norm_eps, tokenizer,
-## rule) is written only when it differs from the default, so that the files stay readable there.
+## config.json has one of two layouts. That of the state-spaces/mamba-* repositories has these
+## fields at the top and those of the SSM inside "ssm_cfg". What the published files do not have
+## (norm_eps, tokenizer, rule) is written only when it differs from the default, so that the files
+## stay readable there.
 
 TOP_FIELDS = "d_model n_layer vocab_size residual_in_fp32 pad_vocab_size_multiple tie_embeddings"
 OPTIONAL_FIELDS = "norm_eps tokenizer rule"
@@ -1069,42 +1082,84 @@ SSM_FIELDS = (
     "d_state d_conv expand dt_rank dt_min dt_max dt_init dt_scale dt_init_floor conv_bias bias"
 )
 # Fields of other code that may stand here with exactly this value, since no other is implemented.
-FIXED_FIELDS = {
-    "rms_norm": True,
-    "d_intermediate": 0,
-    "attn_layer_idx": [],
-    "attn_cfg": {},
-    "layer": "Mamba1",
-}
+FIXED_FIELDS = {"rms_norm": True, "d_intermediate": 0, "attn_layer_idx": [], "attn_cfg": {}}
+FIXED_FIELDS |= {"layer": "Mamba1", "model_type": "mamba"}
 # Fields of other code that do not change what is computed.
 IGNORED_FIELDS = {"fused_add_norm", "use_fast_path", "architectures", "torch_dtype", "dtype"}
+
+## The other layout is that of transformers: all fields at the top, under other names. An absent
+## field means transformers' default. Others are ignored, as they are there.
+
+HF_FIELDS = {
+    **{"hidden_size": "d_model", "num_hidden_layers": "n_layer", "vocab_size": "vocab_size"},
+    **{"state_size": "d_state", "conv_kernel": "d_conv", "expand": "expand"},
+    **{"time_step_rank": "dt_rank", "layer_norm_epsilon": "norm_eps", "use_bias": "bias"},
+    **{"use_conv_bias": "conv_bias", "residual_in_fp32": "residual_in_fp32"},
+    **{"tie_word_embeddings": "tie_embeddings"},
+}
+HF_DEFAULTS = {"hidden_size": 768, "num_hidden_layers": 32, "vocab_size": 50280}
+HF_FIXED_FIELDS = {"model_type": "mamba", "hidden_act": "silu", "quantization_config": None}
+EMBEDDING, HF_EMBEDDING = "backbone.embedding.weight", "backbone.embeddings.weight"
 
 
 def read_config(path: Path) -> MambaConfig:
     """config.json -> MambaConfig. Raises ValueError for a field that would change the model."""
+    entries = read_json(path)
+    from_hf = "hidden_size" in entries or ("model_type" in entries and "d_model" not in entries)
     try:
-        entries = json.loads(path.read_text())
-        ssm_entries = dict(entries.pop("ssm_cfg", {}))
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is not the config.json of a model: {error}") from error
-    known = {}
+        config = config_from_hf(entries) if from_hf else config_from_original(entries)
+    except (ValueError, TypeError) as error:
+        # MambaConfig begins with its own name of the field.
+        names = {ours: theirs for theirs, ours in HF_FIELDS.items()} if from_hf else {}
+        message = re.sub(r"^\w+", lambda name: names.get(name[0], name[0]), str(error))
+        raise ValueError(f"{path}: {message}") from error
+    # A slip of the finger must not become an hour of building layers.
+    largest = max(value for value in vars(config).values() if type(value) is int)
+    if config.n_layer > 10_000 or config.d_inner * largest > 2**40:
+        raise ValueError(f"{path}: these sizes are too large to be meant: {entries}")
+    return config
+
+
+def config_from_original(entries: dict[str, Any]) -> MambaConfig:
+    known, ssm_entries = {}, dict(entries.pop("ssm_cfg", {}))
+    check_fixed_fields(entries | ssm_entries, FIXED_FIELDS)
     top_names = [*TOP_FIELDS.split(), *OPTIONAL_FIELDS.split()]
     for found, names in ((entries, top_names), (ssm_entries, SSM_FIELDS.split())):
         for name, value in found.items():
             if name in names:
                 known[name] = value
-            elif name in FIXED_FIELDS and value == FIXED_FIELDS[name]:
-                pass
-            elif name in FIXED_FIELDS:
-                raise ValueError(
-                    f"{path}: {name} = {value!r} is another architecture; only "
-                    f"{FIXED_FIELDS[name]!r} is Mamba"
-                )
-            elif name not in IGNORED_FIELDS:
-                raise ValueError(f"{path}: unknown field {name} = {value!r}")
+            elif name not in IGNORED_FIELDS | FIXED_FIELDS.keys():
+                raise ValueError(f"unknown field {name} = {value!r}")
     if missing := {"d_model", "n_layer", "vocab_size"} - known.keys():
-        raise ValueError(f"{path}: no {', '.join(sorted(missing))}: not the config of a Mamba")
+        raise ValueError(f"no {', '.join(sorted(missing))}: not the config of a Mamba")
     return MambaConfig(**known)
+
+
+def config_from_hf(entries: dict[str, Any]) -> MambaConfig:
+    entries = {**HF_DEFAULTS, "model_type": None, **entries}
+    check_fixed_fields(entries, HF_FIXED_FIELDS)
+    known = {ours: entries[theirs] for theirs, ours in HF_FIELDS.items() if theirs in entries}
+    config = MambaConfig(**known, pad_vocab_size_multiple=1)
+    if (size := entries.get("intermediate_size", config.d_inner)) != config.d_inner:
+        product = f"expand * hidden_size = {config.d_inner}"
+        raise ValueError(f"intermediate_size must be {product}, got {size!r}")
+    return config
+
+
+def check_fixed_fields(entries: dict[str, Any], fixed: dict[str, Any]) -> None:
+    for name, value in fixed.items():
+        if (found := entries.get(name, value)) != value:
+            raise ValueError(f"{name} = {found!r} is another architecture; Mamba has {value!r}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        entries = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(entries).__name__}")
+    return entries
 
 
 def config_entries(config: MambaConfig) -> dict[str, Any]:
@@ -1123,11 +1178,40 @@ def config_entries(config: MambaConfig) -> dict[str, Any]:
     }
 
 
+## What the Hub's client may raise, by the name of the class or its nearest base class here, and
+## what is said instead. By name: the client is imported only when it is needed, and errors of the
+## network belong to httpx or httpx2, depending on its version.
+
+OUT_OF_REACH = "{file} is not in the cache and the Hub is out of reach ({why}): check the network"
+# fmt: off
+HUB_FAULTS = {
+    "GatedRepoError": (RuntimeError,
+        "accept its terms at https://huggingface.co/{repository}, then run `hf auth login`"),
+    "RepositoryNotFoundError": (FileNotFoundError,
+        "the Hub has no such repository, or it is private: check the name or run `hf auth login`"),
+    "RevisionNotFoundError": (FileNotFoundError, "there is no revision {revision!r}: choose one of "
+        "https://huggingface.co/{repository}/commits"),
+    "RemoteEntryNotFoundError": (FileNotFoundError, "the repository has no file {file}"),
+    "LocalEntryNotFoundError": (FileNotFoundError, "{file} is not in the cache and the Hub was not "
+        "asked or did not answer: load it once without HF_HUB_OFFLINE and local_files_only"),
+    "HFValidationError": (ValueError, "this cannot be the name of a Hub repository ({why})"),
+    "ConnectError": (FileNotFoundError, OUT_OF_REACH),
+    "TimeoutException": (FileNotFoundError, OUT_OF_REACH),
+    "TimeoutError": (FileNotFoundError, OUT_OF_REACH + " or set HF_HUB_ETAG_TIMEOUT=10"),
+    "Exception": (RuntimeError, "{file} could not be downloaded ({why}): try again later"),
+}
+# fmt: on
+
+
 def file_finder(
-    name_or_path: str | os.PathLike, revision: str | None, cache_dir: str | None, offline: bool
+    name_or_path: str | os.PathLike,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
 ) -> Callable[[str], Path]:
     """A function from a file's name to its path, in a folder or, downloaded, in the Hub's cache."""
     folder, repository = Path(name_or_path).expanduser(), str(name_or_path).rstrip("/")
+    failure: Exception | None = None  # why the Hub is not asked a second time
 
     def find_in_folder(filename: str) -> Path:
         if (folder / filename).is_file():
@@ -1135,18 +1219,28 @@ def file_finder(
         raise FileNotFoundError(f"{folder} has no file {filename}")
 
     def find_on_hub(filename: str) -> Path:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+        nonlocal failure
+        from huggingface_hub import constants, errors, hf_hub_download, hf_hub_url
 
-        options = {"revision": revision, "cache_dir": cache_dir, "local_files_only": offline}
+        options = {"revision": revision, "cache_dir": cache_dir}
         try:
-            return Path(hf_hub_download(repository, filename, **options))
-        except LocalEntryNotFoundError as error:
-            raise FileNotFoundError(
-                f"{repository}: {filename} is not in the cache, and the Hub was not reached"
-            ) from error
-        except EntryNotFoundError as error:
-            raise FileNotFoundError(f"{repository} has no file {filename}") from error
+            if not (failure or local_files_only or constants.HF_HUB_OFFLINE):
+                try:
+                    probe(hf_hub_url(repository, filename, revision=revision))
+                    return Path(hf_hub_download(repository, filename, **options))
+                except (errors.RemoteEntryNotFoundError, errors.RevisionNotFoundError):
+                    raise
+                except Exception as error:
+                    failure = error
+            # No network, a broken Hub, an expired login: what was downloaded once is still here.
+            return Path(hf_hub_download(repository, filename, **options, local_files_only=True))
+        except Exception as error:
+            cause = failure or error
+            name = next(c.__name__ for c in type(cause).__mro__ if c.__name__ in HUB_FAULTS)
+            kind, sentence = HUB_FAULTS[name]
+            words = {"repository": repository, "file": filename, "revision": revision}
+            sentence = sentence.format(**words, why=first_sentence(cause))
+            raise kind(f"{repository}: {sentence}") from cause
 
     if folder.is_dir() and repository:
         return find_in_folder
@@ -1156,30 +1250,179 @@ def file_finder(
     raise FileNotFoundError(f"{repository!r} is neither a folder nor the name of a Hub repository")
 
 
+def probe(url: str) -> None:
+    """Ask for the header of a file on the Hub and raise what is wrong, within two seconds.
+
+    The client's download tries for 23 seconds, and to look up an address may take as long as it
+    likes: hence a thread, which is left alone when its time is over.
+    """
+    from huggingface_hub import get_hf_file_metadata
+
+    seconds, failures = float(os.environ.get("HF_HUB_ETAG_TIMEOUT", 1.5)), []
+
+    def ask() -> None:
+        try:
+            get_hf_file_metadata(url, timeout=seconds)
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer within {seconds} s")
+    if failures:
+        raise failures[0]
+
+
+def first_sentence(error: Exception) -> str:
+    return re.split(r"\n|\. ", str(error).strip() or type(error).__name__)[0][:200]
+
+
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_target(device: torch.device | str | None, dtype: torch.dtype) -> None:
+    """Before anything is downloaded."""
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype!r}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device {str(device)!r} cannot be used: {first_sentence(error)}"
+        ) from error
+
+
+def find_weights(find: Callable[[str], Path], verify: bool) -> dict[Path, set[str] | None]:
+    """The files with the weights, each with the names that an index promises to be in it."""
+    for filename in WEIGHT_FILES:
+        try:
+            path = find(filename)
+            break
+        except (FileNotFoundError, RuntimeError) as error:  # the cache may have another
+            failure = error
+    else:
+        message = f"{failure} (looked for {', '.join(WEIGHT_FILES)})"
+        raise type(failure)(message) from failure
+    files: dict[Path, set[str] | None] = {path: None}
+    if path.suffix == ".json":
+        places, shards = read_json(path).get("weight_map"), {}
+        for name, shard in places.items() if isinstance(places, dict) else ():
+            shards.setdefault(str(shard), set()).add(name)
+        # A name with a slash could lead out of the folder.
+        if not shards or not all(re.fullmatch(r"[\w.-]+\.safetensors", name) for name in shards):
+            raise ValueError(f"{path}: weight_map must name the .safetensors file of each weight")
+        try:
+            files = {find(shard): names for shard, names in sorted(shards.items())}
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}, which {path.name} promises") from error
+    for path in files if verify else ():
+        check_sha256(path)
+    return files
+
+
+def check_sha256(path: Path) -> None:
+    """Raise unless a file in the Hub's cache is, bit by bit, what was uploaded.
+
+    The cache links to blobs, and a large blob's name is its sha256. A file without one is refused:
+    who asks for a check must not be told that all is well when nothing was compared.
+    """
+    # One link only: the blob may link on, to a store of the client where names mean something else.
+    name = Path(os.readlink(path)).name if path.is_symlink() else ""
+    if not re.fullmatch(r"[0-9a-f]{64}", name):
+        raise ValueError(f"{path} has no checksum to verify: only downloads from the Hub have one")
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != name:
+            remedy = f"delete {path.resolve()} and load again"
+            raise RuntimeError(f"{path} is damaged, its sha256 is wrong: {remedy}")
+
+
 def read_weights(
-    find: Callable[[str], Path],
-    config: MambaConfig,
+    files: dict[Path, set[str] | None],
+    model: Mamba,
     device: torch.device | str | None,
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """model.safetensors or else pytorch_model.bin, cast, with the tied weight under both names."""
-    try:
-        path = find("model.safetensors")
-    except FileNotFoundError:
-        path = find("pytorch_model.bin")
-        # weights_only: a pickle from the internet may contain tensors, never code to run.
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    else:
+    """The tensors of all files, checked, cast, with the tied weight under both names."""
+    weights: dict[str, Tensor] = {}
+    for path, promised in files.items():
+        tensors = read_tensors(path, dtype)
+        if promised is not None and (torn := promised ^ tensors.keys()):
+            names = "\n  ".join(["", *sorted(torn)])
+            raise RuntimeError(f"{path} and its index do not agree about:{names}")
+        weights |= tensors
+    del tensors  # so that each is freed as soon as it is cast
+    where, tied = path.parent, model.config.tie_embeddings
+    if HF_EMBEDDING in weights and EMBEDDING not in weights:
+        weights[EMBEDDING] = weights.pop(HF_EMBEDDING)
+    if tied and EMBEDDING in weights:
+        weights.setdefault("lm_head.weight", weights[EMBEDDING])
+    check_weights(where, model.state_dict(), weights)
+    if tied and not torch.equal(weights[EMBEDDING], weights.pop("lm_head.weight")):
+        raise ValueError(f"{where}: the embeddings are tied, but lm_head is not the embedding")
+    for name in list(weights):
+        weights[name] = weights.pop(name).to(device, dtype).contiguous()
+    return weights | {"lm_head.weight": weights[EMBEDDING]} if tied else weights
+
+
+def check_weights(where: Path, expected: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+    """Name every weight that is missing, too many, of another shape or not made of numbers."""
+    faults = []
+    for name in sorted(expected.keys() | weights.keys()):
+        want, found = expected.get(name), weights.get(name)
+        if want is None or found is None or want.shape != found.shape:
+            shapes = ("none" if t is None else tuple(t.shape) for t in (want, found))
+            faults.append("\n  {}: expected {}, found {}".format(name, *shapes))
+        elif found.dtype not in FLOATS or found.layout != torch.strided or found.is_meta:
+            faults.append(f"\n  {name}: expected real numbers, found {found.dtype}")
+    if faults:
+        raise RuntimeError(f"{where}: the weights do not fit config.json:{''.join(faults)}")
+
+
+def read_tensors(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of one file. If they have this dtype, the file is mapped into memory.
+
+    A mapped file stays there until its last tensor is gone: with the copies of another dtype, one
+    and a half files. To be cast, each tensor gets memory of its own.
+    """
+    with path.open("rb") as file:
+        head = file.read(64)
+    for pattern, verdict in (
+        (rb"$", "is empty: download it again"),
+        (rb"version https://git-lfs", "is a git-lfs pointer: run `git lfs pull` in its folder"),
+        (rb"\s*<(!doctype|html|\?xml)", "is a web page in place of the file: download it again"),
+    ):
+        if re.match(pattern, head, re.IGNORECASE):
+            raise RuntimeError(f"{path} {verdict}")
+
+    def read(mapped: bool) -> Any:
+        if path.suffix != ".safetensors":
+            # weights_only: a pickle from the internet may contain tensors, never code to run.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        from safetensors import safe_open
         from safetensors.torch import load_file
 
-        weights = load_file(path)
-    weights = {name: tensor.to(device, dtype) for name, tensor in weights.items()}
-    if config.tie_embeddings:
-        embedding = weights.get("backbone.embedding.weight")
-        head = weights.setdefault("lm_head.weight", embedding)
-        if embedding is not None and not torch.equal(embedding, head):
-            raise ValueError(f"{path}: tie_embeddings is on, but lm_head is not the embedding")
-    return weights
+        tensors = load_file(path)
+        return tensors if mapped else {n: safe_open(path, "pt").get_tensor(n) for n in tensors}
+
+    try:
+        # A .bin from before torch 1.6 is no zip file and cannot be mapped.
+        tensors = read(mapped=path.suffix == ".safetensors" or zipfile.is_zipfile(path))
+    except Exception as error:
+        # torch's own words on a refused pickle suggest to run it.
+        refused = isinstance(error, pickle.UnpicklingError)
+        why = "it may hold code, which was not run" if refused else first_sentence(error)
+        message = f"{path} is damaged or no file of tensors ({why}): download it again"
+        raise RuntimeError(message) from error
+    if not isinstance(tensors, dict):
+        raise RuntimeError(f"{path} must hold a dict of tensors, got {type(tensors).__name__}")
+    for name, tensor in tensors.items():
+        if not (isinstance(name, str) and isinstance(tensor, Tensor)):
+            raise RuntimeError(f"{path} must hold a dict of tensors, but {name!r} has none")
+    same_dtype = all(tensor.dtype == dtype for tensor in tensors.values())
+    return tensors if same_dtype else read(mapped=False)
 
 
 def write_checkpoint(folder: Path, model: Mamba) -> None:

@@ -1,0 +1,28 @@
+"""What the tests of the doors share: a Hub on this machine, and no other network."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `import hub`
+
+from hub import Hub
+
+
+def use_endpoint(monkeypatch, url: str, cache: Path) -> None:
+    """Let the client of this process talk to url, with a cache of its own."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """An empty Hub that the client of this process uses: fill `hub.repositories`."""
+    with Hub() as hub:
+        use_endpoint(monkeypatch, hub.url, tmp_path / "cache")
+        yield hub

@@ -1,0 +1,161 @@
+"""The Hugging Face Hub on the loopback interface, for the real client to talk to.
+
+    with Hub({"someone/model": {"config.json": b"{}", "model.safetensors": b"..."}}) as hub:
+        hub.faults["config.json"] = "gated"  # see FAULTS
+        subprocess.run(command, env=hub.environment(cache))
+        hub.requests  # [("HEAD", "someone/model", "config.json")]
+
+The client reads HF_ENDPOINT when it is imported: a subprocess gets it from `environment`, this
+process from the `hub` fixture (conftest.py), which sets the client's constants.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
+
+COMMIT = "5eed" * 10  # the one revision, also called "main"
+REMOTE = "somewhere-else"  # the path under which large files are served, as from a CDN
+
+# What can be wrong with a file. Faults with a "-once" repair themselves after the first time.
+FAULTS = {
+    "gated": "403, the terms are not accepted",
+    "private": "401, as for a repository that does not exist",
+    "500": "the server is broken",
+    "500-body": "the file is announced, but not to be had",
+    "cut": "the connection ends halfway, each time",
+    "cut-once": "the connection ends halfway, but the rest is delivered when asked for",
+    "short": "fewer bytes than announced",
+    "flip": "one bit is wrong",
+    "portal": "a login page of the hotel answers in place of the Hub",
+    "slow": "no answer before the test is over",
+}
+
+
+class Hub:
+    """repositories: {"owner/name": {"file name": its bytes}}; may be changed while serving."""
+
+    def __init__(self, repositories: dict[str, dict[str, bytes]] | None = None) -> None:
+        self.repositories = repositories or {}
+        self.faults: dict[str, str] = {}  # file name -> one of FAULTS
+        self.requests: list[tuple[str, str, str]] = []  # (method, repository, file name)
+        self.ranges: list[str] = []  # the Range headers of all requests
+        self.over = threading.Event()
+        self.server = ThreadingHTTPServer(
+            ("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self})
+        )
+        self.server.daemon_threads = True
+        self.port = self.server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> Hub:
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """From now on nothing listens: the network is gone."""
+        self.over.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+    def environment(self, cache: os.PathLike | str, **changes: str) -> dict[str, str]:
+        """The environment of a subprocess for which this is the Hub, with a cache of its own."""
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
+        return {**kept, "HF_ENDPOINT": self.url, "HF_HOME": str(cache), **changes}
+
+
+def nowhere() -> str:
+    """The address of a Hub that is not there: nothing listens on this port."""
+    hub = Hub()
+    hub.server.server_close()
+    return hub.url
+
+
+class Handler(BaseHTTPRequestHandler):
+    hub: Hub
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        path = unquote(self.path.split("?")[0])
+        match = re.fullmatch(rf"/({REMOTE}/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        if match is None:
+            return self.refuse(404, "EntryNotFound")
+        remote, repository, revision, name = match.groups()
+        self.hub.requests.append((self.command, repository, name))
+        fault, files = self.hub.faults.get(name), self.hub.repositories.get(repository)
+        if fault == "slow":
+            return self.hub.over.wait(30)
+        if fault == "500" or (fault == "500-body" and self.command == "GET"):
+            return self.answer(500)
+        if fault == "portal":
+            return self.answer(200, {"Content-Type": "text/html"}, b"<html>Room number?</html>")
+        if fault == "gated":
+            return self.refuse(403, "GatedRepo")
+        if files is None or fault == "private":
+            return self.refuse(401, "RepoNotFound")
+        if revision not in ("main", COMMIT):
+            return self.refuse(404, "RevisionNotFound")
+        if name not in files:
+            return self.refuse(404, "EntryNotFound")
+        data = files[name]
+        large = name.endswith((".bin", ".safetensors"))
+        if large and not remote:
+            # Another origin than 127.0.0.1. The checksum stands here, not where the bytes are.
+            location = f"http://localhost:{self.hub.port}/{REMOTE}{self.path}"
+            linked = {"X-Linked-Size": str(len(data)), "X-Linked-ETag": f'"{sha256(data)}"'}
+            return self.answer(302, {"Location": location, "X-Repo-Commit": COMMIT, **linked})
+        etag = sha256(data) if large else git_sha1(data)
+        self.send_file(name, data, fault, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
+
+    do_HEAD = do_GET
+
+    def send_file(self, name: str, data: bytes, fault: str | None, headers: dict) -> None:
+        getting = self.command == "GET"
+        if fault == "flip":
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        if fault == "short" and getting:
+            data = data[:-20]
+        status, start = 200, 0
+        if part := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
+            self.hub.ranges.append(part[0])
+            status, start = 206, int(part[1])
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        body, announced = data[start:], len(data) - start
+        if fault in ("cut", "cut-once") and getting:
+            body = body[: announced // 2] if status == 200 else b""
+            if fault == "cut-once":
+                del self.hub.faults[name]
+        self.answer(status, headers, body, announced)
+
+    def answer(
+        self, status: int, headers: dict | None = None, body: bytes = b"", announced: int = -1
+    ) -> None:
+        self.send_response(status)
+        size = len(body) if announced < 0 else announced
+        for name, value in {"Content-Length": str(size), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def refuse(self, status: int, code: str) -> None:
+        self.answer(status, {"X-Error-Code": code, "X-Error-Message": code})
+
+
+def sha256(data: bytes) -> str:
+    """The name of a large file (git-lfs) on the Hub."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def git_sha1(data: bytes) -> str:
+    """The name of a small file, kept by git itself."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()

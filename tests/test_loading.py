@@ -1,0 +1,643 @@
+"""Checkpoints from folders and from the Hub: what loads, and what is said of what does not."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import use_endpoint
+from hub import COMMIT, Hub, nowhere
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+
+import mamba
+from mamba import Mamba, MambaConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+NAME = "someone/small-mamba"
+CONFIG = {
+    **{"d_model": 16, "n_layer": 2, "vocab_size": 30, "ssm_cfg": {}, "rms_norm": True},
+    **{"residual_in_fp32": True, "fused_add_norm": True, "pad_vocab_size_multiple": 8},
+}
+HF_CONFIG = {
+    **{"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 32},
+    **{"architectures": ["MambaForCausalLM"], "intermediate_size": 32, "d_model": 2048},
+}
+INDEX = "model.safetensors.index.json"
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+D = "backbone.layers.1.mixer.D"
+
+
+def randomise(model: torch.nn.Module) -> torch.nn.Module:
+    """Norms and D of a new model are 1, biases 0: exchanged or lost, they would not be missed."""
+    with torch.no_grad():
+        for i, parameter in enumerate(model.parameters()):
+            parameter.uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(i))
+    return model.eval()
+
+
+def weights() -> dict[str, torch.Tensor]:
+    """As state-spaces/mamba-* have them: the tied matrix is there under both of its names."""
+    config = MambaConfig(d_model=16, n_layer=2, vocab_size=30)
+    return {k: v.detach() for k, v in randomise(Mamba(config)).state_dict().items()}
+
+
+def hf_weights() -> dict[str, torch.Tensor]:
+    renamed = {k.replace("embedding.", "embeddings."): v for k, v in weights().items()}
+    del renamed["lm_head.weight"]
+    return renamed
+
+
+def write_shards(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    names = list(tensors)
+    where = {name: SHARDS[i % 2] for i, name in enumerate(names)}
+    for i, shard in enumerate(SHARDS):
+        save_file({name: tensors[name].clone() for name in names[i::2]}, folder / shard)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def write(folder: Path, layout: str) -> Path:
+    """A whole folder: "bin" and "safetensors" as originals, "hf" and "shards" as transformers."""
+    folder.mkdir(exist_ok=True)
+    config = HF_CONFIG if layout in ("hf", "shards") else CONFIG
+    (folder / "config.json").write_text(json.dumps(config))
+    if layout == "bin":
+        torch.save(weights(), folder / "pytorch_model.bin")
+    elif layout == "old bin":
+        path = folder / "pytorch_model.bin"
+        torch.save(weights(), path, _use_new_zipfile_serialization=False)
+    elif layout == "shards":
+        write_shards(folder, hf_weights())
+    else:
+        tensors = hf_weights() if layout == "hf" else weights()
+        tensors.pop("lm_head.weight", None)
+        save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def assert_loads(name_or_path: str | Path, dtype: torch.dtype = torch.float32, **options) -> None:
+    model = Mamba.from_pretrained(name_or_path, dtype=dtype, **options)
+    for name, tensor in weights().items():
+        assert torch.equal(model.state_dict()[name], tensor.to(dtype)), name
+    assert model.lm_head.weight is model.backbone.embedding.weight
+    assert all(p.is_contiguous() and p.requires_grad for p in model.parameters())
+    assert model(torch.tensor([[1, 2]])).isfinite().all()
+
+
+def error_of(function) -> tuple[type, str]:
+    """The exception's type and message, which is one sentence: perhaps with a list of weights."""
+    with pytest.raises(Exception) as info:
+        function()
+    message = str(info.value)
+    first, *keys = message.split("\n")
+    assert 20 < len(first) < 500, message
+    assert all(re.fullmatch(r"  [\w.]+(: expected .*, found .*)?", key) for key in keys), message
+    return type(info.value), message
+
+
+## ================================================================================================
+## What loads
+## ================================================================================================
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["bin", "old bin", "safetensors", "hf", "shards"])
+def test_every_layout_gives_the_same_model_bit_by_bit(layout, dtype, tmp_path):
+    assert_loads(write(tmp_path, layout), dtype)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": False, "use_bias": True, "use_conv_bias": False},
+        {"expand": 3, "time_step_rank": 5, "conv_kernel": 3, "state_size": 7},
+        {"layer_norm_epsilon": 0.3, "residual_in_fp32": False},
+    ],
+)
+def test_a_folder_that_transformers_wrote_gives_the_logits_of_transformers(changes, tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 29}
+    theirs = transformers.MambaForCausalLM(transformers.MambaConfig(**sizes, **changes))
+    randomise(theirs).save_pretrained(tmp_path, max_shard_size="10KB" if not changes else "1GB")
+    assert (tmp_path / INDEX).exists() == (not changes)
+    ids = torch.randint(29, (2, 11), generator=torch.Generator().manual_seed(0))
+    expected = theirs(ids).logits
+    actual = Mamba.from_pretrained(tmp_path)(ids)
+    assert actual.shape == expected.shape  # no rows were added
+    error = (actual - expected).norm() / expected.norm()
+    assert error < 1e-5, error
+
+
+def test_a_folder_that_we_save_loads_in_transformers_after_one_rename(tmp_path):
+    model = randomise(Mamba(MambaConfig(d_model=16, n_layer=2, vocab_size=30)))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    renamed = {k.replace(".embedding.", ".embeddings."): v for k, v in load_file(path).items()}
+    save_file(renamed, path, metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(HF_CONFIG))
+    theirs = transformers.MambaForCausalLM.from_pretrained(tmp_path)
+    ids = torch.randint(30, (2, 11), generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(theirs(ids).logits, model(ids), rtol=1e-4, atol=1e-5)
+
+
+def test_an_absent_field_means_what_it_means_in_transformers(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    config, theirs = mamba.read_config(tmp_path / "config.json"), transformers.MambaConfig()
+    assert {ours: getattr(config, ours) for ours in mamba.HF_FIELDS.values()} == {
+        ours: getattr(theirs, name) for name, ours in mamba.HF_FIELDS.items()
+    }
+    assert config.d_inner == theirs.intermediate_size
+    assert config.padded_vocab_size == theirs.vocab_size
+
+
+def test_fields_that_transformers_ignores_are_ignored_in_its_layout(tmp_path):
+    write(tmp_path, "hf")
+    stale = {"d_model": 2048, "n_layer": 7, "rms_norm": False, "use_mambapy": True, "ssm_cfg": 3}
+    (tmp_path / "config.json").write_text(json.dumps(HF_CONFIG | stale))
+    assert_loads(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loading_takes_little_more_memory_than_the_file(dtype, tmp_path):
+    model = Mamba(MambaConfig(d_model=512, n_layer=16, vocab_size=5000))
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(dict(model.state_dict()), tmp_path / "pytorch_model.bin")
+    script = str(ROOT / "benchmarks" / "load.py")
+    command = [sys.executable, script, "--measure", str(tmp_path), dtype]
+    result = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    assert result["peak_over_file"] < 1.25, result  # 1.2 for a model of useful size
+
+
+## ================================================================================================
+## Folders that are wrong
+## ================================================================================================
+
+
+class Runs:
+    """Unpickled without care, this writes a file."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self):
+        return Path.touch, (self.canary,)
+
+
+def change_config(layout: str, **changes):
+    def spoil(folder: Path) -> None:
+        write(folder, layout)
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return spoil
+
+
+def replace_file(layout: str, name: str, content: bytes | float | None):
+    """content: bytes, None for no such file, a number for that part of the true content."""
+
+    def spoil(folder: Path) -> None:
+        path = write(folder, layout) / name
+        if content is None:
+            path.unlink()
+        elif isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            whole = path.read_bytes()
+            path.write_bytes(whole[: int(len(whole) * content)])
+
+    return spoil
+
+
+def change_weights(layout: str, change):
+    def spoil(folder: Path) -> None:
+        write(folder, layout)
+        tensors = weights() if layout == "bin" else hf_weights()
+        tensors = change(tensors) or tensors
+        if layout == "bin":
+            torch.save(tensors, folder / "pytorch_model.bin")
+        else:
+            save_file(tensors, folder / "model.safetensors")
+
+    return spoil
+
+
+def change_index(change):
+    def spoil(folder: Path) -> None:
+        path = write(folder, "shards") / INDEX
+        index = json.loads(path.read_text())
+        path.write_text(json.dumps(change(index["weight_map"])))
+
+    return spoil
+
+
+def plain_pickle(make):
+    def spoil(folder: Path) -> None:
+        write(folder, "bin")
+        with (folder / "pytorch_model.bin").open("wb") as file:
+            pickle.dump(make(folder / "canary"), file)
+
+    return spoil
+
+
+def zipped_pickle(folder: Path) -> None:
+    write(folder, "bin")
+    torch.save({"D": Runs(folder / "canary")}, folder / "pytorch_model.bin")
+
+
+def torchscript(folder: Path) -> None:
+    write(folder, "bin")
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), folder / "pytorch_model.bin")
+
+
+def torn_zip(folder: Path) -> None:
+    """A zip file, but none of torch's."""
+    with zipfile.ZipFile(write(folder, "bin") / "pytorch_model.bin", "w") as file:
+        file.writestr("archive/data.pkl", b"\x80\x02}q\x00.")
+
+
+BIN, SAFE, SHARD = "pytorch_model.bin", "model.safetensors", SHARDS[1]
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 516\n"
+HTML = b"<!DOCTYPE html><html>404</html>"
+META = torch.empty(32, device="meta")
+LLAMA = {"model_type": "llama", "hidden_size": 16, "num_attention_heads": 4}
+
+FOLDER_FAULTS = {
+    # config.json
+    "no config": (replace_file("bin", "config.json", None), FileNotFoundError, "config.json"),
+    "empty config": (replace_file("bin", "config.json", b""), ValueError, "config.json"),
+    "half a config": (replace_file("bin", "config.json", 0.5), ValueError, "config.json"),
+    "config is a list": (replace_file("bin", "config.json", b"[1]"), ValueError, "config.json"),
+    "config is HTML": (replace_file("bin", "config.json", HTML), ValueError, "config.json"),
+    "config is binary": (replace_file("bin", "config.json", b"\xff\xfe\0\1"), ValueError, "JSON"),
+    "config is deep": (replace_file("bin", "config.json", b"[" * 10**5), ValueError, "JSON"),
+    "config is {}": (replace_file("bin", "config.json", b"{}"), ValueError, "d_model"),
+    "llama": (replace_file("bin", "config.json", json.dumps(LLAMA).encode()), ValueError, "llama"),
+    "mamba2-hf": (change_config("hf", model_type="mamba2"), ValueError, "mamba2"),
+    "falcon": (change_config("hf", model_type="falcon_mamba"), ValueError, "falcon_mamba"),
+    "gpt2": (replace_file("bin", "config.json", b'{"model_type": "gpt2"}'), ValueError, "gpt2"),
+    "t5": (change_config("bin", model_type="t5"), ValueError, "t5"),
+    "no model_type": (change_config("hf", model_type=None), ValueError, "model_type"),
+    "gelu": (change_config("hf", hidden_act="gelu"), ValueError, "hidden_act"),
+    "quantized": (change_config("hf", quantization_config={}), ValueError, "quantization_config"),
+    "other width": (change_config("hf", intermediate_size=48), ValueError, "intermediate_size"),
+    "hidden_size -1": (change_config("hf", hidden_size=-1), ValueError, "hidden_size"),
+    "hidden_size 1.5": (change_config("hf", hidden_size=1.5), ValueError, "hidden_size"),
+    "hidden_size a text": (change_config("hf", hidden_size="16"), ValueError, "hidden_size"),
+    "state_size true": (change_config("hf", state_size=True), ValueError, "state_size"),
+    "rank null": (change_config("hf", time_step_rank=None), ValueError, "time_step_rank"),
+    "eps 0": (change_config("hf", layer_norm_epsilon=0), ValueError, "layer_norm_epsilon"),
+    "d_model 0": (change_config("bin", d_model=0), ValueError, "d_model"),
+    "n_layer 2.0": (change_config("bin", n_layer=2.0), ValueError, "n_layer"),
+    "vocab_size true": (change_config("bin", vocab_size=True), ValueError, "vocab_size"),
+    "Mamba2": (change_config("bin", ssm_cfg={"layer": "Mamba2"}), ValueError, "Mamba2"),
+    "attention": (change_config("bin", attn_layer_idx=[1]), ValueError, "attn_layer_idx"),
+    "an MLP": (change_config("bin", d_intermediate=64), ValueError, "d_intermediate"),
+    "layer norm": (change_config("bin", rms_norm=False), ValueError, "rms_norm"),
+    "unknown field": (change_config("bin", d_stat=16), ValueError, "d_stat"),
+    "unknown in ssm_cfg": (change_config("bin", ssm_cfg={"groups": 4}), ValueError, "groups"),
+    "ssm_cfg a number": (change_config("bin", ssm_cfg=3), ValueError, "config.json"),
+    "2**40 columns": (change_config("bin", d_model=2**40), ValueError, str(2**40)),
+    "10**19 rows": (change_config("bin", vocab_size=10**19), ValueError, str(10**19)),
+    "10**9 layers": (change_config("hf", num_hidden_layers=10**9), ValueError, str(10**9)),
+    "a rule is a list": (change_config("bin", rule=["zoh"]), ValueError, "rule"),
+    # the files of the weights
+    "no weights": (replace_file("bin", BIN, None), FileNotFoundError, BIN),
+    "empty bin": (replace_file("bin", BIN, b""), RuntimeError, "empty"),
+    "half a bin": (replace_file("bin", BIN, 0.5), RuntimeError, BIN),
+    "a bin without its end": (replace_file("bin", BIN, 0.99), RuntimeError, BIN),
+    "half an old bin": (replace_file("old bin", BIN, 0.5), RuntimeError, BIN),
+    "HTML for a bin": (replace_file("bin", BIN, HTML), RuntimeError, "web page"),
+    "a pointer for a bin": (replace_file("bin", BIN, LFS), RuntimeError, "git lfs pull"),
+    "noise for a bin": (replace_file("bin", BIN, bytes(range(256)) * 9), RuntimeError, BIN),
+    "a foreign zip": (torn_zip, RuntimeError, BIN),
+    "torchscript": (torchscript, RuntimeError, BIN),
+    "empty safetensors": (replace_file("hf", SAFE, b""), RuntimeError, "empty"),
+    "half a safetensors": (replace_file("hf", SAFE, 0.5), RuntimeError, SAFE),
+    "noise for safetensors": (replace_file("hf", SAFE, b"\x07" * 99), RuntimeError, SAFE),
+    "HTML for safetensors": (replace_file("hf", SAFE, HTML), RuntimeError, "web page"),
+    "a pointer for safetensors": (replace_file("hf", SAFE, LFS), RuntimeError, "git lfs pull"),
+    # pickles that are not plain tensors
+    "a pickle that runs": (plain_pickle(Runs), RuntimeError, BIN),
+    "a zipped pickle that runs": (zipped_pickle, RuntimeError, BIN),
+    "a pickled list": (plain_pickle(lambda _: [1, 2]), RuntimeError, BIN),
+    "a list of tensors": (change_weights("bin", lambda w: [*w.values()]), RuntimeError, "list"),
+    "a nested dict": (change_weights("bin", lambda w: {"model": w}), RuntimeError, "model"),
+    "a number": (change_weights("bin", lambda w: {**w, "epoch": 3}), RuntimeError, "epoch"),
+    "a number for a name": (change_weights("bin", lambda w: {3: w[D]}), RuntimeError, "3"),
+    # weights that do not fit
+    "a weight too few": (change_weights("bin", lambda w: [w.pop(D)][1:]), RuntimeError, D),
+    "a weight too many": (change_weights("hf", lambda w: {**w, "x": w[D] + 1}), RuntimeError, "x"),
+    "a weight too long": (change_weights("hf", lambda w: w | {D: w[D][1:]}), RuntimeError, "(31,)"),
+    "no embedding": (
+        change_weights("hf", lambda w: [w.pop("backbone.embeddings.weight")][1:]),
+        *(RuntimeError, "backbone.embedding.weight"),
+    ),
+    "both embeddings": (
+        change_weights("hf", lambda w: w | {"backbone.embedding.weight": torch.ones(32, 16)}),
+        *(RuntimeError, "backbone.embeddings.weight"),
+    ),
+    "no layer": (change_config("bin", n_layer=3), RuntimeError, "backbone.layers.2.mixer.A_log"),
+    "integers": (change_weights("hf", lambda w: w | {D: w[D].int()}), RuntimeError, "int32"),
+    "complex": (change_weights("bin", lambda w: w | {D: w[D] + 1j}), RuntimeError, "complex64"),
+    "no data": (change_weights("bin", lambda w: w | {D: META}), RuntimeError, D),
+    "sparse": (change_weights("bin", lambda w: w | {D: w[D].to_sparse()}), RuntimeError, D),
+    "another head": (
+        change_weights("bin", lambda w: w | {"lm_head.weight": torch.ones(32, 16)}),
+        *(ValueError, "lm_head"),
+    ),
+    # shards
+    "a missing shard": (replace_file("shards", SHARD, None), FileNotFoundError, SHARD),
+    "half a shard": (replace_file("shards", SHARD, 0.5), RuntimeError, SHARD),
+    "exchanged shards": (
+        lambda folder: (
+            (write(folder, "shards") / SHARDS[0]).replace(folder / SHARD)
+            and save_file(hf_weights(), folder / SHARDS[0])
+        ),
+        *(RuntimeError, SHARDS[0]),
+    ),
+    "a key too many": (
+        change_index(lambda m: {"weight_map": m | {"x.y": SHARD}}),
+        *(RuntimeError, "x.y"),
+    ),
+    "a key too few": (
+        change_index(lambda m: {"weight_map": {k: v for k, v in m.items() if k != D}}),
+        *(RuntimeError, D),
+    ),
+    "no weight_map": (change_index(lambda m: {}), ValueError, "weight_map"),
+    "a weight_map of lists": (change_index(lambda m: {"weight_map": [m]}), ValueError, INDEX),
+    "a way out": (
+        change_index(lambda m: {"weight_map": m | {D: "../up.safetensors"}}),
+        *(ValueError, "weight_map"),
+    ),
+    "an index in halves": (replace_file("shards", INDEX, 0.5), ValueError, INDEX),
+}
+
+
+@pytest.mark.parametrize("name", FOLDER_FAULTS)
+def test_a_broken_or_hostile_folder_is_refused_in_one_sentence(name, tmp_path):
+    spoil, expected, named = FOLDER_FAULTS[name]
+    folder = tmp_path / "model"
+    spoil(folder)
+    before = sorted(path.name for path in folder.iterdir())
+    for dtype in (torch.float32, torch.bfloat16):
+        kind, message = error_of(lambda dtype=dtype: Mamba.from_pretrained(folder, dtype=dtype))
+        assert kind is expected
+        assert named in message and str(folder) in message
+    assert sorted(path.name for path in folder.iterdir()) == before  # no canary: nothing was run
+
+
+def test_all_weights_that_do_not_fit_are_listed_at_once(tmp_path):
+    def change(tensors):
+        tensors["backbone.norm_f.weight"] = torch.ones(2, 8)
+        tensors["head.bias"] = torch.ones(3)
+        return {name: tensor for name, tensor in tensors.items() if "layers.0" not in name}
+
+    change_weights("bin", change)(tmp_path)
+    _, message = error_of(lambda: Mamba.from_pretrained(tmp_path))
+    assert "\n  backbone.norm_f.weight: expected (16,), found (2, 8)" in message
+    assert "\n  head.bias: expected none, found (3,)" in message
+    assert message.count("backbone.layers.0.") == message.count("found none") == 10
+
+
+@pytest.mark.parametrize("name", ["", "gpt2", "/no/such/folder", "a/b/c", "tests/typo", "a b/c"])
+def test_what_is_no_folder_and_no_repository_is_called_neither(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    kind, message = error_of(lambda: Mamba.from_pretrained(name))
+    assert kind is FileNotFoundError and repr(name) in message
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"dtype": torch.int8}, {"dtype": "bfloat16"}, {"device": "gpu"}, {"scan": "fast"}]
+)
+def test_a_wrong_argument_is_refused_before_a_weight_is_looked_for(wrong, tmp_path):
+    replace_file("bin", BIN, None)(tmp_path)
+    kind, message = error_of(lambda: Mamba.from_pretrained(tmp_path, **wrong))
+    assert kind is ValueError and str(*wrong.values()) in message
+
+
+## ================================================================================================
+## The Hub
+## ================================================================================================
+
+
+def publish(hub: Hub, folder: Path, layout: str = "bin") -> None:
+    write(folder, layout)
+    hub.repositories[NAME] = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("layout", ["bin", "safetensors", "hf", "shards"])
+def test_a_model_is_downloaded_once_and_then_only_asked_for(layout, hub, tmp_path):
+    publish(hub, tmp_path / "source", layout)
+    assert_loads(NAME)
+    downloads = [name for method, _, name in hub.requests if method == "GET"]
+    assert sorted(downloads) == sorted(hub.repositories[NAME])
+    hub.requests.clear()
+    assert_loads(NAME, verify=True)
+    assert {method for method, _, _ in hub.requests} == {"HEAD"}
+
+
+def test_a_revision_and_a_cache_may_be_chosen(hub, tmp_path):
+    publish(hub, tmp_path / "source")
+    assert_loads(NAME, revision=COMMIT, cache_dir=tmp_path / "elsewhere")
+    assert (tmp_path / "elsewhere").is_dir() and not (tmp_path / "cache").exists()
+
+
+def test_a_download_that_breaks_once_is_resumed_where_it_broke(hub, monkeypatch, tmp_path):
+    publish(hub, tmp_path / "source")
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # whole chunks are kept
+    hub.faults[BIN] = "cut-once"
+    assert_loads(NAME, verify=True)
+    half = len(hub.repositories[NAME][BIN]) // 2
+    assert hub.ranges == [f"bytes={half // 1000 * 1000}-"]
+
+
+HUB_FAULTS = {
+    "gated": ("config.json", RuntimeError, "hf auth login"),
+    "private": ("config.json", FileNotFoundError, "hf auth login"),
+    "500": ("config.json", RuntimeError, "try again"),
+    "portal": ("config.json", FileNotFoundError, "not in the cache"),
+    "slow": ("config.json", FileNotFoundError, "out of reach"),
+    "500-body": (BIN, RuntimeError, "500"),
+    "cut": (BIN, RuntimeError, "try again"),
+    "short": (BIN, RuntimeError, "try again"),
+}
+
+
+@pytest.mark.parametrize("fault", [*HUB_FAULTS, "500 for the weights", "gated weights"])
+def test_a_fault_of_the_hub_is_one_sentence_with_a_remedy(fault, hub, tmp_path):
+    publish(hub, tmp_path / "source")
+    filename, expected, named = HUB_FAULTS[fault.split()[0]]
+    filename = BIN if fault.endswith("weights") else filename
+    hub.faults[filename] = fault.split()[0]
+    kind, message = error_of(lambda: Mamba.from_pretrained(NAME))
+    assert kind is expected
+    assert message.startswith(f"{NAME}: ") and named in message
+    # Nothing broken stays behind: as soon as the Hub is well, the same call succeeds.
+    hub.faults.clear()
+    assert_loads(NAME, verify=True)
+
+
+def test_a_repository_a_revision_or_a_file_that_is_not_there_is_named(hub, tmp_path):
+    publish(hub, tmp_path / "source")
+    for options in ({"name_or_path": "someone/else"}, {"revision": "v9"}):
+        call = {"name_or_path": NAME, **options}
+        kind, message = error_of(lambda call=call: Mamba.from_pretrained(**call))
+        assert kind is FileNotFoundError
+        assert all(value in message for value in call.values())
+    del hub.repositories[NAME][BIN]
+    kind, message = error_of(lambda: Mamba.from_pretrained(NAME))
+    assert kind is FileNotFoundError and BIN in message and SAFE in message
+    del hub.repositories[NAME]["config.json"]
+    kind, message = error_of(lambda: Mamba.from_pretrained(NAME))
+    assert kind is FileNotFoundError and "config.json" in message
+
+
+@pytest.mark.parametrize("name", ["a--b/c", "someone/small..mamba", "someone/" + "m" * 200])
+def test_a_name_that_cannot_be_one_is_a_wrong_value(name, hub):
+    kind, message = error_of(lambda: Mamba.from_pretrained(name))
+    assert kind is ValueError and name in message
+    assert hub.requests == []
+
+
+def no_listener(monkeypatch, cache):
+    use_endpoint(monkeypatch, nowhere(), cache)
+
+
+def no_answer(monkeypatch, cache):
+    """Addresses are looked up and looked up, as behind a wall that drops all packets."""
+    use_endpoint(monkeypatch, "http://hub.invalid", cache)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(4))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("break_network", [no_listener, no_answer])
+def test_without_a_network_two_seconds_decide(break_network, cached, hub, monkeypatch, tmp_path):
+    publish(hub, tmp_path / "source")
+    if cached:
+        assert_loads(NAME)
+    break_network(monkeypatch, tmp_path / "cache")
+    start = time.perf_counter()
+    if cached:
+        assert_loads(NAME)
+    else:
+        kind, message = error_of(lambda: Mamba.from_pretrained(NAME))
+        assert kind is FileNotFoundError
+        assert "out of reach" in message and NAME in message
+    assert time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize("fault", ["500", "private", "gated", "portal"])
+def test_what_is_in_the_cache_loads_whatever_the_hub_says(fault, hub, tmp_path):
+    publish(hub, tmp_path / "source")
+    assert_loads(NAME)
+    hub.faults.update(dict.fromkeys(["config.json", *mamba.WEIGHT_FILES], fault))
+    assert_loads(NAME)
+
+
+@pytest.mark.parametrize("way", ["local_files_only", "HF_HUB_OFFLINE"])
+def test_offline_means_that_nobody_is_asked(way, hub, monkeypatch, tmp_path):
+    publish(hub, tmp_path / "source")
+    options = {"local_files_only": way == "local_files_only"}
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", way == "HF_HUB_OFFLINE")
+    kind, message = error_of(lambda: Mamba.from_pretrained(NAME, **options))
+    assert kind is FileNotFoundError and "HF_HUB_OFFLINE" in message
+    assert hub.requests == []
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert_loads(NAME)
+    hub.requests.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", way == "HF_HUB_OFFLINE")
+    assert_loads(NAME, **options)
+    assert hub.requests == []
+
+
+def test_verify_notices_one_wrong_bit_and_its_remedy_works(hub, tmp_path):
+    publish(hub, tmp_path / "source")
+    hub.faults[BIN] = "flip"
+    Mamba.from_pretrained(NAME)  # the client sees nothing wrong
+    kind, message = error_of(lambda: Mamba.from_pretrained(NAME, verify=True))
+    assert kind is RuntimeError and BIN in message
+    hub.faults.clear()
+    Path(re.search(r"delete (\S+) and load again", message)[1]).unlink()
+    assert_loads(NAME, verify=True)
+
+
+def test_verify_reads_the_name_of_the_first_link(hub, tmp_path):
+    publish(hub, tmp_path / "source")
+    assert_loads(NAME)
+    blob = next((tmp_path / "cache").rglob(BIN)).resolve()
+    store = tmp_path / "cache" / ("0" * 64)  # as the client shares blobs between repositories
+    blob.replace(store)
+    blob.symlink_to(store)
+    assert_loads(NAME, verify=True)
+
+
+def test_verify_refuses_a_folder_because_there_is_nothing_to_compare_with(tmp_path):
+    kind, message = error_of(lambda: Mamba.from_pretrained(write(tmp_path, "bin"), verify=True))
+    assert kind is ValueError and "checksum" in message and BIN in message
+
+
+LOAD = f"import mamba; mamba.Mamba.from_pretrained({NAME!r})"
+
+
+def test_the_environment_names_the_hub_and_switches_it_off(tmp_path):
+    run = {"cwd": ROOT, "check": True}
+    with Hub() as hub:
+        publish(hub, tmp_path / "source")
+        command = [sys.executable, "-c", LOAD]
+        subprocess.run(command, env=hub.environment(tmp_path / "home"), **run)
+        hub.requests.clear()
+        offline = hub.environment(tmp_path / "home", HF_HUB_OFFLINE="1")
+        subprocess.run(command, env=offline, **run)
+        assert hub.requests == []
+
+
+def test_a_terminal_shows_how_far_a_download_is(tmp_path):
+    termios = pytest.importorskip("termios", reason="terminals are a matter of Unix")
+    with Hub() as hub:
+        publish(hub, tmp_path / "source")
+        master, slave = os.openpty()
+        termios.tcsetwinsize(slave, (24, 80))
+        command, environment = [sys.executable, "-c", LOAD], hub.environment(tmp_path / "home")
+        subprocess.run(command, env=environment, cwd=ROOT, stderr=slave, check=True)
+        os.close(slave)
+        shown = os.read(master, 100_000).decode()
+        os.close(master)
+    assert "100%" in shown and BIN in shown
+
+
+## ================================================================================================
+## The real Hub: pytest -m hub
+## ================================================================================================
+
+
+@pytest.mark.hub
+@pytest.mark.parametrize("name", ["state-spaces/mamba-130m", "state-spaces/mamba-130m-hf"])
+def test_the_published_weights_give_the_published_numbers(name):
+    from huggingface_hub import hf_hub_download
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(hf_hub_download("EleutherAI/gpt-neox-20b", "tokenizer.json"))
+    model = Mamba.from_pretrained(name, verify=True)
+    ids = torch.tensor([tokenizer.encode("Hey how are you doing?").ids])
+    expected = [-55.6909, -69.7903, -49.8981, -51.7581, -57.6544]
+    expected += [-57.9368, -56.9591, -57.9033, -54.6787, -55.9261]
+    with torch.no_grad():
+        first = model(ids)[0, 0, :10]
+        assert torch.allclose(first, torch.tensor(expected), rtol=0, atol=1e-3), first
+        for _ in range(10):
+            ids = torch.cat([ids, model(ids)[:, -1:, :50277].argmax(-1)], dim=1)
+    assert tokenizer.decode(ids[0].tolist()) == (
+        "Hey how are you doing?\n\nI'm so glad you're here."
+    )

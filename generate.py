@@ -18,17 +18,27 @@ import codecs
 import itertools
 import math
 import os
+import re
+import signal
 import sys
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+if __name__ == "__main__":
+    # Before torch, whose import takes seconds: Ctrl-C ends the program, with no traceback, and
+    # warnings are off unless Python was told otherwise: stderr is for one error, or for --stats.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
 import torch
 from torch import Tensor
 
-from mamba import SCANS, Mamba, MambaConfig, at_least_float32
+from mamba import SCANS, Mamba, MambaConfig, at_least_float32, file_finder
 
 ## ================================================================================================
 ## Text in, text out
@@ -40,13 +50,14 @@ def generate(
 ) -> str | list[str]:
     """The text that follows the prompt, without the prompt; for a list of prompts, a list.
 
-    sampling: the keyword arguments of `stream`, except mask. Unless eos_token_id is given, it is
-    the tokenizer's, and the text ends before it. A character left incomplete at the end is dropped.
-    Raises ValueError for an empty prompt, and what `stream` raises.
+    sampling: the keyword arguments of `stream`, except mask. Unless given, eos_token_id and
+    vocab_size are the tokenizer's. The text ends before the EOS, and without a character that is
+    left incomplete. Raises ValueError for an empty prompt, and what `stream` raises.
     """
     prompts = [prompt] if isinstance(prompt, str) else prompt
     input_ids, mask = encode_batch(tokenizer, prompts, model.lm_head.weight.device)
     eos = sampling.setdefault("eos_token_id", tokenizer.eos_token_id)
+    sampling.setdefault("vocab_size", tokenizer.vocab_size)
     steps = list(stream(model, input_ids, mask=mask, **sampling))
     texts = []
     for ids in torch.stack(steps, dim=1).tolist():
@@ -65,7 +76,7 @@ def encode_batch(
 ) -> tuple[Tensor, Tensor | None]:
     """Texts -> ids (batch, longest), int64, and mask, bool, of that shape; None if no padding."""
     rows = [tokenizer.encode(prompt) for prompt in prompts]
-    if not all(rows) or not rows:
+    if not rows or not all(rows):
         raise ValueError("the prompt is empty: there is nothing to continue")
     longest = max(map(len, rows))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
@@ -99,6 +110,7 @@ def stream(
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
     eos_token_id: int | None = None,
+    vocab_size: int | None = None,
     seed: int | None = None,
     mask: Tensor | None = None,
 ) -> Iterator[Tensor]:
@@ -106,8 +118,10 @@ def stream(
 
     Ends after max_new_tokens, or once every row has produced eos_token_id; a row that is finished
     repeats it. None never ends early. Temperature to min_p: see `sample`; repetition_penalty: see
-    `penalize_repetition`; rows of the vocabulary that only pad it are never sampled.
+    `penalize_repetition`.
 
+    vocab_size: ids from here on are never sampled. The model's rows beyond the tokenizer's last
+        token only pad; None trusts the model's configuration to know how many there are.
     seed: None draws from torch's global generator, an integer from one of this call's own.
     mask: (batch, seqlen) bool, False on left padding.
 
@@ -118,8 +132,13 @@ def stream(
     check_sampling(
         max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty, seed=seed, **cuts
     )
-    check_prompt(model.config, input_ids, mask)
-    batch, vocab_size, device = len(input_ids), model.config.vocab_size, input_ids.device
+    vocab_size = model.config.vocab_size if vocab_size is None else vocab_size
+    if not 1 <= vocab_size <= model.config.vocab_size:
+        raise ValueError(f"vocab_size must be in [1, {model.config.vocab_size}], got {vocab_size}")
+    if eos_token_id is not None and not 0 <= eos_token_id < vocab_size:
+        raise ValueError(f"eos_token_id must be None or in [0, {vocab_size}), got {eos_token_id}")
+    check_prompt(vocab_size, input_ids, mask)
+    batch, device = len(input_ids), input_ids.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     finished = torch.zeros(batch, dtype=torch.bool, device=device)
     # What the prompt contains. Padding is marked in a column of its own, which is cut off.
@@ -186,8 +205,10 @@ def sample(
     kept = min(top_k, vocab_size) if top_k > 0 else vocab_size
     # topk sorts, most probable first: the order in which the next two cuts need them.
     logits, token_ids = at_least_float32(logits).topk(kept)
-    # The largest becomes 0 first: a tiny temperature would make it inf, and inf - inf is NaN.
-    probs = torch.softmax((logits - logits[:, :1]) / max(temperature, 1e-30), dim=-1)
+    # The largest becomes 0 first: a tiny temperature would make it inf, and inf - inf is NaN. So
+    # are 0 / 0 and inf / inf, which temperatures beyond float32 would lead to.
+    temperature = min(max(temperature, 1e-30), 1e30)
+    probs = torch.softmax((logits - logits[:, :1]) / temperature, dim=-1)
     if top_p < 1:
         before = probs.cumsum(-1) - probs  # the probability of all better tokens
         # before > 0: a top_p too small for float32 is 0 here, and the best token must stay.
@@ -210,7 +231,8 @@ def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """
     logits = at_least_float32(logits)
     penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
-    return torch.where(seen, penalized, logits)
+    # An extreme penalty makes inf of a large logit, and in the sampler inf - inf would be NaN.
+    return torch.where(seen, penalized.nan_to_num(), logits)
 
 
 ## ================================================================================================
@@ -269,17 +291,25 @@ class ByteTokenizer(Tokenizer):
 class BPETokenizer(Tokenizer):
     """A byte-level BPE from a tokenizer.json, such as that of gpt-neox-20b.
 
-    Raises ValueError for a tokenizer of another kind.
+    Raises ValueError for a file that is no tokenizer, or one of another kind.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
         import tokenizers
 
-        self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing more specific
+            raise ValueError(f"{path} is not a tokenizer: {error}") from error
         if "ByteLevel" not in repr(self.tokenizer.decoder):
             raise ValueError(f"{path}: expected byte-level BPE, got {self.tokenizer.decoder!r}")
-        self.vocab_size = self.tokenizer.get_vocab_size()
-        self.eos_token_id = self.tokenizer.token_to_id("<|endoftext|>")
+        # Left over from training, these would cut a long prompt short and fill up a short one.
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        # Not the number of tokens: ids may have gaps.
+        self.vocab_size = max(self.tokenizer.get_vocab().values(), default=-1) + 1
+        ends = map(self.tokenizer.token_to_id, ("<|endoftext|>", "</s>", "<eos>"))
+        self.eos_token_id = next((token_id for token_id in ends if token_id is not None), None)
         # Added tokens stand in the file as plain text; the special ones among them have no text.
         added = self.tokenizer.get_added_tokens_decoder().items()
         self.added = {i: b"" if token.special else token.content.encode() for i, token in added}
@@ -296,34 +326,70 @@ class BPETokenizer(Tokenizer):
     def token_bytes(self, token_id: int) -> bytes:
         if token_id in self.added:
             return self.added[token_id]
-        characters = self.tokenizer.id_to_token(token_id) or ""  # None: a row that only pads
-        return bytes(self.byte_of[character] for character in characters)
+        characters = self.tokenizer.id_to_token(token_id) or ""  # None: a gap between the ids
+        try:
+            return bytes(self.byte_of[character] for character in characters)
+        except KeyError:  # a token that stands in the file as plain text
+            return characters.encode()
 
 
-def load_tokenizer(config: MambaConfig, name_or_path: str | os.PathLike) -> Tokenizer:
+## The published originals come without a tokenizer: they were trained with that of gpt-neox-20b.
+## Others bring their own. A pair that does not belong together would produce nonsense in silence,
+## so the sizes are compared. A model has no fewer rows than there are tokens, and few more: its
+## matrices are rounded up, to a multiple of 256 at most.
+
+NEOX, NEOX_SIZE = "EleutherAI/gpt-neox-20b", 50277
+
+
+def belong_together(tokens: int, rows: int) -> bool:
+    return 0 <= rows - tokens < 256
+
+
+def load_tokenizer(
+    config: MambaConfig, name_or_path: str | os.PathLike, *, revision: str | None = None,
+    cache_dir: str | None = None, local_files_only: bool = False,
+) -> Tokenizer:  # fmt: skip
     """The tokenizer of the model that `Mamba.from_pretrained(name_or_path)` loads.
 
-    Bytes if its config says so; else tokenizer.json from its folder; else, downloaded once, that of
-    gpt-neox-20b, with which the state-spaces/mamba-* models were trained. Raises ValueError if it
-    is unknown, of another kind, or has tokens that the model has not.
+    Bytes if its config says so; else tokenizer.json from its folder or repository; else that of
+    gpt-neox-20b, if the model has as many tokens. What comes from the Hub is downloaded once.
+    Raises FileNotFoundError if there is none, ValueError if it is unknown, of another kind, empty,
+    or of another size than the model.
     """
-    if config.tokenizer not in (None, "bytes"):
-        raise ValueError(f"tokenizer must be 'bytes' or not given, got {config.tokenizer!r}")
+    name, rows = os.fspath(name_or_path), config.vocab_size
     if config.tokenizer == "bytes":
         tokenizer: Tokenizer = ByteTokenizer()
+    elif config.tokenizer is not None:
+        raise ValueError(f"tokenizer must be 'bytes' or not given, got {config.tokenizer!r}")
     else:
-        path = Path(name_or_path, "tokenizer.json")
-        if not path.is_file():
-            from huggingface_hub import hf_hub_download
-
-            path = Path(hf_hub_download("EleutherAI/gpt-neox-20b", "tokenizer.json"))
+        # The originals are not asked for what they do not have: cached, they need no network.
+        if re.fullmatch(r"state-spaces/mamba-.*(?<!-hf)", name) and not Path(name).is_dir():
+            name, revision = NEOX, None
+        try:
+            path = find_tokenizer(name, revision, cache_dir, local_files_only)
+        except FileNotFoundError:
+            if name == NEOX or not belong_together(NEOX_SIZE, rows):
+                raise
+            path = find_tokenizer(NEOX, None, cache_dir, local_files_only)
         tokenizer = BPETokenizer(path)
-    if tokenizer.vocab_size > config.vocab_size:
+        if not tokenizer.encode("a"):
+            raise ValueError(f"{path} is an empty tokenizer: it encodes text to nothing")
+    if not belong_together(tokenizer.vocab_size, rows):
         raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: "
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {rows}: "
             "they do not belong together"
         )
     return tokenizer
+
+
+def find_tokenizer(
+    name: str, revision: str | None, cache_dir: str | None, local_files_only: bool
+) -> Path:
+    try:
+        # What is cached for "main" is as new as the model: its download has moved "main" along.
+        return file_finder(name, revision, cache_dir, True)("tokenizer.json")
+    except FileNotFoundError:
+        return file_finder(name, revision, cache_dir, local_files_only)("tokenizer.json")
 
 
 ## ================================================================================================
@@ -350,7 +416,7 @@ def check_sampling(**arguments: float | None) -> None:
             raise ValueError(f"{name} must be {expected}, got {value}")
 
 
-def check_prompt(config: MambaConfig, input_ids: Tensor, mask: Tensor | None) -> None:
+def check_prompt(vocab_size: int, input_ids: Tensor, mask: Tensor | None) -> None:
     if input_ids.ndim != 2 or input_ids.numel() == 0 or input_ids.is_floating_point():
         raise ValueError(
             "input_ids must be integers (batch, seqlen), at least one, "
@@ -358,8 +424,8 @@ def check_prompt(config: MambaConfig, input_ids: Tensor, mask: Tensor | None) ->
         )
     # This waits for a GPU: once per prompt it may, per token it must not.
     low, high = input_ids.min().item(), input_ids.max().item()
-    if low < 0 or high >= config.vocab_size:
-        raise IndexError(f"token ids must be in [0, {config.vocab_size}), got {low} ... {high}")
+    if low < 0 or high >= vocab_size:
+        raise IndexError(f"token ids must be in [0, {vocab_size}), got {low} ... {high}")
     if mask is None:
         return
     if mask.dtype != torch.bool or mask.shape != input_ids.shape or not mask[:, -1].all():
@@ -377,15 +443,11 @@ DEFAULT_MODEL = Path(__file__).parent / "checkpoints" / "shakespeare"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 for a failure, 130 for Ctrl-C. A wrong call exits with 2."""
+    """Returns the exit code: 0, or 1 for a failure. A wrong call exits with 2."""
     try:
         complete(parse_arguments(argv))
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
     except BrokenPipeError:
-        # The reader has seen enough. Python flushes once more on exit: let that go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        pass  # the reader has seen enough
     except Exception as error:
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"generate.py: error: {message}", file=sys.stderr)
@@ -395,11 +457,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def complete(arguments: argparse.Namespace) -> None:
     """Print the prompt and its continuation, piece by piece, as often as samples are wanted."""
+    dtype = getattr(torch, arguments.dtype)
     model = Mamba.from_pretrained(
-        arguments.model,
-        device=arguments.device,
-        dtype=getattr(torch, arguments.dtype),
-        scan=arguments.scan,
+        arguments.model, device=arguments.device, dtype=dtype, scan=arguments.scan
     )
     if arguments.device.type == "cpu" and model.config.d_model <= 512:
         # Threads gain little on matrices this small, and lose much when one waits for a busy core.
@@ -408,13 +468,14 @@ def complete(arguments: argparse.Namespace) -> None:
     input_ids, _ = encode_batch(tokenizer, [arguments.prompt], arguments.device)
     eos = tokenizer.eos_token_id
     sampling = {name: getattr(arguments, name) for name in ALLOWED}
+    sampling |= {"eos_token_id": eos, "vocab_size": tokenizer.vocab_size}
 
     for i in range(arguments.num_samples):
         if i > 0:
             print("-" * 80)
-            sampling["seed"] = None if arguments.seed is None else arguments.seed + i
-        steps = stream(model, input_ids, eos_token_id=eos, **sampling)
-        ids = itertools.takewhile(lambda token_id: token_id != eos, (t.item() for t in steps))
+            sampling["seed"] = None if arguments.seed is None else (arguments.seed + i) % 2**64
+        steps = (step.item() for step in stream(model, input_ids, **sampling))
+        ids = itertools.takewhile(lambda token_id: token_id != eos, steps)
         start = first = time.perf_counter()
         # The prompt waits for the first piece, so that an error never stands beside it.
         text, count = arguments.prompt, 0
@@ -439,6 +500,8 @@ def complete(arguments: argparse.Namespace) -> None:
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """A wrong call: one line, where argparse would print its usage as well."""
+        if "unrecognized" in message or "explicit argument" in message:
+            message += "; a prompt that starts with '-' stands last, after '--'"
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
@@ -449,8 +512,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    add("prompt", nargs="?", default=None, help="without it, standard input is the prompt")
+    add, prompt = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    prompt("prompt", nargs="?", default=None, help="without it, standard input is the prompt")
+    prompt("--prompt-file", metavar="FILE", help="the prompt, as UTF-8 text")
     add("--model", default=str(DEFAULT_MODEL), help="a folder, or a repository on the Hub")
     add("--max-new-tokens", type=int, default=300, metavar="N")
     add("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy")
@@ -473,22 +537,43 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--" + str(error).replace("_", "-"))
     if arguments.num_samples < 1:
         parser.error(f"--num-samples must be at least 1, got {arguments.num_samples}")
-    if arguments.prompt is None:
-        if sys.stdin.isatty():
-            parser.error('a prompt is missing: generate.py "To be, or not"')
-        # Without the newline at the end that echo adds and that nobody means.
-        arguments.prompt = sys.stdin.read().removesuffix("\n")
-    if not arguments.prompt:
-        parser.error("the prompt is empty: there is nothing to continue")
+    arguments.prompt = read_prompt(arguments.prompt, arguments.prompt_file, parser)
     return arguments
+
+
+def read_prompt(text: str | None, file: str | None, parser: Parser) -> str:
+    """Without the newline at the end, which editors and echo add and nobody means."""
+    try:
+        if file is not None:
+            text = Path(file).read_text("utf-8-sig").removesuffix("\n")
+        elif text is None and (sys.stdin is None or sys.stdin.isatty()):
+            parser.error('a prompt is missing: generate.py "To be, or not"')
+        elif text is None:
+            text = sys.stdin.read().removesuffix("\n")
+        text.encode()  # Bytes that are no UTF-8 may come as halves of characters: UnicodeError.
+    except UnicodeError:
+        parser.error("the prompt is not UTF-8 text")
+    except OSError as error:
+        parser.error(f"cannot read the prompt from {file or 'standard input'}: {error.strerror}")
+    return text or parser.error("the prompt is empty: there is nothing to continue")
 
 
 def available_device(name: str) -> torch.device:
     try:
-        return torch.empty(0, device=name).device
+        probe = torch.zeros(1, device=name)
+        probe.item()  # a device that is there gives a number back; "meta" does not
+        return probe.device
     except (RuntimeError, AssertionError, ImportError) as error:
         raise argparse.ArgumentTypeError(f"{name!r} is not available on this machine") from error
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it is closed
+    sys.stdout.reconfigure(errors="replace")  # for characters that a terminal does not know
+    try:
+        sys.exit(main())
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # said already: the flush at exit must not say it again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

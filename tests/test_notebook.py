@@ -1,0 +1,176 @@
+"""demo.ipynb runs from top to bottom without a network, and shows what is committed.
+
+pytest tests/test_notebook.py
+python tests/test_notebook.py      # runs the notebook and stores its outputs
+"""
+
+from __future__ import annotations
+
+import base64
+import copy
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOK = ROOT / "demo.ipynb"
+
+# Nothing is reached through these, and nothing waits: port 9 of this machine refuses at once.
+NO_NETWORK = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://127.0.0.1:9")
+NO_NETWORK |= {name.upper(): address for name, address in NO_NETWORK.items()}
+
+
+def execute(notebook, cache: Path):
+    """A copy of the notebook with fresh outputs, run from the repository root without a network."""
+    import matplotlib.font_manager  # noqa: F401  builds its font cache here, and not in a cell
+    from nbclient import NotebookClient
+
+    # An empty cache of the Hub: a model that this machine has downloaded must not be found.
+    surroundings = {**os.environ, **NO_NETWORK, "HF_HOME": str(cache)}
+    for name in (
+        "HF_HUB_CACHE",
+        "HUGGINGFACE_HUB_CACHE",
+        "HF_HUB_OFFLINE",
+        "HF_ENDPOINT",
+        "MPLBACKEND",
+    ):
+        surroundings.pop(name, None)
+    fresh = copy.deepcopy(notebook)
+    client = NotebookClient(
+        fresh,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(ROOT)}},
+        timeout=120,
+        record_timing=False,  # it would store the time of day with every cell
+        coalesce_streams=True,  # else slow printing is stored in pieces
+        extra_arguments=["--log-level=40"],  # else the kernel warns about its own TCP ports
+    )
+    with client.setup_kernel(env=surroundings):
+        for index, cell in enumerate(fresh.cells):
+            client.execute_cell(cell, index)
+    return fresh
+
+
+def code_cells(notebook) -> list:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def printed(cell) -> str:
+    return "".join(output.text for output in cell.outputs if output.output_type == "stream")
+
+
+def figures(cell) -> list[bytes]:
+    images = (output.get("data", {}).get("image/png") for output in cell.outputs)
+    return [base64.b64decode(image) for image in images if image]
+
+
+@pytest.fixture(scope="module")
+def committed():
+    try:
+        import ipykernel  # noqa: F401
+        import matplotlib  # noqa: F401
+        import nbclient  # noqa: F401
+        import nbformat
+    except ModuleNotFoundError as error:
+        message = f'{error.name} is missing: pip install -e ".[test]"'
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+@pytest.fixture(scope="module")
+def fresh(committed, tmp_path_factory):
+    """Fails with the cell and its traceback if a cell raises."""
+    return execute(committed, tmp_path_factory.mktemp("huggingface"))
+
+
+NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]\d+)?")
+CAUSE = re.compile(r" \(.*\)")  # why the Hub was not reached is put differently everywhere
+
+
+def assert_same_print(new: str, old: str, where: str) -> None:
+    """Equal text. Rounding errors may differ fivefold, other fractions in their last digit."""
+    if "the Hub is out of reach" in new:
+        new, old = CAUSE.sub("", new), CAUSE.sub("", old)
+    assert NUMBER.sub("#", new) == NUMBER.sub("#", old), f"{where} prints something else"
+    for a, b in zip(NUMBER.findall(new), NUMBER.findall(old), strict=True):
+        if "e" in a or "e" in b:
+            assert 0.2 < float(a) / float(b) < 5, f"{where}: {a} where {b} is committed"
+        else:
+            unit = 10.0 ** -len(b.partition(".")[2]) if "." in b else 0
+            assert abs(float(a) - float(b)) <= 1.01 * unit, f"{where}: {a}, {b} is committed"
+
+
+def test_every_cell_runs_without_a_network_and_prints_what_is_committed(committed, fresh):
+    for new, old in zip(code_cells(fresh), code_cells(committed), strict=True):
+        assert_same_print(printed(new), printed(old), f"cell {old.id!r}")
+
+
+def test_every_figure_is_there_and_drawn_again(committed, fresh):
+    counts = [len(figures(cell)) for cell in code_cells(committed)]
+    assert counts == [len(figures(cell)) for cell in code_cells(fresh)]
+    drawing = ["plt.show()" in cell.source for cell in code_cells(committed)]
+    assert counts == [int(draws) for draws in drawing]
+    for cell in code_cells(committed):
+        for image in figures(cell):
+            assert image.startswith(b"\x89PNG") and 4_000 < len(image) < 100_000, cell.id
+
+
+def test_without_a_network_the_published_model_is_one_sentence(fresh):
+    (cell,) = (cell for cell in code_cells(fresh) if "state-spaces/" in cell.source)
+    sentence = printed(cell)
+    assert sentence.startswith("state-spaces/mamba-370m: ") and sentence.count("\n") == 1, sentence
+    assert "the Hub is out of reach" in sentence
+
+
+@pytest.mark.parametrize("which", ["committed", "fresh"])
+def test_the_outputs_say_nothing_about_the_machine(which, request):
+    """No warnings, paths, dates or times of day; no metadata but the kernel's name."""
+    notebook = request.getfixturevalue(which)
+    for count, cell in enumerate(code_cells(notebook), start=1):
+        assert cell.execution_count == count and cell.metadata == {}, cell.id
+        for output in cell.outputs:
+            assert output.output_type != "error", cell.id
+            assert output.get("name") != "stderr", f"{cell.id}: {output.get('text')}"
+            text = output.get("text", "") + output.get("data", {}).get("text/plain", "")
+            for pattern in (
+                r"(?<!\w)/\w+/",
+                r"[A-Z]:\\",
+                r"\d\d:\d\d",
+                r"\d{4}-\d\d-\d\d",
+                r"0x\w{6}",
+            ):
+                assert not re.search(pattern, text), f"{cell.id}: {text}"
+    if which == "committed":
+        assert set(notebook.metadata) == {"kernelspec"}
+        assert NOTEBOOK.stat().st_size < 600_000
+
+
+def test_cells_are_short(committed):
+    for cell in code_cells(committed):
+        lines = [line for line in cell.source.splitlines() if line]
+        assert len(lines) <= 12, f"{cell.id} has {len(lines)} lines"
+
+
+def main() -> None:
+    """Run demo.ipynb and store its outputs, without timestamps and other metadata."""
+    import tempfile
+
+    import nbformat
+
+    with tempfile.TemporaryDirectory() as cache:
+        notebook = execute(nbformat.read(NOTEBOOK, as_version=4), Path(cache))
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook.metadata = {"kernelspec": kernel}
+    for cell in notebook.cells:
+        cell.metadata = {}
+    nbformat.write(notebook, NOTEBOOK)
+    print(f"{NOTEBOOK.name}: {len(code_cells(notebook))} code cells run", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

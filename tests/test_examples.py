@@ -1,0 +1,80 @@
+"""The scripts in examples/ and the model that one of them made."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mamba import Mamba
+
+ROOT = Path(__file__).parent.parent
+
+# Macbeth, act 5, scene 5: a hold-out of the shipped model.
+VERSE = b"""
+Tomorrow, and tomorrow, and tomorrow,
+Creeps in this petty pace from day to day,
+To the last syllable of recorded time;
+And all our yesterdays have lighted fools
+The way to dusty death. Out, out, brief candle!
+Life's but a walking shadow; a poor player,
+That struts and frets his hour upon the stage,
+And then is heard no more: it is a tale
+Told by an idiot, full of sound and fury,
+Signifying nothing.
+"""
+
+
+@torch.no_grad()
+def nats_per_byte(model: Mamba, text: bytes) -> float:
+    ids = torch.tensor([list(text)])
+    return F.cross_entropy(model(ids[:, :-1])[0], ids[0, 1:]).item()
+
+
+def train(folder: Path, *options: str) -> subprocess.CompletedProcess:
+    sizes = "--d-model 16 --n-layer 1 --batch 4 --seqlen 32 --warmup 5 --lr 0.01 --steps 20"
+    command = [sys.executable, str(ROOT / "examples" / "train.py"), "--out", "out", "--data"]
+    command += ["read.txt", "kept.txt", "--hold-out", "kept.txt", "--device", "cpu"]
+    return subprocess.run(
+        [*command, *sizes.split(), *options],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_the_shipped_model_predicts_verse_that_it_has_not_read():
+    model = Mamba.from_pretrained(ROOT / "checkpoints" / "shakespeare")
+    assert nats_per_byte(model, VERSE) < 1.8
+    assert nats_per_byte(model, VERSE[::-1]) > 3  # and nothing that is no English
+
+
+def test_an_interrupted_training_goes_on_and_ends_with_a_model_that_has_learned(tmp_path):
+    (tmp_path / "read.txt").write_bytes(VERSE * 20)
+    (tmp_path / "kept.txt").write_bytes(VERSE)
+
+    interrupted = train(tmp_path, "--minutes", "0")
+    assert interrupted.returncode == 0, interrupted.stderr
+    assert re.search(r"^step 1 .*hold-out \d\.\d+", interrupted.stdout, re.MULTILINE)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+    other = train(tmp_path, "--lr", "0.02")
+    assert other.returncode == 1
+    assert re.search(r"begun with lr = 0.01, not 0.02", other.stderr)
+
+    resumed = train(tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "going on after step 1" in resumed.stdout
+    model = Mamba.from_pretrained(tmp_path / "out")
+    said = float(re.search(r"hold-out (\d\.\d+) nats per byte, as saved", resumed.stdout)[1])
+    assert nats_per_byte(model, VERSE) == pytest.approx(said, abs=1e-3)
+    assert said < 5  # an untrained model has log(256) = 5.5
+    assert model.config.tokenizer == "bytes"

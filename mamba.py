@@ -1221,6 +1221,7 @@ def file_finder(
     def find_on_hub(filename: str) -> Path:
         nonlocal failure
         from huggingface_hub import constants, errors, hf_hub_download, hf_hub_url
+        from huggingface_hub import try_to_load_from_cache as find_in_cache
 
         options = {"revision": revision, "cache_dir": cache_dir}
         try:
@@ -1233,7 +1234,10 @@ def file_finder(
                 except Exception as error:
                     failure = error
             # No network, a broken Hub, an expired login: what was downloaded once is still here.
-            return Path(hf_hub_download(repository, filename, **options, local_files_only=True))
+            # Not hf_hub_download(local_files_only=True): even that may ask the Hub for something.
+            if isinstance(path := find_in_cache(repository, filename, **options), str):
+                return Path(path)
+            raise errors.LocalEntryNotFoundError(filename)
         except Exception as error:
             cause = failure or error
             name = next(c.__name__ for c in type(cause).__mro__ if c.__name__ in HUB_FAULTS)

@@ -8,10 +8,15 @@ seconds: `from_pretrained` alone, and with every weight read once (memory-mapped
 only then). peak_over_file: the highest resident set (VmHWM of /proc/self/status: private memory
 and all pages of mapped files that are in memory) from before `from_pretrained` until every weight
 has been read, minus the resident set before, over the size of the weight files. Linux only.
+
+Four more cases are those of a Hub that refuses connections and of one that accepts them and
+never answers: seconds until the model is there from the cache, or until its absence is said.
 """
 
 import argparse
 import json
+import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -82,13 +87,57 @@ def measure(folder: Path, dtype: str) -> dict[str, float]:
     }
 
 
+REPOSITORY, COMMIT = "state-spaces/random", "0" * 40
+
+
+def measure_without_network() -> dict[str, float | str]:
+    start, said = time.perf_counter(), "loaded"
+    try:
+        Mamba.from_pretrained(REPOSITORY)
+    except FileNotFoundError as error:
+        said = str(error)
+    return {"seconds": round(time.perf_counter() - start, 3), "said": said}
+
+
+def without_network(folder: Path) -> None:
+    """The folder as the Hub's client caches it, and a Hub that cannot be reached."""
+    with (
+        tempfile.TemporaryDirectory() as caches,
+        socket.socket() as silent,
+        socket.socket() as shut,
+    ):
+        cache = Path(caches) / "filled" / f"models--{REPOSITORY.replace('/', '--')}"
+        (cache / "snapshots").mkdir(parents=True)
+        (cache / "snapshots" / COMMIT).symlink_to(folder)
+        (cache / "refs").mkdir()
+        (cache / "refs" / "main").write_text(COMMIT)
+        for server in (silent, shut):
+            server.bind(("127.0.0.1", 0))
+        silent.listen()  # and never accept: the kernel shakes hands, nobody answers
+        for name, server in (("refuses connections", shut), ("never answers", silent)):
+            for state in ("filled", "empty"):
+                endpoint = "http://{}:{}".format(*server.getsockname())
+                hub = {"HF_ENDPOINT": endpoint, "HF_HUB_CACHE": str(Path(caches) / state)}
+                command = [sys.executable, __file__, "--measure-without-network"]
+                environment = {**os.environ, **hub}
+                result = subprocess.run(
+                    command, check=True, capture_output=True, text=True, env=environment
+                )
+                measured = json.loads(result.stdout.replace(endpoint, "(endpoint)"))
+                print(json.dumps({"hub": name, "cache": state, **measured}), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--d-model", type=int, default=768)
     parser.add_argument("--n-layer", type=int, default=24)
     parser.add_argument("--measure", nargs=2, metavar=("FOLDER", "DTYPE"), help=argparse.SUPPRESS)
+    parser.add_argument("--measure-without-network", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.measure_without_network:
+        print(json.dumps(measure_without_network()))
+        return
     if options.measure:
         print(json.dumps(measure(Path(options.measure[0]), options.measure[1])))
         return
@@ -100,6 +149,8 @@ def main() -> None:
                 result = subprocess.run(command, check=True, capture_output=True, text=True)
                 case = {"layout": layout, "dtype": dtype, "torch": torch.__version__}
                 print(json.dumps({**case, **json.loads(result.stdout)}), flush=True)
+            if layout == "model.safetensors":
+                without_network(Path(folder))
 
 
 if __name__ == "__main__":

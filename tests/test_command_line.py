@@ -231,7 +231,7 @@ def test_a_wrong_option_is_one_line_that_names_it(arguments, words, run):
     assert_one_line(run("hello", *arguments.split()), 2, words)
 
 
-@pytest.mark.parametrize("prompt", ["-hello", "--hello", "-x"])
+@pytest.mark.parametrize("prompt", ["-yes", "--hello", "-x"])
 def test_a_prompt_that_looks_like_an_option_is_told_where_to_stand(prompt, run):
     assert_one_line(run(prompt), 2, "a prompt that starts with '-' stands last, after '--'")
     assert run(*SHORT, "--", prompt)[1].startswith(prompt)

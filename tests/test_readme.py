@@ -46,5 +46,5 @@ def test_every_file_that_the_page_links_or_lists_is_there():
     names = re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r"^\| `([^`]+)` \|", README, re.M)
     assert len(names) > 6
     for name in names:
-        if "model" not in name:  # the rows of the table of load times
+        if "model" not in name:  # a row of the table of load times
             assert (ROOT / name).exists(), name

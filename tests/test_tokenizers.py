@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import time
 import unicodedata
 from pathlib import Path
 
@@ -201,19 +200,18 @@ def test_a_cached_tokenizer_needs_no_network(name, hub):
     hub.repositories = {"EleutherAI/gpt-neox-20b": files, "someone/model": files}
     expected = load_tokenizer(config(50277), name).encode("cab")
     hub.faults["tokenizer.json"] = "slow"
+    asked = len(hub.requests)
     for local_files_only in (False, True, False):
-        start = time.perf_counter()
         tokenizer = load_tokenizer(config(50277), name, local_files_only=local_files_only)
-        assert time.perf_counter() - start < 1 and tokenizer.encode("cab") == expected
+        assert tokenizer.encode("cab") == expected
+        assert len(hub.requests) == asked
         hub.stop()
 
 
-def test_without_a_network_a_tokenizer_that_is_not_cached_is_missed_within_two_seconds(hub):
+def test_without_a_network_a_tokenizer_that_is_not_cached_is_missed_in_one_sentence(hub):
     hub.stop()
-    start = time.perf_counter()
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json is not in the cache"):
         load_tokenizer(config(50277), "state-spaces/mamba-130m")
-    assert time.perf_counter() - start < 2
 
 
 ## ================================================================================================

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import generate
+from mamba import Mamba, MambaConfig
 
 PROGRAM = Path(generate.__file__)
 SHORT = ("--max-new-tokens", "12", "--seed", "1")
@@ -103,6 +104,15 @@ def test_samples_are_separated_and_differ_as_if_run_with_seeds_one_after_the_oth
     assert samples == [run(PROMPT, "--max-new-tokens", "12", "--seed", s)[1] for s in seeds]
     code, out, _ = run("O", "--max-new-tokens", "1", "--seed", str(2**64 - 1), "--num-samples", "2")
     assert code == 0 and out.count("\n") >= 3, "the largest seed has a successor too"
+
+
+def test_rows_beyond_the_tokenizer_never_reach_the_text(run, tmp_path):
+    """Of 300 tokens of a random model, one in three would be such a row."""
+    torch.manual_seed(0)
+    config = MambaConfig(d_model=8, vocab_size=384, tokenizer="bytes")
+    Mamba(config).save_pretrained(tmp_path)
+    code, out, err = run("a", "--model", str(tmp_path), "--temperature", "1", "--top-p", "1")
+    assert (code, err) == (0, "") and len(out) > 100
 
 
 def test_characters_that_the_terminal_does_not_know_are_replaced():

@@ -57,6 +57,38 @@ def test_the_shipped_model_predicts_verse_that_it_has_not_read():
     assert nats_per_byte(model, VERSE[::-1]) > 3  # and nothing that is no English
 
 
+def test_the_hold_outs_are_not_among_what_is_trained_on(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import train as script
+
+    texts = {"b.txt": b"second" * 9, "a.txt": b"first" * 9, "kept.txt": b"kept" * 9}
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes(text)
+    paths = [tmp_path / name for name in texts]
+    train_text, held_out = script.read_texts(paths, ["kept.txt"], 8, torch.device("cpu"))
+    assert bytes(train_text.tolist()) == texts["a.txt"] + b"\n\n" + texts["b.txt"]
+    assert [bytes(text.tolist()) for text in held_out] == [texts["kept.txt"]]
+    with pytest.raises(ValueError, match="typo"):
+        script.read_texts(paths, ["typo.txt"], 8, torch.device("cpu"))
+
+
+def test_training_windows_read_on_where_they_stopped_unless_they_jump(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import train as script
+
+    torch.manual_seed(0)
+    windows = script.Windows(torch.arange(200, dtype=torch.uint8), batch=16, seqlen=10)
+    before, jumped = windows.next()
+    assert jumped.all(), "the first windows start from the zero state"
+    jumps = 0
+    for _ in range(50):
+        ids, jumped = windows.next()
+        assert ids.shape == (16, 11) and (ids.diff(dim=1) == 1).all()
+        assert (ids[~jumped, 0] == before[~jumped, -1]).all()
+        before, jumps = ids, jumps + jumped.sum().item()
+    assert 0.1 < jumps / (50 * 16) < 0.5  # one in eight, and where the text ends
+
+
 def test_an_interrupted_training_goes_on_and_ends_with_a_model_that_has_learned(tmp_path):
     (tmp_path / "read.txt").write_bytes(VERSE * 20)
     (tmp_path / "kept.txt").write_bytes(VERSE)

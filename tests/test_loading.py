@@ -565,6 +565,14 @@ def test_offline_means_that_nobody_is_asked(way, hub, monkeypatch, tmp_path):
     assert hub.requests == []
 
 
+def test_another_revision_in_the_cache_does_not_stand_in_for_the_one_asked_for(hub, tmp_path):
+    publish(hub, tmp_path / "source")
+    assert_loads(NAME)
+    assert_loads(NAME, revision="main", local_files_only=True)
+    kind, _ = error_of(lambda: Mamba.from_pretrained(NAME, revision="v2", local_files_only=True))
+    assert kind is FileNotFoundError
+
+
 def test_verify_notices_one_wrong_bit_and_its_remedy_works(hub, tmp_path):
     publish(hub, tmp_path / "source")
     hub.faults[BIN] = "flip"

@@ -447,7 +447,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         complete(parse_arguments(argv))
     except BrokenPipeError:
-        pass  # the reader has seen enough
+        return 0  # the reader has seen enough
     except Exception as error:
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"generate.py: error: {message}", file=sys.stderr)

@@ -1204,11 +1204,9 @@ HUB_FAULTS = {
 
 
 def file_finder(
-    name_or_path: str | os.PathLike,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    local_files_only: bool = False,
-) -> Callable[[str], Path]:
+    name_or_path: str | os.PathLike, revision: str | None = None,
+    cache_dir: str | os.PathLike | None = None, local_files_only: bool = False,
+) -> Callable[[str], Path]:  # fmt: skip
     """A function from a file's name to its path, in a folder or, downloaded, in the Hub's cache."""
     folder, repository = Path(name_or_path).expanduser(), str(name_or_path).rstrip("/")
     failure: Exception | None = None  # why the Hub is not asked a second time
@@ -1344,11 +1342,9 @@ def check_sha256(path: Path) -> None:
 
 
 def read_weights(
-    files: dict[Path, set[str] | None],
-    model: Mamba,
-    device: torch.device | str | None,
-    dtype: torch.dtype,
-) -> dict[str, Tensor]:
+    files: dict[Path, set[str] | None], model: Mamba,
+    device: torch.device | str | None, dtype: torch.dtype,
+) -> dict[str, Tensor]:  # fmt: skip
     """The tensors of all files, checked, cast, with the tied weight under both names."""
     weights: dict[str, Tensor] = {}
     for path, promised in files.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 from pathlib import Path
@@ -40,6 +41,36 @@ def test_the_command_that_strips_the_teaching_leaves_the_program(name, tmp_path)
     assert "##" not in stripped
     assert len(stripped.splitlines()) < 0.9 * len((ROOT / name).read_text().splitlines())
     compile(stripped, name, "exec")
+
+
+def test_the_pieces_that_the_page_names_work_without_the_rest():
+    rows = re.findall(r"^\| (?:the disc|a scan|the SSM).*? \| (.*) \|$", README, re.MULTILINE)
+    assert len(rows) == 3
+    source, wanted, copied = (ROOT / "mamba.py").read_text(), set(), {}
+    tree = ast.parse(source)
+    inputs = [torch.randn(2, 9, 3), torch.rand(2, 9, 3), -torch.rand(3, 4)]
+    inputs += [torch.randn(2, 9, 4), torch.randn(2, 9, 4)]
+    for row in rows:
+        wanted |= set(re.findall(r"`(\w+)`", row))
+        imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        pieces = [node for node in tree.body if names_of(node) & wanted]
+        assert set().union(*map(names_of, pieces)) == wanted
+        copied = {}
+        exec(compile(ast.Module([*imports, *pieces], []), "copied", "exec"), copied)
+        for name in wanted & {"scan_sequential", "scan_logspace", "scan_chunked"}:
+            for rule in ("mamba", "zoh", "dirac"):
+                assert copied[name](*inputs, rule=rule)[0].shape == (2, 9, 3)
+        with pytest.raises(ValueError, match="bilinear"):
+            copied["discretize"](*inputs[1:4], "typo")
+    for scan in ("auto", "sequential", "logspace", "chunked"):
+        assert copied["selective_scan"](*inputs, scan=scan)[0].shape == (2, 9, 3)
+
+
+def names_of(node: ast.stmt) -> set[str]:
+    """What a statement of a module defines."""
+    if isinstance(node, ast.Assign):
+        return {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return {node.name} if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else set()
 
 
 def test_every_file_that_the_page_links_or_lists_is_there():

@@ -852,11 +852,11 @@ def scan_chunked(
     return rearrange(y, "(b c) k d -> b (c k) d", b=batch)[:, :seqlen], h
 
 
-## What is still missing. --------------------------------------------------------------------------
+## 4. The fused kernel. ----------------------------------------------------------------------------
 ## All scans above move tensors of (b, l, d, n) through memory, n times more than x and y have. On
 ## a GPU that traffic, not arithmetic, is the time. A fused kernel reads x, dt, B, C and z once,
 ## keeps h in registers and writes y once; for the backward pass it computes h again instead of
-## having stored it (section 3.3.2). This version has none yet: scan="triton" says so.
+## having stored it (section 3.3.2). It is a text of its own, triton_scan.py, and goes on from here.
 
 SCANS = {"sequential": scan_sequential, "logspace": scan_logspace, "chunked": scan_chunked}
 
@@ -874,7 +874,7 @@ SCANS = {"sequential": scan_sequential, "logspace": scan_logspace, "chunked": sc
 ##   selective_scan_fn(u, delta, ...)         selective_scan(x, dt, ...); time is axis 1, not last
 ##   u, delta in it                           x, dt (here u is the residual stream, delta is Δ)
 ##   delta_bias, delta_softplus               dt_bias, dt_softplus
-##   mamba_inner_fn, use_fast_path            the fused kernel that this version has not yet
+##   mamba_inner_fn, use_fast_path            nothing: PyTorch's operators around one fused scan
 ##   inference_params, allocate_inference_cache    state, init_state
 ##   conv_state, ssm_state                    state.conv, state.h
 ##   seqlen_offset (0: prefill, else: step)   nothing: the caller calls forward or step
@@ -893,17 +893,18 @@ def selective_scan(
 
     x, dt, z (b, l, d), A (d, n), B, C (b, l, n), D, dt_bias (d,), h0 (b, d, n), reset (b, l) bool.
     Returns y (b, l, d) in x's dtype and h_last (b, d, n) in float32 (float64 for float64 inputs).
-    scan: "sequential", "logspace", "chunked" or "auto", which is chunked.
-    Raises ValueError for shapes that do not fit and for unknown names, RuntimeError for "triton".
+    scan: "sequential", "logspace", "chunked", "triton" (the fused kernel), or "auto": on a GPU
+    triton if it takes these tensors, else chunked.
+    Raises ValueError for shapes that do not fit and for unknown names, RuntimeError if "triton" is
+    asked for and cannot run.
     """
     check_scan_shapes(x, A=A, dt=dt, B=B, C=C, D=D, z=z, h0=h0, dt_bias=dt_bias, reset=reset)
-    if scan == "triton":
-        raise RuntimeError(
-            "scan='triton' needs triton_scan.py, the fused GPU kernel, which this version does not "
-            "have yet: use scan='auto' or scan='chunked'"
-        )
+    tensors = (x, dt, A, B, C, D, z, h0)
+    if scan == "triton" or (scan == "auto" and triton_takes(rule, *tensors, dt_bias)):
+        options = {"dt_bias": dt_bias, "dt_softplus": dt_softplus, "rule": rule, "reset": reset}
+        return import_triton_scan().selective_scan_triton(*tensors, **options)
     if scan != "auto" and scan not in SCANS:
-        raise ValueError(f"scan must be 'auto' or one of {tuple(SCANS)}, got {scan!r}")
+        raise ValueError(f"scan must be 'auto', 'triton' or one of {tuple(SCANS)}, got {scan!r}")
     run = scan_chunked if scan == "auto" else SCANS[scan]
 
     delta = at_least_float32(dt)
@@ -917,6 +918,33 @@ def selective_scan(
     if z is not None:
         y = y * F.silu(at_least_float32(z))
     return y.to(x.dtype), h_last
+
+
+def import_triton_scan():
+    """triton_scan.py, which stands beside this file. Raises RuntimeError without triton."""
+    try:
+        import triton_scan
+    except ImportError as error:
+        raise RuntimeError(
+            "scan='triton' needs triton_scan.py beside mamba.py, and triton, which comes with "
+            f"PyTorch for GPUs (or: pip install triton): {error}. Or use scan='chunked'"
+        ) from error
+    return triton_scan
+
+
+@functools.cache
+def has_triton() -> bool:
+    try:
+        import_triton_scan()
+    except RuntimeError:
+        return False
+    return True
+
+
+def triton_takes(rule: str, *tensors: Tensor | None) -> bool:
+    """Whether scan="auto" may choose the kernel: a GPU, and rule, sizes and dtypes that it has."""
+    on_gpu = all(t is None or (t.is_cuda and t.dtype != torch.float64) for t in tensors)
+    return on_gpu and rule in ("mamba", "dirac") and tensors[2].shape[1] <= 256 and has_triton()
 
 
 ## ================================================================================================

@@ -397,10 +397,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d_model))
 
     def forward(self, u: Tensor) -> Tensor:
-        u = at_least_float32(u)
+        ## u / sqrt(mean(u²) + eps) * weight. PyTorch's function does it in one kernel on a GPU.
         # eps keeps the gradient finite where u is all zeros, as padded positions may be.
-        mean_square = u.square().mean(-1, keepdim=True)
-        return (u * torch.rsqrt(mean_square + self.eps) * self.weight).to(self.weight.dtype)
+        u, weight = at_least_float32(u), self.weight.to(torch.promote_types(u.dtype, torch.float32))
+        return F.rms_norm(u, u.shape[-1:], weight, self.eps).to(self.weight.dtype)
 
 
 ## ================================================================================================
@@ -520,8 +520,10 @@ class MambaBlock(nn.Module):
             ## Zeroed twice: padding must not reach the convolution's window, and the convolution's
             ## bias must not bring it to life again. Then B̄ x = 0 and a zero state stays zero.
             x = x * mask.unsqueeze(-1)
-        x, conv = causal_conv(x, self.conv1d.weight, self.conv1d.bias, start.conv, reset)
-        x = F.silu(x)
+        x, conv = causal_conv(
+            x, self.conv1d.weight, self.conv1d.bias, start.conv, reset,
+            silu=True, scan=self.config.scan,
+        )  # fmt: skip
         if mask is not None:
             x = x * mask.unsqueeze(-1)
 
@@ -965,8 +967,9 @@ class DeltaProjection(nn.Linear):
 
 
 def causal_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor, reset: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor, reset: Tensor | None = None,
+    *, silu: bool = False, scan: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A convolution along time that sees nothing to the right, one filter per channel.
 
     x (b, l, d), weight (d, 1, d_conv), bias (d,), past (b, d, d_conv - 1): the inputs before x,
@@ -974,22 +977,31 @@ def causal_conv(
 
         out_t = bias + Σ_j weight_j x_{t - (d_conv - 1) + j},   j = 0 ... d_conv - 1
 
-    With reset (b, l), no term of the sum reaches back over the start of a document.
+    With reset (b, l), no term of the sum reaches back over the start of a document. silu: SiLU of
+    the sum. scan: as in `selective_scan`; where it means triton, a kernel does the same.
     """
     seqlen, reach = x.shape[1], weight.shape[-1] - 1
-    window = torch.cat([past.to(x.dtype), rearrange(x, "b l d -> b d l")], dim=-1)
-    if reset is None:
+    past = past.to(x.dtype)
+    # Number the documents; the past belongs to number 0.
+    document = None if reset is None else F.pad(reset.cumsum(-1), (reach, 0)).unsqueeze(1)
+    recent = rearrange(x[:, max(0, seqlen - reach) :], "b l d -> b d l")
+    next_past = torch.cat([past, recent], dim=-1)[..., recent.shape[-1] :]
+    if document is not None:
+        next_past = next_past * (document[..., seqlen:] == document[..., -1:])
+    fits = x.is_cuda and x.dtype != torch.float64 and reach < 4
+    if fits and scan in ("auto", "triton") and has_triton():
+        kernel = import_triton_scan().causal_conv_triton
+        return kernel(x, weight, bias, past, reset, silu=silu), next_past
+
+    window = torch.cat([past, rearrange(x, "b l d -> b d l")], dim=-1)
+    if document is None:
         out = F.conv1d(window, weight, bias, groups=weight.shape[0])
     else:
-        # Number the documents; the past belongs to number 0. Multiply away what is not one's own.
-        document = F.pad(reset.cumsum(-1), (reach, 0)).unsqueeze(1)  # (b, 1, reach + l)
         out = 0 if bias is None else bias.unsqueeze(-1)
-        for j in range(reach + 1):
+        for j in range(reach + 1):  # multiply away what is not of one's own document
             same = document[..., j : j + seqlen] == document[..., reach:]
             out = out + weight[:, :, j] * window[..., j : j + seqlen] * same
-        window = window * (document == document[..., -1:])
-    # A copy: a view would keep the whole window in memory for as long as the state lives.
-    return rearrange(out, "b d l -> b l d"), window[..., seqlen:].clone()
+    return rearrange(F.silu(out) if silu else out, "b d l -> b l d"), next_past
 
 
 ## ================================================================================================

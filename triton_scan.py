@@ -359,7 +359,7 @@ def load_channels(vector, d, d_inner, EXISTS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["seqlen", "segment", "segments"])
 def forward_summary_kernel(
-    x, dt, A, B, dt_bias, reset, ends, sums, seqlen, d_inner, d_state, segment, segments,
+    x, dt, A, B, dt_bias, reset, ends, sums, seqlen, segment, segments, d_inner, d_state,
     x_b, x_l, x_d, dt_b, dt_l, dt_d,
     M: tl.constexpr, J: tl.constexpr, C: tl.constexpr,
     GROUP_J: tl.constexpr, GROUP_C: tl.constexpr, T: tl.constexpr, STAGES: tl.constexpr,
@@ -433,7 +433,7 @@ def chain(
 @triton.jit(do_not_specialize=["seqlen", "segment", "state_step"])
 def forward_kernel(
     x, dt, z, A, B, C_, D, dt_bias, reset, h0, ends, sums, y, borders, h_last,
-    seqlen, d_inner, d_state, segment, state_step,
+    seqlen, segment, state_step, d_inner, d_state,
     x_b, x_l, x_d, dt_b, dt_l, dt_d, z_b, z_l, z_d,
     M: tl.constexpr, J: tl.constexpr, C: tl.constexpr,
     GROUP_J: tl.constexpr, GROUP_C: tl.constexpr,
@@ -458,7 +458,8 @@ def forward_kernel(
     # states back and forth in every tile.
     b_h = tl.zeros([M, J, C], tl.float32)
     if HAS_H0:
-        b_h = tl.reshape(tl.load(h0 + (i_b * blocks + i_d) * state_step + o_h), [M, J, C])
+        offsets, mask_h = state_mask(d, d_inner, d_state, M, J)
+        b_h += tl.load(h0 + i_b * d_inner * d_state + offsets, mask=mask_h, other=0.0)
     for s in range(0, i_s):
         where = (i_b * segments + s) * blocks + i_d
         b_h = chain(b_h, ends, sums, where, state_step, b_A2, o_h, M, J, C, FAST)
@@ -602,7 +603,7 @@ def sum_channels(p, q):
 @triton.jit(do_not_specialize=["seqlen", "segment", "segments", "slice_start", "slice_stop"])
 def backward_summary_kernel(
     dt, z, dy, A, C_, dt_bias, reset, ends, sums,
-    seqlen, d_inner, d_state, slice_start, slice_stop, segment, segments,
+    seqlen, slice_start, slice_stop, segment, segments, d_inner, d_state,
     dt_b, dt_l, dt_d, z_b, z_l, z_d, dy_b, dy_l, dy_d,
     M: tl.constexpr, J: tl.constexpr, C: tl.constexpr, T: tl.constexpr, STAGES: tl.constexpr,
     HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESET: tl.constexpr,
@@ -662,7 +663,7 @@ def backward_summary_kernel(
 def backward_kernel(
     x, dt, z, dy, A, B, C_, D, dt_bias, reset, borders, scratch, ends, sums, w_after, w_before,
     dx, ddt, dz, dA, dBC, dD, dbias,
-    seqlen, d_inner, d_state, slice_start, slice_stop, segment, steps, state_step,
+    seqlen, slice_start, slice_stop, segment, steps, state_step, d_inner, d_state,
     x_b, x_l, x_d, dt_b, dt_l, dt_d, z_b, z_l, z_d, dy_b, dy_l, dy_d,
     M: tl.constexpr, J: tl.constexpr, C: tl.constexpr,
     T: tl.constexpr, STAGES: tl.constexpr, K: tl.constexpr,
@@ -810,6 +811,27 @@ def backward_kernel(
         tl.store(p_w, tl.reshape(b_w, [M, J * C]))
 
 
+@triton.jit(do_not_specialize=["seqlen", "start", "numbers", "steps", "blocks"])
+def sum_programs_kernel(
+    dBC, dB, dC, seqlen, start, numbers, steps, blocks, d_state,
+    N: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """dB and dC of a slice: the sums of all programs, dBC (b, blocks, steps, 2, N), added up."""
+    i_b = tl.program_id(1).to(tl.int64)
+    o, row = tl.program_id(0) * SIZE + tl.arange(0, SIZE), tl.arange(0, ROWS)
+    step = tl.cast(steps, tl.int64) * (2 * N)
+    total = tl.zeros([SIZE], tl.float32)
+    for k in range(0, blocks, ROWS):
+        p = dBC + (i_b * blocks + k + row)[:, None] * step + o[None, :]
+        mask = (k + row < blocks)[:, None] & (o < numbers)[None, :]
+        total += tl.sum(tl.load(p, mask=mask, other=0.0), 0)
+    n, of_C, t = o % N, (o // N) % 2 == 1, o // (2 * N)
+    place = (i_b * seqlen + start + t) * d_state + n
+    mask = (o < numbers) & (n < d_state)
+    tl.store(dB + place, total.to(dB.dtype.element_ty), mask=mask & (of_C == 0))
+    tl.store(dC + place, total.to(dC.dtype.element_ty), mask=mask & of_C)
+
+
 ## ================================================================================================
 ## Launching
 ## ================================================================================================
@@ -819,7 +841,7 @@ def check_device(x: Tensor) -> None:
     if INTERPRETED or x.is_cuda:
         return
     raise RuntimeError(
-        f"the Triton scan runs on a GPU, got tensors on {x.device}: move them there, or use "
+        f"triton_scan.py runs on a GPU, got tensors on {x.device}: move them there, or use "
         "mamba.py's scan='chunked' (or, to try the kernels slowly on a CPU, set "
         "TRITON_INTERPRET=1 before triton is imported)"
     )
@@ -837,16 +859,18 @@ def lane_shape(d_state: int, lanes_of_a_channel: int) -> tuple[int, int, int]:
     return states // J, J, LANES // J
 
 
-## The rules that cut time depend on the sizes alone and not on the device, so that every process
-## of a distributed run computes the same bits. They were measured on an H100: programs of the
-## forward kernel fill it from about 400 on, those of the backward kernel from about 700.
+## How the work is cut depends on the sizes alone and not on the device, so that every process of a
+## distributed run computes the same bits. The numbers are an H100's: 528 schedulers, each of which
+## keeps three programs of the forward kernel in its registers and two of the backward kernel.
+
+FORWARD_FULL, FORWARD_WANTED = 384, 2048  # programs: enough without cutting time; else this many
+BACKWARD_FULL, BACKWARD_WANTED = 700, 1056
 
 
-def segment_length(seqlen: int, programs: int, enough: int, wanted: int) -> int:
-    """Steps of a segment, a multiple of K: one segment if there are enough programs without."""
+def segment_length(seqlen: int, segments: int) -> int:
+    """Steps of a segment, a multiple of K."""
     chunks = ceil_div(seqlen, K)
-    segments = 1 if programs >= enough else min(chunks, ceil_div(wanted, programs))
-    return ceil_div(chunks, segments) * K
+    return ceil_div(chunks, min(chunks, segments)) * K
 
 
 def pack(h: Tensor, channels: int, M: int, J: int, C: int) -> Tensor:
@@ -868,8 +892,37 @@ def widened(B: Tensor, states: int) -> Tensor:
     return torch.nn.functional.pad(B.float(), (0, states - B.shape[-1]))
 
 
+## Which compiled variant of a kernel fits, Triton finds out at every launch from every argument: in
+## Python, and longer than a short sequence takes on the GPU. `launch` remembers it. A variant
+## depends on the dtypes, on whether addresses are multiples of 16, on the `fixed` numbers and on
+## the constants; on the `free` numbers it does not depend (do_not_specialize).
+
+variants: dict = {}
+
+
+def launch(kernel, grid, tensors: tuple, free: tuple, fixed: tuple, **constants) -> None:
+    """kernel[grid](*tensors, *free, *fixed, **constants)."""
+    layout = tuple((tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors)
+    key = (kernel, tensors[0].device, layout, fixed, *constants.values())
+    if key in variants:
+        variant, values = variants[key]
+        variant[grid](*tensors, *free, *fixed, *values)
+        return
+    variant = kernel[grid](*tensors, *free, *fixed, **constants)
+    if not INTERPRETED:
+        count = len(tensors) + len(free) + len(fixed)
+        variants[key] = variant, tuple(constants[name] for name in kernel.arg_names[count:])
+
+
 def strides(tensor: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if tensor is None else tensor.stride()
+
+
+def within_reach(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, or a copy if a chunk of it does not fit the kernels' 32-bit offsets."""
+    if tensor is None or max(tensor.stride()[1:]) < 2**24:
+        return tensor
+    return tensor.contiguous()
 
 
 ## A missing tensor is passed to a kernel as x, which a flag keeps it from reading.
@@ -885,22 +938,24 @@ def scan_forward(
     M, J, channels = lane_shape(d_state, 1)
     group_M, group_J, group_C = lane_shape(d_state, 2)
     states, blocks = M * J, ceil_div(d_inner, channels)
+    programs = batch * blocks
+    wanted = 1 if programs >= FORWARD_FULL else ceil_div(FORWARD_WANTED, programs)
+    segment = segment_length(seqlen, wanted)
     group = (blocks * channels // group_C, group_M, group_J, group_C)
-    segment = segment_length(seqlen, batch * blocks, enough=384, wanted=2048)
     segments = ceil_div(seqlen, segment)
 
+    x, dt, z = within_reach(x), within_reach(dt), within_reach(z)
     y = x.new_empty(batch, seqlen, d_inner)
     chunks = ceil_div(seqlen, K) if save else 0
     borders = x.new_empty((batch, chunks, *group), dtype=torch.float32)
     h_last = x.new_empty((batch, d_inner, d_state), dtype=torch.float32)
     A, B, C = A.contiguous(), widened(B, states), widened(C, states)
-    start = None if h0 is None else pack(h0, blocks * channels, *group[1:])
     flags = {
         "M": M, "J": J, "C": channels, "GROUP_J": group_J, "GROUP_C": group_C,
         "T": FORWARD_T, "STAGES": FORWARD_STAGES,
         "HAS_BIAS": dt_bias is not None, "HAS_RESET": reset is not None,
         "SOFTPLUS": dt_softplus, "DIRAC": rule == "dirac", "FAST": FAST,
-        "EVEN": d_inner == blocks * channels and seqlen % FORWARD_T == 0,
+        "EVEN": d_inner == blocks * channels and seqlen % FORWARD_T == 0, "num_warps": 1,
     }  # fmt: skip
     bias = x if dt_bias is None else dt_bias.contiguous()
     document = x if reset is None else reset.contiguous().view(torch.uint8)
@@ -909,18 +964,23 @@ def scan_forward(
         if segments > 1:
             ends = x.new_empty((batch, segments, *group), dtype=torch.float32)
             sums = x.new_empty((batch, segments, blocks * channels), dtype=torch.float32)
-            forward_summary_kernel[blocks, segments - 1, batch](
-                x, dt, A, B, bias, document, ends, sums,
-                seqlen, d_inner, d_state, segment, segments,
-                *x.stride(), *dt.stride(), **flags, num_warps=1,
-            )  # fmt: skip
-        forward_kernel[blocks, segments, batch](
+            grid = (blocks, segments - 1, batch)
+            tensors = (x, dt, A, B, bias, document, ends, sums)
+            fixed = (d_inner, d_state, *x.stride(), *dt.stride())
+            launch(
+                forward_summary_kernel, grid, tensors, (seqlen, segment, segments), fixed, **flags
+            )
+        tensors = (
             x, dt, x if z is None else z, A, B, C, x if D is None else D.contiguous(), bias,
-            document, x if start is None else start, ends, sums, y, borders, h_last,
-            seqlen, d_inner, d_state, segment, states * channels,
-            *x.stride(), *dt.stride(), *strides(z), **flags, K=K, HAS_Z=z is not None, HAS_D=D is not None, HAS_H0=h0 is not None,
-            SAVE=save, num_warps=1,
+            document, x if h0 is None else h0.contiguous(), ends, sums, y, borders, h_last,
         )  # fmt: skip
+        fixed = (d_inner, d_state, *x.stride(), *dt.stride(), *strides(z))
+        flags |= {
+            "K": K, "SAVE": save, "HAS_Z": z is not None, "HAS_D": D is not None,
+            "HAS_H0": h0 is not None,
+        }  # fmt: skip
+        free = (seqlen, segment, states * channels)
+        launch(forward_kernel, (blocks, segments, batch), tensors, free, fixed, **flags)
     return y, h_last, borders
 
 
@@ -934,22 +994,28 @@ def scan_backward(
     M, J, channels = lane_shape(d_state, 2)
     states, blocks = M * J, borders.shape[2]
     group, programs = borders.shape[2:], batch * blocks
+    x, dt, z, dy = within_reach(x), within_reach(dt), within_reach(z), within_reach(dy)
 
     ## The sums of dB and dC, one for each program, are b (d / 16) l 2 n numbers: more than x.
     ## So the kernel runs on slices of time, the last first, and each is added up before the next
     ## overwrites it. A slice leaves behind w, what arrives at the state before it.
+    wanted = 1 if programs >= BACKWARD_FULL else max(1, BACKWARD_WANTED // programs)
     room = max(x.numel() * x.element_size(), 8 * 2**20)
-    steps = max(K, room // (programs * 2 * states * 4) // K * K)
-    steps = min(steps, ceil_div(seqlen, K) * K)
-    segment = segment_length(steps, programs, enough=700, wanted=1024)
+    chunks = room // (programs * K * 2 * states * 4)
+    steps = min(max(1, round(chunks / wanted)) * wanted, ceil_div(seqlen, K)) * K
+    segment = segment_length(steps, wanted)
     segments = ceil_div(steps, segment)
+
+    # With three programs for a scheduler, a program that has fewer registers is the faster one.
+    registers = 168 if programs * segments >= 1584 and FAST else None
 
     empty = lambda *shape: x.new_empty(shape, dtype=torch.float32)  # noqa: E731
     zeros = lambda *shape: x.new_zeros(shape, dtype=torch.float32)  # noqa: E731
     dx = x.new_empty(batch, seqlen, d_inner)
     ddt = dt.new_empty(batch, seqlen, d_inner)
     dz = None if z is None else z.new_empty(batch, seqlen, d_inner)
-    dBC, parts = empty(batch, seqlen, 2, states), empty(batch, blocks, steps, 2, states)
+    dB, dC = B.new_empty(B.shape), C.new_empty(C.shape)
+    parts = empty(batch, blocks, steps, 2, states)
     dA = zeros(batch * segments, *group)
     dD, dbias = zeros(2, batch * segments, blocks * channels)
     scratch = empty(K // BACKWARD_T, batch * segments, blocks, states * channels)
@@ -964,7 +1030,7 @@ def scan_backward(
         "M": M, "J": J, "C": channels, "T": BACKWARD_T, "STAGES": BACKWARD_STAGES,
         "HAS_Z": z is not None, "HAS_BIAS": dt_bias is not None, "HAS_RESET": reset is not None,
         "SOFTPLUS": dt_softplus, "FAST": FAST,
-        "EVEN": d_inner == blocks * channels and seqlen % BACKWARD_T == 0,
+        "EVEN": d_inner == blocks * channels and seqlen % BACKWARD_T == 0, "num_warps": 1,
     }  # fmt: skip
     gate = x if z is None else z
     bias = x if dt_bias is None else dt_bias.contiguous()
@@ -973,29 +1039,35 @@ def scan_backward(
         for start in range((seqlen - 1) // steps * steps, -1, -steps):
             stop = min(seqlen, start + steps)
             count = ceil_div(stop - start, segment)
-            sizes = (seqlen, d_inner, d_state, start, stop, segment)
+            where = (seqlen, start, stop, segment)
             if count > 1:
-                backward_summary_kernel[blocks, count - 1, batch](
-                    dt, gate, dy, A, C, bias, document, ends, sums, *sizes, count,
-                    *dt.stride(), *strides(z), *dy.stride(), **flags, num_warps=1,
-                )  # fmt: skip
-            backward_kernel[blocks, count, batch](
+                tensors = (dt, gate, dy, A, C, bias, document, ends, sums)
+                fixed = (d_inner, d_state, *dt.stride(), *strides(z), *dy.stride())
+                grid = (blocks, count - 1, batch)
+                launch(backward_summary_kernel, grid, tensors, (*where, count), fixed, **flags)
+            tensors = (
                 x, dt, gate, dy, A, B, C, x if D is None else D.contiguous(), bias, document,
                 borders, scratch, ends, sums, w_after, w_before,
                 dx, ddt, dx if dz is None else dz, dA, parts, dD, dbias,
-                *sizes, steps, states * channels, *x.stride(), *dt.stride(), *strides(z), *dy.stride(),
-                **flags, K=K, HAS_D=D is not None, DIRAC=rule == "dirac", num_warps=1,
             )  # fmt: skip
-            torch.sum(parts[:, :, : stop - start], dim=1, out=dBC[:, start:stop])
+            fixed = (d_inner, d_state, *x.stride(), *dt.stride(), *strides(z), *dy.stride())
+            free = (*where, steps, states * channels)
+            launch(
+                backward_kernel, (blocks, count, batch), tensors, free, fixed,
+                **flags, K=K, HAS_D=D is not None, DIRAC=rule == "dirac", maxnreg=registers,
+            )  # fmt: skip
+            numbers = (stop - start) * 2 * states
+            grid, free = (ceil_div(numbers, 128), batch), (seqlen, start, numbers, steps, blocks)
+            constants = {"N": states, "ROWS": 16, "SIZE": 128, "num_warps": 4}
+            launch(sum_programs_kernel, (*grid, 1), (parts, dB, dC), free, (d_state,), **constants)
             w_after, w_before = w_before, w_after
-    dB, dC = dBC[..., :d_state].unbind(2)
     none = empty(0)
     return [
         dx,
         ddt,
         unpack(dA.sum(0), d_inner, d_state).to(A.dtype),
-        dB.to(B.dtype, copy=True),
-        dC.to(C.dtype, copy=True),
+        dB,
+        dC,
         none if D is None else dD.sum(0)[:d_inner].to(D.dtype),
         none.clone() if dz is None else dz,
         none.clone() if h0 is None else unpack(w_after, d_inner, d_state).to(h0.dtype),
@@ -1138,3 +1210,319 @@ def selective_scan_triton(
         return SelectiveScan.apply(*tensors.values(), dt_softplus, rule)
     run = forward_operator if torch.compiler.is_compiling() else scan_forward
     return run(*tensors.values(), dt_softplus, rule, False)[:2]
+
+
+## ================================================================================================
+## The convolution
+## ================================================================================================
+##
+## Once the scan is fast, the short convolution before it is what a block waits for: PyTorch's wants
+## (b, d, l) where everything else has (b, l, d), so that x is copied there and back, and SiLU reads
+## and writes it once more. This kernel takes (b, l, d) as it is. A program walks along a strip of
+## time and keeps the last W - 1 inputs of its 128 channels in registers, so that x is read once
+## and the result is written once. Memory is the limit.
+##
+##     pre_t = bias + Σ_k w_k x_{t-k}        out_t = silu(pre_t)        k = 0 ... W - 1 steps back
+##
+## Backward, with p_t the gradient of pre_t: dx_t = Σ_k w_k p_{t+k}. The same walk in the same
+## direction: p_t is added to W sums that are under way, and the oldest of them is then complete.
+## At the start of a document no term reaches back: f_k is 1 if steps t and t - k belong together.
+
+STRIP, CONV_C = 64, 128  # steps and channels of a program
+MAX_W = 4
+
+
+@triton.jit
+def conv_weights(weight, d, d_inner, W: tl.constexpr):
+    """w_0 ... w_3: w_k is for the input k steps back; zero beyond the width of the filter."""
+    p, m = weight + d * W + W - 1, d < d_inner
+    w0 = tl.load(p, mask=m, other=0.0).to(tl.float32)
+    w1 = tl.load(p - 1, mask=m & (W > 1), other=0.0).to(tl.float32)
+    w2 = tl.load(p - 2, mask=m & (W > 2), other=0.0).to(tl.float32)
+    w3 = tl.load(p - 3, mask=m & (W > 3), other=0.0).to(tl.float32)
+    return w0, w1, w2, w3
+
+
+@triton.jit
+def input_before(x, past, t, d, d_inner, x_l, x_d, W: tl.constexpr):
+    """x at a step before the strip, from the past if that is before the beginning."""
+    m, t = d < d_inner, t + 0 * d
+    b_x = tl.load(x + t * x_l + d * x_d, mask=m & (t >= 0), other=0.0).to(tl.float32)
+    m_past = m & (t < 0) & (t >= 1 - W)
+    return b_x + tl.load(past + d * (W - 1) + t + W - 1, mask=m_past, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def resets_at(reset, t, seqlen, HAS_RESET: tl.constexpr):
+    """1.0, or 0.0 if a document starts at step t."""
+    if HAS_RESET:
+        return 1.0 - tl.load(reset + t, mask=(t >= 0) & (t < seqlen), other=0).to(tl.float32)
+    else:
+        return 1.0
+
+
+@triton.jit
+def gated(pre, SILU: tl.constexpr, FAST: tl.constexpr):
+    """silu(pre) and its derivative, or pre and 1."""
+    if SILU:
+        sigma = reciprocal(1.0 + exp2(pre * -LOG2E, FAST), FAST)
+        return pre * sigma, sigma * (1.0 + pre - pre * sigma)
+    else:
+        return pre, tl.full(pre.shape, 1.0, tl.float32)
+
+
+@triton.jit(do_not_specialize=["seqlen"])
+def conv_forward_kernel(
+    x, weight, bias, past, reset, out, seqlen, d_inner, x_b, x_l, x_d,
+    W: tl.constexpr, STRIP: tl.constexpr, C: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESET: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    i_d, i_t, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    d, start = i_d * C + tl.arange(0, C), i_t * STRIP
+    b_bias = load_channels(bias, d, d_inner, HAS_BIAS)
+    w0, w1, w2, w3 = conv_weights(weight, d, d_inner, W)
+    x += i_b * x_b
+    past += i_b * d_inner * (W - 1)
+    reset += i_b * seqlen
+    out += i_b * seqlen * d_inner
+    at = tl.cast(start, tl.int64)
+    x1 = input_before(x, past, at - 1, d, d_inner, x_l, x_d, W)
+    x2 = input_before(x, past, at - 2, d, d_inner, x_l, x_d, W)
+    x3 = input_before(x, past, at - 3, d, d_inner, x_l, x_d, W)
+    f1 = resets_at(reset, start - 1, seqlen, HAS_RESET)
+    f2 = f1 * resets_at(reset, start - 2, seqlen, HAS_RESET)
+    for step in tl.range(start, min(seqlen, start + STRIP), num_stages=4):
+        t = tl.cast(step, tl.int64)
+        x0 = tl.load(x + t * x_l + d * x_d, mask=d < d_inner, other=0.0).to(tl.float32)
+        same = resets_at(reset, step, seqlen, HAS_RESET)
+        f1, f2, f3 = same, f1 * same, f2 * same
+        pre = b_bias + w0 * x0 + f1 * (w1 * x1) + f2 * (w2 * x2) + f3 * (w3 * x3)
+        b_out, _ = gated(pre, SILU, FAST)
+        tl.store(out + t * d_inner + d, b_out.to(out.dtype.element_ty), mask=d < d_inner)
+        x1, x2, x3 = x0, x1, x2
+
+
+@triton.jit(do_not_specialize=["seqlen"])
+def conv_backward_kernel(
+    x, weight, bias, past, reset, dout, dx, dpast, dweight, dbias,
+    seqlen, d_inner, x_b, x_l, x_d, g_b, g_l, g_d,
+    W: tl.constexpr, STRIP: tl.constexpr, C: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESET: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """dx and dpast; dweight and dbias summed over the strip, one row for each program in time."""
+    i_d, i_t, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    d, start = i_d * C + tl.arange(0, C), i_t * STRIP
+    m = d < d_inner
+    b_bias = load_channels(bias, d, d_inner, HAS_BIAS)
+    w0, w1, w2, w3 = conv_weights(weight, d, d_inner, W)
+    x += i_b * x_b
+    past += i_b * d_inner * (W - 1)
+    dpast += i_b * d_inner * (W - 1)
+    reset += i_b * seqlen
+    dout += i_b * g_b
+    dx += i_b * seqlen * d_inner
+    at = tl.cast(start, tl.int64)
+    x1 = input_before(x, past, at - 1, d, d_inner, x_l, x_d, W)
+    x2 = input_before(x, past, at - 2, d, d_inner, x_l, x_d, W)
+    x3 = input_before(x, past, at - 3, d, d_inner, x_l, x_d, W)
+    f1 = resets_at(reset, start - 1, seqlen, HAS_RESET)
+    f2 = f1 * resets_at(reset, start - 2, seqlen, HAS_RESET)
+    zero = tl.zeros([C], tl.float32)
+    s1, s2, s3 = zero, zero, zero  # dx of the last three steps, still without what comes
+    dw0, dw1, dw2, dw3, db = zero, zero, zero, zero, zero
+    for step in tl.range(start, start + STRIP + 3, num_stages=4):
+        t = tl.cast(step, tl.int64)
+        inside = m & (t + 0 * d < seqlen)
+        x0 = tl.load(x + t * x_l + d * x_d, mask=inside, other=0.0).to(tl.float32)
+        p = tl.load(dout + t * g_l + d * g_d, mask=inside, other=0.0).to(tl.float32)
+        same = resets_at(reset, step, seqlen, HAS_RESET)
+        f1, f2, f3 = same, f1 * same, f2 * same
+        pre = b_bias + w0 * x0 + f1 * (w1 * x1) + f2 * (w2 * x2) + f3 * (w3 * x3)
+        _, slope = gated(pre, SILU, FAST)
+        p = p * slope
+        complete = s3 + f3 * (w3 * p)
+        s1, s2, s3 = w0 * p, s1 + f1 * (w1 * p), s2 + f2 * (w2 * p)
+        first = step - 3 + 0 * d
+        m_dx = m & (first >= start) & (first < seqlen)
+        tl.store(dx + (t - 3) * d_inner + d, complete.to(dx.dtype.element_ty), mask=m_dx)
+        m_past = m & (first < 0) & (first >= 1 - W)
+        o_past = d * (W - 1) + first + W - 1
+        tl.store(dpast + o_past, complete.to(dpast.dtype.element_ty), mask=m_past)
+        p = tl.where(step < start + STRIP, p, 0.0)  # the next strip counts the steps after this one
+        dw0 += p * x0
+        dw1 += f1 * (p * x1)
+        dw2 += f2 * (p * x2)
+        dw3 += f3 * (p * x3)
+        db += p
+        x1, x2, x3 = x0, x1, x2
+    row = (i_b * tl.num_programs(1) + i_t) * d_inner
+    tl.store(dbias + row + d, db, mask=m)
+    p_w = dweight + (row + d) * W + W - 1
+    tl.store(p_w, dw0, mask=m)
+    tl.store(p_w - 1, dw1, mask=m & (W > 1))
+    tl.store(p_w - 2, dw2, mask=m & (W > 2))
+    tl.store(p_w - 3, dw3, mask=m & (W > 3))
+
+
+def conv_options(x, weight, bias, reset, silu: bool) -> tuple[tuple, dict]:
+    """The grid, and the constants of both kernels."""
+    grid = (ceil_div(x.shape[2], CONV_C), ceil_div(x.shape[1], STRIP), x.shape[0])
+    flags = {
+        "W": weight.shape[-1], "STRIP": STRIP, "C": CONV_C, "HAS_BIAS": bias is not None,
+        "HAS_RESET": reset is not None, "SILU": silu, "FAST": FAST, "num_warps": 1,
+    }  # fmt: skip
+    return grid, flags
+
+
+def conv_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor, reset: Tensor | None, silu: bool
+) -> Tensor:
+    batch, seqlen, d_inner = x.shape
+    out = x.new_empty(batch, seqlen, d_inner)
+    grid, flags = conv_options(x, weight, bias, reset, silu)
+    document = x if reset is None else reset.contiguous().view(torch.uint8)
+    with device_of(x):
+        tensors = (x, weight.contiguous(), x if bias is None else bias, past.contiguous())
+        fixed = (d_inner, *x.stride())
+        launch(conv_forward_kernel, grid, (*tensors, document, out), (seqlen,), fixed, **flags)
+    return out
+
+
+def conv_backward(
+    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor,
+    reset: Tensor | None, silu: bool,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of x, weight, bias (empty if there is none) and past."""
+    batch, seqlen, d_inner = x.shape
+    grid, flags = conv_options(x, weight, bias, reset, silu)
+    dx, dpast = x.new_empty(batch, seqlen, d_inner), past.new_empty(past.shape)
+    dweight = x.new_empty((batch * grid[1], *weight.shape), dtype=torch.float32)
+    dbias = x.new_empty((batch * grid[1], d_inner), dtype=torch.float32)
+    document = x if reset is None else reset.contiguous().view(torch.uint8)
+    with device_of(x):
+        tensors = (
+            x, weight.contiguous(), x if bias is None else bias, past.contiguous(), document,
+            dout, dx, dpast, dweight, dbias,
+        )  # fmt: skip
+        fixed = (d_inner, *x.stride(), *dout.stride())
+        launch(conv_backward_kernel, grid, tensors, (seqlen,), fixed, **flags)
+    dbias = x.new_empty(0) if bias is None else dbias.sum(0).to(bias.dtype)
+    return [dx, dweight.sum(0).to(weight.dtype), dbias, dpast]
+
+
+conv_forward_operator = torch.library.custom_op(
+    "mamba_annotated::conv_forward", conv_forward, mutates_args=()
+)
+conv_forward_operator.register_fake(lambda x, *_: x.new_empty(x.shape))
+conv_backward_operator = torch.library.custom_op(
+    "mamba_annotated::conv_backward", conv_backward, mutates_args=()
+)
+conv_backward_operator.register_fake(
+    lambda dout, x, weight, bias, past, *_: [
+        x.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
+        for tensor in (x, weight, bias, past)
+    ]
+)
+
+
+class CausalConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, past, reset, silu):
+        run = conv_forward_operator if torch.compiler.is_compiling() else conv_forward
+        ctx.save_for_backward(x, weight, bias, past, reset)
+        ctx.silu = silu
+        return run(x, weight, bias, past, reset, silu)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        run = conv_backward_operator if torch.compiler.is_compiling() else conv_backward
+        gradients = run(dout, *ctx.saved_tensors, ctx.silu)
+        needed = zip(gradients, ctx.needs_input_grad, strict=False)
+        return *(g if need else None for g, need in needed), None, None
+
+
+def causal_conv_triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor, reset: Tensor | None = None,
+    *, silu: bool = False,
+) -> Tensor:  # fmt: skip
+    """The convolution of mamba.py's `causal_conv`: x (b, l, d) of any strides -> out (b, l, d).
+
+    weight (d, 1, W) with W at most 4, bias (d,), past (b, d, W - 1): the inputs before x, oldest
+    first; reset (b, l) bool. Differentiable in x, weight, bias and past. Raises ValueError for a
+    wider filter, RuntimeError off the GPU.
+    """
+    if weight.shape[-1] > MAX_W:
+        raise ValueError(f"a filter is at most {MAX_W} wide here, got {weight.shape[-1]}")
+    check_device(x)
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, weight, bias, past)
+    ):
+        return CausalConv.apply(x, weight, bias, past, reset, silu)
+    run = conv_forward_operator if torch.compiler.is_compiling() else conv_forward
+    return run(x, weight, bias, past, reset, silu)
+
+
+## ================================================================================================
+## Check and time
+## ================================================================================================
+
+
+def reference(x, dt, A, B, C, D, z, dt_bias):
+    """The recurrence, written out, in the precision of its inputs."""
+    delta = torch.nn.functional.softplus(dt + dt_bias)
+    h, ys = x.new_zeros(x.shape[0], *A.shape), []
+    for t in range(x.shape[1]):
+        h = torch.exp(delta[:, t, :, None] * A) * h
+        h = h + (delta[:, t] * x[:, t]).unsqueeze(-1) * B[:, t].unsqueeze(1)
+        ys.append((h * C[:, t].unsqueeze(1)).sum(-1))
+    return (torch.stack(ys, 1) + D * x) * torch.nn.functional.silu(z)
+
+
+def random_inputs(batch: int, seqlen: int, d_inner: int, d_state: int, dtype, device) -> list:
+    wide = (batch, seqlen, d_inner)
+    x, dt, z = (torch.randn(wide, device=device, dtype=dtype) for _ in range(3))
+    A = -torch.exp(torch.randn(d_inner, d_state, device=device) / 2)
+    B, C = (torch.randn(batch, seqlen, d_state, device=device, dtype=dtype) for _ in range(2))
+    D, dt_bias = torch.randn(2, d_inner, device=device)
+    return [x, dt, A, B, C, D, z, dt_bias - 4]
+
+
+def main() -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sizes = (2, 200, 64) if device.type == "cuda" else (1, 9, 5)
+    inputs = [t.requires_grad_() for t in random_inputs(*sizes, 16, torch.float32, device)]
+    *tensors, dt_bias = inputs
+    y, _ = selective_scan_triton(*tensors, dt_bias=dt_bias)
+    doubles = [t.detach().double().requires_grad_() for t in inputs]
+    expected = reference(*doubles)
+    dy = torch.randn_like(y)
+    gradients = torch.autograd.grad(y, inputs, dy)
+    expected_gradients = torch.autograd.grad(expected, doubles, dy.double())
+    for name, ours, theirs in zip(
+        ("y", "dx", "ddt", "dA", "dB", "dC", "dD", "dz", "ddt_bias"),
+        (y, *gradients),
+        (expected, *expected_gradients),
+        strict=True,
+    ):
+        error = ((ours - theirs).norm() / theirs.norm()).item()
+        print(f"{name:8}  relative error against float64  {error:.1e}")
+        if error > 1e-4:
+            raise SystemExit(f"{name} is wrong")
+    if device.type != "cuda":
+        return print("no GPU: nothing to time")
+    for sizes in ((8, 2048, 2048), (1, 2048, 1536), (1, 65536, 2048)):
+        *tensors, dt_bias = random_inputs(*sizes, 16, torch.bfloat16, device)
+        tensors[0].requires_grad_()
+        y, _ = selective_scan_triton(*tensors, dt_bias=dt_bias)
+        dy = torch.randn_like(y)
+        run = triton.testing.do_bench
+        forward = run(lambda t=tensors, b=dt_bias: selective_scan_triton(*t, dt_bias=b))
+        backward = run(lambda y=y, dy=dy: y.backward(dy, retain_graph=True))
+        print(
+            f"(b, l, d) = {sizes}, bfloat16: forward {forward:.3f} ms, backward {backward:.3f} ms"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -922,6 +923,10 @@ def selective_scan(
     return y.to(x.dtype), h_last
 
 
+# Looked for, not imported: `import mamba` must not wait for it.
+HAS_TRITON = all(importlib.util.find_spec(name) for name in ("triton", "triton_scan"))
+
+
 def import_triton_scan():
     """triton_scan.py, which stands beside this file. Raises RuntimeError without triton."""
     try:
@@ -934,19 +939,10 @@ def import_triton_scan():
     return triton_scan
 
 
-@functools.cache
-def has_triton() -> bool:
-    try:
-        import_triton_scan()
-    except RuntimeError:
-        return False
-    return True
-
-
 def triton_takes(rule: str, *tensors: Tensor | None) -> bool:
     """Whether scan="auto" may choose the kernel: a GPU, and rule, sizes and dtypes that it has."""
     on_gpu = all(t is None or (t.is_cuda and t.dtype != torch.float64) for t in tensors)
-    return on_gpu and rule in ("mamba", "dirac") and tensors[2].shape[1] <= 256 and has_triton()
+    return on_gpu and rule in ("mamba", "dirac") and tensors[2].shape[1] <= 256 and HAS_TRITON
 
 
 ## ================================================================================================
@@ -989,7 +985,7 @@ def causal_conv(
     if document is not None:
         next_past = next_past * (document[..., seqlen:] == document[..., -1:])
     fits = x.is_cuda and x.dtype != torch.float64 and reach < 4
-    if fits and scan in ("auto", "triton") and has_triton():
+    if fits and scan in ("auto", "triton") and HAS_TRITON:
         kernel = import_triton_scan().causal_conv_triton
         return kernel(x, weight, bias, past, reset, silu=silu), next_past
 

@@ -1104,14 +1104,20 @@ def backward_shapes(dy, dh_last, x, dt, A, B, C, D, z, h0, dt_bias, *_):
     ]
 
 
-forward_operator = torch.library.custom_op(
-    "mamba_annotated::scan_forward", scan_forward, mutates_args=()
-)
-forward_operator.register_fake(forward_shapes)
-backward_operator = torch.library.custom_op(
-    "mamba_annotated::scan_backward", scan_backward, mutates_args=()
-)
-backward_operator.register_fake(backward_shapes)
+library = torch.library.Library("mamba_annotated", "DEF")
+
+
+def operator(function, shapes):
+    """Register a function of tensors under its own name."""
+    name = function.__name__
+    library.define(name + torch.library.infer_schema(function, mutates_args=()))
+    library.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mamba_annotated::{name}", shapes, lib=library)
+    return getattr(torch.ops.mamba_annotated, name)
+
+
+forward_operator = operator(scan_forward, forward_shapes)
+backward_operator = operator(scan_backward, backward_shapes)
 
 
 class SelectiveScan(torch.autograd.Function):
@@ -1410,18 +1416,13 @@ def conv_backward(
     return [dx, dweight.sum(0).to(weight.dtype), dbias, dpast]
 
 
-conv_forward_operator = torch.library.custom_op(
-    "mamba_annotated::conv_forward", conv_forward, mutates_args=()
-)
-conv_forward_operator.register_fake(lambda x, *_: x.new_empty(x.shape))
-conv_backward_operator = torch.library.custom_op(
-    "mamba_annotated::conv_backward", conv_backward, mutates_args=()
-)
-conv_backward_operator.register_fake(
+conv_forward_operator = operator(conv_forward, lambda x, *_: x.new_empty(x.shape))
+conv_backward_operator = operator(
+    conv_backward,
     lambda dout, x, weight, bias, past, *_: [
         x.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
         for tensor in (x, weight, bias, past)
-    ]
+    ],
 )
 
 

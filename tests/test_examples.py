@@ -89,6 +89,110 @@ def test_training_windows_read_on_where_they_stopped_unless_they_jump(monkeypatc
     assert 0.1 < jumps / (50 * 16) < 0.5  # one in eight, and where the text ends
 
 
+def loss_and_gradients(loss_of, *tensors):
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    loss = loss_of(*leaves)
+    # An incoming gradient that is not 1, as from a penalty or an accumulation over batches.
+    return loss.detach(), *torch.autograd.grad(0.3 * loss, leaves)
+
+
+def distance(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+@pytest.mark.parametrize("tokens, chunk", [(1, 4), (8, 4), (23, 5), (23, 23), (23, 100)])
+def test_the_loss_in_chunks_is_the_loss(tokens, chunk, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from train import chunked_cross_entropy
+
+    torch.manual_seed(0)
+    # Logits up to about 30: some tokens are certain, and their p - 1 is all rounding if p is.
+    u, weight, targets = 3 * torch.randn(tokens, 8), 3 * torch.randn(37, 8), torch.arange(tokens)
+
+    def plain(u, weight):
+        return F.cross_entropy(F.linear(u, weight), targets)
+
+    def in_chunks(u, weight):
+        return chunked_cross_entropy(u, weight, targets, chunk=chunk)
+
+    def tied(loss_of):
+        # As with tie_embeddings: u is made of the same matrix, and both ways lead back to it.
+        return lambda u, weight: (
+            loss_of(u + weight[targets].tanh(), weight) + weight.square().mean()
+        )
+
+    expected = loss_and_gradients(plain, u.double(), weight.double())
+    for ours, theirs in zip(loss_and_gradients(in_chunks, u, weight), expected, strict=True):
+        assert ours.dtype == torch.float32 and distance(ours, theirs) < 1e-6
+    expected = loss_and_gradients(tied(plain), u.double(), weight.double())
+    for ours, theirs in zip(loss_and_gradients(tied(in_chunks), u, weight), expected, strict=True):
+        assert distance(ours, theirs) < 1e-6
+
+
+def test_the_loss_in_chunks_rounds_no_more_than_the_loss_under_autocast(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from train import chunked_cross_entropy
+
+    torch.manual_seed(0)
+    tokens, vocabulary = 130, 64
+    u, weight = torch.randn(tokens, 32), 0.3 * torch.randn(vocabulary, 32)
+    targets = (u @ weight.T).argmax(1)  # well predicted: gradients are small differences
+    targets[::7] = 0
+
+    def plain(u, weight):
+        return F.cross_entropy(F.linear(u, weight).float(), targets)
+
+    def in_chunks(u, weight):
+        return chunked_cross_entropy(u, weight, targets, chunk=16)
+
+    exact = loss_and_gradients(plain, u.double(), weight.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = loss_and_gradients(plain, u, weight)
+        ours = loss_and_gradients(in_chunks, u, weight)
+    assert [tensor.dtype for tensor in ours] == [torch.float32] * 3
+    for a, b, truth in zip(ours, theirs, exact, strict=True):
+        assert distance(a, truth) < max(1e-3, 1.3 * distance(b, truth)) < 1e-2
+    # The products are autocast's and not float32's: otherwise they would agree far better.
+    assert distance(ours[2], exact[2]) > 1e-4
+    half = loss_and_gradients(in_chunks, u.bfloat16(), weight.bfloat16())
+    assert half[0].dtype == torch.float32 and half[2].dtype == torch.bfloat16
+    assert distance(half[2], exact[2]) < 2e-2
+
+
+def test_the_loss_in_chunks_never_holds_all_logits(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from train import chunked_cross_entropy
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            nonlocal largest
+            result = function(*arguments, **(keywords or {}))
+            if isinstance(result, torch.Tensor):
+                largest = max(largest, result.numel())
+            return result
+
+    u = torch.randn(300, 8, requires_grad=True)
+    weight = torch.randn(90, 8, requires_grad=True)
+    with Watch():
+        chunked_cross_entropy(u, weight, torch.arange(300) % 90, chunk=50).backward()
+    assert largest == 50 * 90
+
+
+def test_the_loss_in_chunks_refuses_what_does_not_fit(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from train import chunked_cross_entropy
+
+    u, weight, targets = torch.ones(6, 4), torch.ones(5, 4), torch.zeros(6, dtype=torch.int64)
+    for arguments in ((u[:, :3], weight, targets), (u, weight, targets[:5]), (u[:0], weight, u[0])):
+        with pytest.raises(ValueError, match=r"need .*got \("):
+            chunked_cross_entropy(*arguments)
+    with pytest.raises(ValueError, match="chunk >= 1"):
+        chunked_cross_entropy(u, weight, targets, chunk=0)
+
+
 def test_an_interrupted_training_goes_on_and_ends_with_a_model_that_has_learned(tmp_path):
     (tmp_path / "read.txt").write_bytes(VERSE * 20)
     (tmp_path / "kept.txt").write_bytes(VERSE)

@@ -149,7 +149,7 @@ def test_the_loss_in_chunks_under_autocast_rounds_the_gradient_of_the_logits_onl
     with torch.autocast("cpu", torch.bfloat16):
         ours = loss_and_gradients(in_chunks, u, weight)
     assert [tensor.dtype for tensor in ours] == [torch.float32] * 3
-    assert distance(ours[0], exact[0]) < 1e-6
+    assert distance(ours[0], exact[0]) < 1e-5  # of 0.003: float32 has no more
     for a, b in zip(ours[1:], exact[1:], strict=True):
         assert 1e-4 < distance(a, b) < 4e-3  # less would be float32, and not autocast
     half = loss_and_gradients(in_chunks, u.bfloat16(), weight.bfloat16())

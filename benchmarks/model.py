@@ -1,0 +1,346 @@
+"""Training and prefill of whole models on a GPU, beside what the official implementation took.
+
+    python benchmarks/model.py                                   # all; writes model.json
+    python benchmarks/model.py --models 130m --what train        # a part; writes nothing
+    python benchmarks/model.py --models 130m --what train --profile
+    python benchmarks/model.py --dry-run                         # tiny sizes, no GPU: does it run
+
+Random weights, vocabulary 50280. The tables are markdown; the official numbers, of an H100, are
+those in official_h100.json.
+
+train    130m (768 x 24), batch 8, and 370m (1024 x 48), batch 4, 2048 tokens a row: forward,
+         cross-entropy and backward, no optimizer, bfloat16 autocast over float32 parameters. Each
+         eager and with its layers compiled (`layer.compile()`), and with two losses: plain, on all
+         logits in float32, and chunked (`chunked_cross_entropy` of examples/train.py).
+prefill  130m and 2.8b (2560 x 64), one prompt of 2048 tokens, bfloat16 parameters: the logits of
+         its last position. Eager, and replayed from a CUDA graph.
+
+ms: the median of --runs runs between CUDA events. peak: the most that was allocated, parameters and
+gradients included. --profile adds the ten kernels that take the longest in one run of each case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+from train import chunked_cross_entropy
+
+from mamba import Mamba, MambaConfig
+
+HERE = Path(__file__).resolve().parent
+SIZES = {"130m": (768, 24), "370m": (1024, 48), "2.8b": (2560, 64)}  # d_model, n_layer
+TRAIN = {"130m": 8, "370m": 4}  # batch
+PREFILL = ("130m", "2.8b")
+SEQLEN, VOCABULARY = 2048, 50280
+
+
+def make_model(name: str, options: argparse.Namespace) -> Mamba:
+    """A model with random weights, float32, on the device."""
+    d_model, n_layer = (32, 2) if options.dry_run else SIZES[name]
+    torch.manual_seed(0)
+    with torch.device(options.device):
+        return Mamba(MambaConfig(d_model, n_layer, options.vocabulary))
+
+
+def official(kind: str, name: str) -> dict[str, Any]:
+    """The recorded row of a model: "130m" finds "130m (768 x 24)"."""
+    rows = json.loads((HERE / "official_h100.json").read_text())[kind]
+    return next(row for row in rows if row["model"].split()[0] == name)
+
+
+def milliseconds(
+    run: Callable[[], Any], options: argparse.Namespace, after: Callable[[], None] | None = None
+) -> float:
+    """The median of options.runs runs; after, which is not timed, follows each of them."""
+    times = []
+    for i in range(options.runs + 3):
+        if options.device.type == "cuda":
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            start.record()
+            run()
+            stop.record()
+            torch.cuda.synchronize()
+            elapsed = start.elapsed_time(stop)
+        else:
+            begun = time.perf_counter()
+            run()
+            elapsed = 1000 * (time.perf_counter() - begun)
+        if after is not None:
+            after()
+        if i >= 3:  # the first are slower: memory is asked for, kernels are compiled
+            times.append(elapsed)
+    return statistics.median(times)
+
+
+def reset_peak(options: argparse.Namespace) -> None:
+    gc.collect()  # a compiled layer refers to itself, and would keep its model in memory
+    if options.device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_GiB(options: argparse.Namespace) -> float:
+    return torch.cuda.max_memory_allocated() / 2**30 if options.device.type == "cuda" else 0.0
+
+
+def longest_kernels(run: Callable[[], Any], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The ten kernels with the most device time in one run: name, ms, share of all, launches."""
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = options.device.type == "cuda"
+    activities = [ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]
+    with profile(activities=activities) as profiler:
+        run()
+        if cuda:
+            torch.cuda.synchronize()
+    rows = [
+        {
+            "kernel": event.key,
+            "ms": (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1000,
+            "launches": event.count,
+        }
+        for event in profiler.key_averages()
+        # With a GPU: what ran on it, not the calls that launched it, nor the names of regions.
+        if not cuda
+        or (
+            event.device_type == torch.autograd.DeviceType.CUDA
+            and not getattr(event, "is_user_annotation", False)
+        )
+    ]
+    total = sum(row["ms"] for row in rows)
+    rows = [row | {"share": row["ms"] / total} for row in rows if row["ms"] > 0]
+    return sorted(rows, key=lambda row: -row["ms"])[:10]
+
+
+def measure_training(
+    name: str, compiled: bool, loss: str, options: argparse.Namespace
+) -> dict[str, Any]:
+    model = make_model(name, options)
+    batch = TRAIN[name]
+    generator = torch.Generator(options.device).manual_seed(0)
+    ids = torch.randint(
+        options.vocabulary, (batch, options.seqlen + 1), generator=generator, device=options.device
+    )
+    inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].flatten()
+    if compiled:
+        for layer in model.backbone.layers:
+            layer.compile()
+
+    def plain() -> Tensor:
+        logits = model(inputs)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets)
+
+    def chunked() -> Tensor:
+        u, _ = model.features(inputs, model.init_state(batch))
+        return chunked_cross_entropy(u.flatten(0, 1), model.lm_head.weight, targets)
+
+    loss_of = {"plain": plain, "chunked": chunked}[loss]
+    value = torch.zeros(())
+
+    def step() -> None:
+        nonlocal value
+        with torch.autocast(options.device.type, torch.bfloat16):
+            found = loss_of()
+        found.backward()
+        value = found.detach()
+
+    clear = model.zero_grad  # to None, so that every run writes its gradients anew
+    step()
+    clear()
+    reset_peak(options)
+    step()
+    clear()
+    row: dict[str, Any] = {
+        "model": name, "compiled": compiled, "loss": loss, "batch": batch,
+        "seqlen": options.seqlen, "peak_GiB": peak_GiB(options),
+    }  # fmt: skip
+    row["ms"] = milliseconds(step, options, after=clear)
+    row["tokens_per_s"] = round(1000 * batch * options.seqlen / row["ms"])
+    row["value"] = value.item()  # the four cases of a model must agree on it
+    if options.profile:
+        row["kernels"] = longest_kernels(step, options)
+    return row
+
+
+@torch.inference_mode()
+def measure_prefill(name: str, graph: bool, options: argparse.Namespace) -> dict[str, Any]:
+    model = make_model(name, options).to(torch.bfloat16)
+    ids = torch.randint(options.vocabulary, (1, options.seqlen), device=options.device)
+
+    def prefill() -> Tensor:
+        u, _ = model.features(ids, model.init_state(1))
+        return model.lm_head(u[:, -1])
+
+    run: Callable[[], Any] = prefill
+    reset_peak(options)
+    expected = prefill()
+    row: dict[str, Any] = {
+        "model": name, "graph": graph, "batch": 1, "seqlen": options.seqlen,
+        "peak_GiB": peak_GiB(options),
+    }  # fmt: skip
+    if graph and options.device.type == "cuda":
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # what initialises itself on its first call does it now
+            for _ in range(3):
+                prefill()
+        torch.cuda.current_stream().wait_stream(side)
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            logits = prefill()
+        captured.replay()
+        torch.cuda.synchronize()
+        if not torch.allclose(logits, expected, rtol=1e-2, atol=1e-2):
+            raise RuntimeError(f"{name}: the replayed graph gives other logits than the eager run")
+        run = captured.replay
+    row["ms"] = milliseconds(run, options)
+    if options.profile:
+        row["kernels"] = longest_kernels(run, options)
+    return row
+
+
+def table(titles: list[str], rows: list[list[str]]) -> str:
+    lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def training_table(rows: list[dict[str, Any]]) -> str:
+    titles = ["forward and backward", "ms", "tokens/s", "peak GiB", "official / ours", "loss value"]
+    lines = []
+    for name in dict.fromkeys(row["model"] for row in rows):
+        theirs = official("train_fwd_bwd", name)
+        said = f"{name}, batch {theirs['batch']} x {theirs['seqlen']}, official"
+        numbers = [
+            f"{theirs['ms']:.1f}",
+            f"{theirs['tokens_per_s']:,}",
+            f"{theirs['peak_GiB']:.1f}",
+        ]
+        lines.append([said, *numbers, "", ""])
+        for row in rows:
+            if row["model"] != name:
+                continue
+            how = "compiled" if row["compiled"] else "eager"
+            numbers = [f"{row['ms']:.1f}", f"{row['tokens_per_s']:,}", f"{row['peak_GiB']:.1f}"]
+            numbers += [f"{theirs['ms'] / row['ms']:.2f}", f"{row['value']:.4f}"]
+            lines.append([f"{name}, {how}, {row['loss']} loss", *numbers])
+    return table(titles, lines)
+
+
+def prefill_table(rows: list[dict[str, Any]]) -> str:
+    lines = []
+    for name in dict.fromkeys(row["model"] for row in rows):
+        theirs = official("prefill_ms", name)
+        lines.append(
+            [f"{name}, {theirs['seqlen']} tokens, official", f"{theirs['ms']:.1f}", "", ""]
+        )
+        for row in rows:
+            if row["model"] == name:
+                how = "replayed from a CUDA graph" if row["graph"] else "eager"
+                numbers = [f"{row['ms']:.1f}", f"{row['peak_GiB']:.1f}"]
+                lines.append([f"{name}, {how}", *numbers, f"{theirs['ms'] / row['ms']:.2f}"])
+    return table(["prefill", "ms", "peak GiB", "official / ours"], lines)
+
+
+def kernels_table(row: dict[str, Any]) -> str:
+    how = (
+        ("compiled" if row["compiled"] else "eager", row["loss"])
+        if "loss" in row
+        else ("graph" if row["graph"] else "eager",)
+    )
+    lines = [
+        [kernel["kernel"][:70].replace("|", "/"), f"{kernel['ms']:.2f}",
+         f"{100 * kernel['share']:.0f} %", str(kernel["launches"])]
+        for kernel in row["kernels"]
+    ]  # fmt: skip
+    return table([", ".join((row["model"], *how)), "ms", "of all kernels", "launches"], lines)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--models", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--what", nargs="+", choices=("train", "prefill"))
+    parser.add_argument("--profile", action="store_true", help="also the ten longest kernels")
+    parser.add_argument("--runs", type=int, default=20, help="timed runs of each case")
+    parser.add_argument("--json", type=Path, help="default of a full run: model.json, beside this")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU")
+    options = parser.parse_args()
+    full = options.what is None and set(options.models) == set(SIZES)
+    if full and not options.dry_run:
+        options.json = options.json or HERE / "model.json"
+    options.what = options.what or ["train", "prefill"]
+    options.device = torch.device("cpu" if options.dry_run else "cuda")
+    options.seqlen = 16 if options.dry_run else SEQLEN
+    options.vocabulary = 200 if options.dry_run else VOCABULARY
+    return options
+
+
+def main() -> None:
+    options = parse()
+    if not options.dry_run and not torch.cuda.is_available():
+        raise SystemExit("model.py needs a GPU; without one there is --dry-run")
+    device = "CPU" if options.dry_run else torch.cuda.get_device_name()
+    measured: dict[str, Any] = {"device": device, "torch": torch.__version__}
+    try:
+        import triton
+    except ImportError:
+        print("no triton: the scan is scan_chunked", file=sys.stderr)
+    else:
+        measured["triton"] = triton.__version__
+    cases: dict[str, list[tuple]] = {
+        "train": [
+            (measure_training, name, compiled, loss)
+            for name in options.models
+            if name in TRAIN
+            for compiled in (False, True)
+            for loss in ("plain", "chunked")
+        ],
+        "prefill": [
+            (measure_prefill, name, graph)
+            for name in options.models
+            if name in PREFILL
+            for graph in (False, True)
+        ],
+    }
+    for what in options.what:
+        measured[what] = []
+        for run, *case in cases[what]:
+            row = run(*case, options)
+            torch.compiler.reset()  # what a model has compiled is of no use to the next one
+            reset_peak(options)
+            print(f"{what}, {', '.join(map(str, case))}: {row['ms']:.1f} ms", file=sys.stderr)
+            measured[what].append(
+                {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
+            )
+    versions = ", ".join(f"{k} {measured[k]}" for k in ("torch", "triton") if k in measured)
+    print(f"{measured['device']}, {versions}\n")
+    if measured.get("train"):
+        print(training_table(measured["train"]))
+    if measured.get("prefill"):
+        print(prefill_table(measured["prefill"]))
+    for what in options.what:
+        for row in measured[what]:
+            if "kernels" in row:
+                print(kernels_table(row))
+    if options.json:
+        options.json.write_text(json.dumps(measured, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

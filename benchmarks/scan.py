@@ -439,7 +439,7 @@ def draw(measured: dict[str, Any], official: dict[str, Any], picture: Path) -> N
     ours, theirs, eager = "triton_scan.py", "official CUDA kernel (recorded)", "PyTorch, chunked"
     panels = [
         ("time", "milliseconds", ("fwd_ms", "bwd_ms"), 1, "pytorch_ms"),
-        ("memory added to the inputs", "GiB", ("fwd_MiB", "bwd_MiB"), 1024, "pytorch_added_MiB"),
+        ("memory beyond the inputs", "GiB", ("fwd_MiB", "bwd_MiB"), 1024, "pytorch_added_MiB"),
     ]
     figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     for axis, (title, unit, names, divisor, pytorch_name) in zip(axes, panels, strict=True):
@@ -455,12 +455,12 @@ def draw(measured: dict[str, Any], official: dict[str, Any], picture: Path) -> N
         axis.set_xticks([2**i for i in range(10, 21, 2)], "1K 4K 16K 64K 256K 1M".split())
         axis.minorticks_off()
         axis.grid(alpha=0.25)
-        axis.set_title(f"{title}, forward and backward", fontsize=11)
+        axis.set_title(title, fontsize=11)
         axis.set_xlabel("steps of one sequence")
         axis.set_ylabel(unit)
-    axes[0].legend(frameon=False, loc="upper left")
-    what = "batch 1, 2048 channels, 16 states, bfloat16"
-    figure.suptitle(f"The selective scan: {what}; {measured['device']}", fontsize=11)
+    axes[0].legend(frameon=False, loc="lower right")
+    what = "forward and backward, batch 1, 2048 channels, 16 states, bfloat16"
+    figure.suptitle(f"The selective scan on one {measured['device']}\n{what}", fontsize=11)
     figure.savefig(picture, dpi=200)
     plt.close(figure)
 

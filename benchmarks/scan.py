@@ -458,7 +458,7 @@ def draw(measured: dict[str, Any], official: dict[str, Any], picture: Path) -> N
         axis.set_title(title, fontsize=11)
         axis.set_xlabel("steps of one sequence")
         axis.set_ylabel(unit)
-    axes[0].legend(frameon=False, loc="lower right")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     what = "forward and backward, batch 1, 2048 channels, 16 states, bfloat16"
     figure.suptitle(f"The selective scan on one {measured['device']}\n{what}", fontsize=11)
     figure.savefig(picture, dpi=200)

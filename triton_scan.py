@@ -171,7 +171,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 K = 64  # steps between two stored states
 LANES = 32  # of a warp
 FORWARD_T, FORWARD_STAGES = 8, 3  # steps of a tile, tiles in flight
-BACKWARD_T, BACKWARD_STAGES = 4, 3
+BACKWARD_T, BACKWARD_STAGES = 4, 4
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 # Inline assembly is for NVIDIA's compiler; elsewhere the same functions in plain Triton.
@@ -210,8 +210,8 @@ def reciprocal(v, FAST: tl.constexpr):
 
 ## softplus(v) = log(1 + e^v). For small e = e^v the sum 1 + e forgets the last digits of e: at the
 ## smallest Δ of the official initialisation, 0.001, the result would be wrong in the fourth digit.
-## Where dt has 8 bits (bfloat16) nobody can tell; where it has 24, a polynomial takes over below
-## e = 1/4: log(1 + e) / e to 1e-8, by interpolation in Chebyshev points.
+## Where dt is float32, a polynomial takes over below e = 1/4: log(1 + e) / e to 1e-8, interpolated
+## in Chebyshev points. Where it is bfloat16, with its 8 bits, rounding dt has cost as much already.
 
 
 @triton.jit
@@ -863,7 +863,7 @@ def lane_shape(d_state: int, lanes_of_a_channel: int) -> tuple[int, int, int]:
 ## distributed run computes the same bits. The numbers are an H100's: 528 schedulers, each of which
 ## keeps three programs of the forward kernel in its registers and two of the backward kernel.
 
-FORWARD_FULL, FORWARD_WANTED = 384, 2048  # programs: enough without cutting time; else this many
+FORWARD_FULL, FORWARD_WANTED = 384, 3072  # programs: enough without cutting time; else this many
 BACKWARD_FULL, BACKWARD_WANTED = 700, 1056
 
 
@@ -967,9 +967,8 @@ def scan_forward(
             grid = (blocks, segments - 1, batch)
             tensors = (x, dt, A, B, bias, document, ends, sums)
             fixed = (d_inner, d_state, *x.stride(), *dt.stride())
-            launch(
-                forward_summary_kernel, grid, tensors, (seqlen, segment, segments), fixed, **flags
-            )
+            free = (seqlen, segment, segments)
+            launch(forward_summary_kernel, grid, tensors, free, fixed, **flags)
         tensors = (
             x, dt, x if z is None else z, A, B, C, x if D is None else D.contiguous(), bias,
             document, x if h0 is None else h0.contiguous(), ends, sums, y, borders, h_last,
@@ -1006,8 +1005,11 @@ def scan_backward(
     segment = segment_length(steps, wanted)
     segments = ceil_div(steps, segment)
 
-    # With three programs for a scheduler, a program that has fewer registers is the faster one.
-    registers = 168 if programs * segments >= 1584 and FAST else None
+    # Where there are three programs for a scheduler, let three fit: fewer registers for each, and
+    # less shared memory.
+    crowded = programs * segments >= 1584
+    stages = BACKWARD_STAGES - 1 if crowded else BACKWARD_STAGES
+    registers = 168 if crowded and FAST else None
 
     empty = lambda *shape: x.new_empty(shape, dtype=torch.float32)  # noqa: E731
     zeros = lambda *shape: x.new_zeros(shape, dtype=torch.float32)  # noqa: E731
@@ -1027,7 +1029,7 @@ def scan_backward(
     ends, sums = empty(batch, segments, *group), empty(batch, segments, blocks * channels)
     A, B, C = A.contiguous(), widened(B, states), widened(C, states)
     flags = {
-        "M": M, "J": J, "C": channels, "T": BACKWARD_T, "STAGES": BACKWARD_STAGES,
+        "M": M, "J": J, "C": channels, "T": BACKWARD_T, "STAGES": stages,
         "HAS_Z": z is not None, "HAS_BIAS": dt_bias is not None, "HAS_RESET": reset is not None,
         "SOFTPLUS": dt_softplus, "FAST": FAST,
         "EVEN": d_inner == blocks * channels and seqlen % BACKWARD_T == 0, "num_warps": 1,

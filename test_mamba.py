@@ -851,7 +851,13 @@ def test_names_of_unknown_scans_and_rules_are_refused_with_the_known_ones():
         MambaConfig(d_model=8, scan="parallel")
 
 
-def test_an_explicit_triton_that_cannot_run_is_an_error_and_no_silent_fallback():
+def test_an_explicit_triton_that_cannot_run_is_an_error_and_no_silent_fallback(monkeypatch):
+    """Because tensors are on the CPU, with the interpreter off; because triton is not there."""
+    if mamba.HAS_TRITON:
+        monkeypatch.setattr(mamba.import_triton_scan(), "INTERPRETED", False)
+        with pytest.raises(RuntimeError, match="on a GPU, got tensors on cpu"):
+            selective_scan(**selective_inputs(), scan="triton")
+    monkeypatch.setitem(sys.modules, "triton_scan", None)
     with pytest.raises(RuntimeError, match="triton_scan"):
         selective_scan(**selective_inputs(), scan="triton")
 

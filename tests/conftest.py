@@ -1,9 +1,18 @@
-"""What the tests of the doors share: a Hub on this machine, and no other network."""
+"""What the tests of the doors share: a Hub on this machine, and no other network.
 
+And where there is no GPU, the interpreter of Triton, which reads its switch when it is imported.
+"""
+
+import os
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from huggingface_hub import constants
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import hub`

@@ -980,8 +980,9 @@ def causal_conv(
     past = past.to(x.dtype)
     # Number the documents; the past belongs to number 0.
     document = None if reset is None else F.pad(reset.cumsum(-1), (reach, 0)).unsqueeze(1)
+    # A new tensor: a view would keep all of x in memory for as long as the state lives.
     recent = rearrange(x[:, max(0, seqlen - reach) :], "b l d -> b d l")
-    next_past = torch.cat([past, recent], dim=-1)[..., recent.shape[-1] :]
+    next_past = torch.cat([past[..., seqlen:], recent], dim=-1)
     if document is not None:
         next_past = next_past * (document[..., seqlen:] == document[..., -1:])
     fits = x.is_cuda and x.dtype != torch.float64 and reach < 4

@@ -22,7 +22,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 ## ================================================================================================
 ## The problem
@@ -278,17 +277,32 @@ def load_delta(
 
 
 @triton.jit
-def load_reset(reset, i_b, t, seqlen):
-    return tl.load(reset + i_b * seqlen + t, mask=t < seqlen, other=0)
+def load_reset(reset, i_b, t, seqlen, HAS_RESET: tl.constexpr):
+    """(t,): whether a document starts at the step."""
+    if HAS_RESET:
+        return tl.load(reset + i_b * seqlen + t, mask=t < seqlen, other=0) != 0
+    else:
+        return t < 0
 
 
 @triton.jit
-def decay(b_delta, b_A2, reset, HAS_RESET: tl.constexpr, FAST: tl.constexpr):
-    """Ā (t, m, j, c) of a tile; 0 where a document starts. b_A2 is A log2 e."""
+def inputs_of(
+    b_x, b_delta, b_A2, b_B, b_h, b_r,
+    HAS_RESET: tl.constexpr, DIRAC: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """What the recurrence through a tile needs: Ā and the input (t, m, j, c), and Δ x (t, c).
+
+    b_A2 is A log2 e. The state before the tile, b_h, enters through the input of the first step.
+    """
     a = exp2(b_delta[:, None, None, :] * b_A2[None, :, :, :], FAST)
     if HAS_RESET:
-        a = tl.where(reset[:, None, None, None], 0.0, a)
-    return a
+        a = tl.where(b_r[:, None, None, None], 0.0, a)
+    b_v = b_x
+    if not DIRAC:
+        b_v = b_x * b_delta
+    v = b_v[:, None, None, :] * b_B[:, :, :, None]
+    first = (tl.arange(0, v.shape[0]) == 0)[:, None, None, None]
+    return a, tl.where(first, v + a * b_h[None, :, :, :], v), b_v
 
 
 ## A segment hands its state on as it is, (m, j, c), 32 lanes side by side for every m. Backward, a
@@ -347,19 +361,15 @@ def load_channels(vector, d, d_inner, EXISTS: tl.constexpr):
 ##     1. a summary of every segment: e, and Σ Δ, since P = exp(A ΣΔ) needs no product;
 ##     2. every segment chains the summaries before it, h <- P h + e, and then runs in full.
 ##
-## The summary is no recurrence. The input v_t = B_t Δ_t x_t of step t arrives at the end decayed by
-## the steps after it:
-##
-##     e = Σ_t exp(A (Δ_{t+1} + ... + Δ_end)) v_t
-##
-## Walk from the end to the start and carry that sum of Δ: a weighted sum, with all terms of a tile
-## at once. It costs as many exponentials as the scan and hardly anything else. That is the price of
-## cutting time, and why it is not done where batch x d fills the chip.
+## The summary is the recurrence from the zero state without its outputs: no C, no gate, nothing
+## written but the end. It still takes all exponentials. That is the price of cutting time, and why
+## it is not done where batch x d fills the chip.
 
 
-@triton.jit(do_not_specialize=["seqlen", "segment", "segments"])
+@triton.jit(do_not_specialize=["seqlen", "segment", "segments", "state_step"])
 def forward_summary_kernel(
-    x, dt, A, B, dt_bias, reset, ends, sums, seqlen, segment, segments, d_inner, d_state,
+    x, dt, A, B, dt_bias, reset, ends, sums,
+    seqlen, segment, segments, state_step, d_inner, d_state,
     x_b, x_l, x_d, dt_b, dt_l, dt_d,
     M: tl.constexpr, J: tl.constexpr, C: tl.constexpr,
     GROUP_J: tl.constexpr, GROUP_C: tl.constexpr, T: tl.constexpr, STAGES: tl.constexpr,
@@ -379,37 +389,29 @@ def forward_summary_kernel(
     B += i_b * seqlen * N
     o_B = t[:, None, None] * N + n[None, :, :]
 
-    b_e = tl.zeros([M, J, C], tl.float32)
-    b_sum = tl.zeros([C], tl.float32)  # ΣΔ of the tiles after this one
-    resets_after = tl.full([], 0, tl.int32)
+    b_h = tl.zeros([M, J, C], tl.float32)
+    b_sum = tl.zeros([C], tl.float32)
+    resets = tl.full([], 0, tl.int32)
     start = i_s * segment
-    tiles = tl.cdiv(min(seqlen, start + segment) - start, T)
-    for k in tl.range(0, tiles, num_stages=STAGES):
-        i = tl.cast(start + (tiles - 1 - k) * T, tl.int64)
+    for step in tl.range(start, min(seqlen, start + segment), T, num_stages=STAGES):
+        i = tl.cast(step, tl.int64)
         mask = (i + t < seqlen)[:, None] & (d < d_inner)[None, :]
+        b_x = load(x + i * x_l + o_x, mask, EVEN)
         b_delta, _ = load_delta(dt + i * dt_l + o_dt, mask, b_bias, SOFTPLUS, EVEN, FAST)
-        b_v = load(x + i * x_l + o_x, mask, EVEN)
-        if not DIRAC:
-            b_v = b_v * b_delta
         b_B = load(B + i * N + o_B, (i + t < seqlen)[:, None, None] & (n < N)[None, :, :], EVEN)
-        total = tl.sum(b_delta, 0)
-        b_after = (b_sum + total)[None, :] - tl.cumsum(b_delta, 0)
-        b_weight = exp2(b_after[:, None, None, :] * b_A2[None, :, :, :], FAST)
+        b_r = load_reset(reset, i_b, i + t, seqlen, HAS_RESET)
+        a, v, _ = inputs_of(b_x, b_delta, b_A2, b_B, b_h, b_r, HAS_RESET, DIRAC, FAST)
+        _, h = tl.associative_scan((a, v), 0, combine)
+        b_h = tl.reduce(h, 0, last_of)
+        b_sum += tl.sum(b_delta, 0)
         if HAS_RESET:
-            b_r = load_reset(reset, i_b, i + t, seqlen)
-            b_r = b_r.to(tl.int32)
-            count = tl.sum(b_r, 0)
-            cut = resets_after + count - tl.cumsum(b_r, 0) > 0  # a document starts after step t
-            b_weight = tl.where(cut[:, None, None, None], 0.0, b_weight)
-            resets_after += count
-        b_e += tl.sum(b_weight * b_v[:, None, None, :] * b_B[:, :, :, None], 0)
-        b_sum += total
+            resets += tl.sum(b_r.to(tl.int32), 0)
     if HAS_RESET:
-        b_sum = tl.where(resets_after > 0, float("inf"), b_sum)
+        b_sum = tl.where(resets > 0, float("inf"), b_sum)
 
     where = (i_b * segments + i_s) * tl.num_programs(0) + i_d
     o_h = state_offsets(M, J, C, GROUP_J, GROUP_C)
-    tl.store(ends + where * (N * C) + o_h, tl.reshape(b_e, [M, J * C]))
+    tl.store(ends + where * state_step + o_h, tl.reshape(b_h, [M, J * C]))
     tl.store(sums + where * C + c, b_sum)
 
 
@@ -489,16 +491,8 @@ def forward_kernel(
         b_delta, _ = load_delta(dt + i * dt_l + o_dt, mask, b_bias, SOFTPLUS, EVEN, FAST)
         b_B = load(B + i * N + o_B, mask_B, EVEN)
         b_C = load(C_ + i * N + o_B, mask_B, EVEN)
-        b_r = t
-        if HAS_RESET:
-            b_r = load_reset(reset, i_b, i + t, seqlen)
-        a = decay(b_delta, b_A2, b_r, HAS_RESET, FAST)
-        b_v = b_x
-        if not DIRAC:
-            b_v = b_x * b_delta
-        v = b_v[:, None, None, :] * b_B[:, :, :, None]
-        ## The state before the tile enters through its first step; then (2a) for all T of them.
-        v = tl.where((t == 0)[:, None, None, None], v + a * b_h[None, :, :, :], v)
+        b_r = load_reset(reset, i_b, i + t, seqlen, HAS_RESET)
+        a, v, _ = inputs_of(b_x, b_delta, b_A2, b_B, b_h, b_r, HAS_RESET, DIRAC, FAST)
         _, h = tl.associative_scan((a, v), 0, combine)
         b_h = tl.reduce(h, 0, last_of)
         b_y = tl.sum(tl.sum(h * b_C[:, :, :, None], 1), 1) + b_D[None, :] * b_x  # (2b), and D x
@@ -641,8 +635,7 @@ def backward_summary_kernel(
         b_through = b_sum[None, :] + tl.cumsum(b_delta, 0)  # Δ of step t included
         b_weight = exp2(b_through[:, None, None, :] * b_A2[None, :, :, :], FAST)
         if HAS_RESET:
-            b_r = load_reset(reset, i_b, i + t, seqlen)
-            b_r = b_r.to(tl.int32)
+            b_r = load_reset(reset, i_b, i + t, seqlen, HAS_RESET).to(tl.int32)
             cut = resets_before + tl.cumsum(b_r, 0) > 0
             b_weight = tl.where(cut[:, None, None, None], 0.0, b_weight)
             resets_before += tl.sum(b_r, 0)
@@ -728,15 +721,8 @@ def backward_kernel(
             b_x = load(x + i * x_l + o_x, mask, EVEN)
             b_delta, _ = load_delta(dt + i * dt_l + o_dt, mask, b_bias, SOFTPLUS, EVEN, FAST)
             b_B = load(B + i * N + o_B, (i + t < seqlen)[:, None, None] & (n < N)[None], EVEN)
-            b_r = t
-            if HAS_RESET:
-                b_r = load_reset(reset, i_b, i + t, seqlen)
-            a = decay(b_delta, b_A2, b_r, HAS_RESET, FAST)
-            b_v = b_x
-            if not DIRAC:
-                b_v = b_x * b_delta
-            v = b_v[:, None, None, :] * b_B[:, :, :, None]
-            v = tl.where(t4 == 0, v + a * b_h[None, :, :, :], v)
+            b_r = load_reset(reset, i_b, i + t, seqlen, HAS_RESET)
+            a, v, _ = inputs_of(b_x, b_delta, b_A2, b_B, b_h, b_r, HAS_RESET, DIRAC, FAST)
             _, h = tl.associative_scan((a, v), 0, combine)
             b_h = tl.reduce(h, 0, last_of)
             tl.store(scratch + (tile + 1) * scratch_step + o_h, tl.reshape(b_h, [M, J * C]))
@@ -753,15 +739,8 @@ def backward_kernel(
             b_g = load(dy + i * dy_l + o_dy, mask, EVEN)
             b_B = load(B + i * N + o_B, mask_B, EVEN)
             b_C = load(C_ + i * N + o_B, mask_B, EVEN)
-            b_r = t
-            if HAS_RESET:
-                b_r = load_reset(reset, i_b, i + t, seqlen)
-            a = decay(b_delta, b_A2, b_r, HAS_RESET, FAST)
-            b_v = b_x
-            if not DIRAC:
-                b_v = b_x * b_delta
-            v = b_v[:, None, None, :] * b_B[:, :, :, None]
-            v = tl.where(t4 == 0, v + a * b_h[None, :, :, :], v)
+            b_r = load_reset(reset, i_b, i + t, seqlen, HAS_RESET)
+            a, v, b_v = inputs_of(b_x, b_delta, b_A2, b_B, b_h, b_r, HAS_RESET, DIRAC, FAST)
             _, h = tl.associative_scan((a, v), 0, combine)
             if HAS_Z:
                 ## y' = y silu(z). silu(z) = z σ, and its derivative is σ (1 + z - z σ).
@@ -967,7 +946,7 @@ def scan_forward(
             grid = (blocks, segments - 1, batch)
             tensors = (x, dt, A, B, bias, document, ends, sums)
             fixed = (d_inner, d_state, *x.stride(), *dt.stride())
-            free = (seqlen, segment, segments)
+            free = (seqlen, segment, segments, states * channels)
             launch(forward_summary_kernel, grid, tensors, free, fixed, **flags)
         tensors = (
             x, dt, x if z is None else z, A, B, C, x if D is None else D.contiguous(), bias,
@@ -1122,6 +1101,14 @@ forward_operator = operator(scan_forward, forward_shapes)
 backward_operator = operator(scan_backward, backward_shapes)
 
 
+def refuse_second_derivatives() -> None:
+    """They would be silently zero: what the kernels do leaves no trace for autograd."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "the Triton kernels have no second derivatives (create_graph=True): use scan='chunked'"
+        )
+
+
 class SelectiveScan(torch.autograd.Function):
     """The two as one differentiable function. It keeps its inputs and the borders, nothing else."""
 
@@ -1136,8 +1123,8 @@ class SelectiveScan(torch.autograd.Function):
         return y, h_last
 
     @staticmethod
-    @once_differentiable  # an error for second derivatives, which would be silently zero
     def backward(ctx, dy, dh_last):
+        refuse_second_derivatives()
         tensors = ctx.saved_tensors
         dy = torch.zeros_like(tensors[0]) if dy is None else dy
         run = backward_operator if torch.compiler.is_compiling() else scan_backward
@@ -1437,8 +1424,8 @@ class CausalConv(torch.autograd.Function):
         return run(x, weight, bias, past, reset, silu)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dout):
+        refuse_second_derivatives()
         run = conv_backward_operator if torch.compiler.is_compiling() else conv_backward
         gradients = run(dout, *ctx.saved_tensors, ctx.silu)
         needed = zip(gradients, ctx.needs_input_grad, strict=False)

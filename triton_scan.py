@@ -1,4 +1,4 @@
-"""The selective scan of Mamba as GPU kernels in Triton: nothing to compile, nothing but this file.
+"""The selective scan of Mamba as GPU kernels in Triton: nothing to build, nothing but this file.
 
     Albert Gu and Tri Dao: "Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
     arXiv 2312.00752v2, section 3.3.2. It continues the ladder of scans in mamba.py.
@@ -48,12 +48,12 @@ from torch import Tensor
 ## the number of instructions that a scheduler can issue, one a clock. Both say the same: whatever
 ## is not an exponential should cost as few instructions as possible.
 ##
-## For the backward pass h is needed again. Keeping it would be 2 GiB a layer. The forward pass
-## keeps h at every 64th step instead (32 MiB), and the backward pass computes the steps between
-## once more: two more exponentials are cheaper than one number fetched from memory.
+## For the backward pass h is needed again. All of it would be 2 GiB a layer. So the forward pass
+## keeps h at every 64th step (32 MiB, `borders`), and the backward pass computes the others again,
+## twice: two exponentials for each, 0.3 ms in all. To write and read 2 GiB would take 1.4 ms.
 ##
 ## The work is cut in three directions; one program, the unit of work that a GPU schedules, is one
-## warp of 32 lanes in lockstep:
+## warp of 32 lanes in lockstep (the forward kernel's programs are drawn):
 ##
 ##                   l, time ------------------------------------------>
 ##           batch  .-------------------.-------------------.-----------.
@@ -107,9 +107,12 @@ def first_scan(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A scan in mamba.py's signature: x, delta (b, l, d) -> y (b, l, d), h_last (b, d, n), float32.
 
-    Forward only. Raises RuntimeError for tensors that are not on a GPU.
+    Without reset, and forward only. Raises RuntimeError off the GPU and where a gradient would be
+    wanted.
     """
     check_device(x)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, delta, A, B, C)):
+        raise RuntimeError("first_scan has no gradient: use selective_scan_triton")
     x, delta, A, B, C = (tensor.float().contiguous() for tensor in (x, delta, A, B, C))
     (batch, seqlen, d_inner), d_state = x.shape, A.shape[1]
     chunks = triton.cdiv(seqlen, chunk)
@@ -209,8 +212,8 @@ def reciprocal(v, FAST: tl.constexpr):
 
 ## softplus(v) = log(1 + e^v). For small e = e^v the sum 1 + e forgets the last digits of e: at the
 ## smallest Δ of the official initialisation, 0.001, the result would be wrong in the fourth digit.
-## Where dt is float32, a polynomial takes over below e = 1/4: log(1 + e) / e to 1e-8, interpolated
-## in Chebyshev points. Where it is bfloat16, with its 8 bits, rounding dt has cost as much already.
+## A polynomial takes over below e = 1/4: log(1 + e) / e to 1e-8, interpolated in Chebyshev points.
+## Not where dt is bfloat16: with its 8 bits, rounding dt has cost as much already.
 
 
 @triton.jit
@@ -263,7 +266,7 @@ def load_delta(
     SOFTPLUS: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Δ of a tile (t, c), and dΔ/d(dt)."""
-    PRECISE: tl.constexpr = dt.dtype.element_ty == tl.float32
+    PRECISE: tl.constexpr = dt.dtype.element_ty != tl.bfloat16
     v = load(dt, mask, EVEN) + b_bias[None, :]
     slope = tl.full(v.shape, 1.0, tl.float32)
     delta = v
@@ -354,12 +357,13 @@ def load_channels(vector, d, d_inner, EXISTS: tl.constexpr):
 ## Cutting time
 ## ================================================================================================
 ##
-## A GPU with 528 schedulers wants two programs for each. One sequence and d = 1536 are 48 programs.
-## Then time is cut into segments, and the scan becomes what section 3.3.2 calls parallel: the
-## combine of whole segments. A segment turns its start state h into P h + e, so that
+## An H100 has 528 schedulers, and one sequence with d = 1536 makes 48 programs. Then time is cut into
+## segments, and the scan becomes what section 3.3.2 calls parallel: the combine of whole segments.
+## A segment turns its start state h into P h + e. Hence two launches:
 ##
 ##     1. a summary of every segment: e, and Σ Δ, since P = exp(A ΣΔ) needs no product;
 ##     2. every segment chains the summaries before it, h <- P h + e, and then runs in full.
+##        (A few dozen steps of the combine, each program for itself: nothing beside the scan.)
 ##
 ## The summary is the recurrence from the zero state without its outputs: no C, no gate, nothing
 ## written but the end. It still takes all exponentials. That is the price of cutting time, and why
@@ -376,7 +380,10 @@ def forward_summary_kernel(
     HAS_BIAS: tl.constexpr, HAS_RESET: tl.constexpr, SOFTPLUS: tl.constexpr,
     DIRAC: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """e (m, j, c) and ΣΔ (c) of one segment; ΣΔ is infinite if a document starts in it."""
+    """e (m, j, c) and ΣΔ (c) of one segment, but not of the last, which nobody asks for.
+
+    Where a document starts in the segment, P = 0: ΣΔ = infinity stands for that.
+    """
     i_d, i_s, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     N: tl.constexpr = M * J
     c, t, n = tl.arange(0, C), tl.arange(0, T), tl.arange(0, M)[:, None] + tl.arange(0, J) * M
@@ -455,9 +462,9 @@ def forward_kernel(
     b_D = load_channels(D, d, d_inner, HAS_D)
     o_h = state_offsets(M, J, C, GROUP_J, GROUP_C)
 
-    # state_step is N C, but the compiler does not know that it is a multiple of anything. It would
-    # otherwise give a lane four neighbouring channels, to load 16 bytes at once, and shuffle the
-    # states back and forth in every tile.
+    # state_step is N C, but the compiler does not know that it is a multiple of anything (hence
+    # do_not_specialize). It would otherwise give a lane four neighbouring channels, to move 16 bytes
+    # at once, and since all of b_h has one layout, shuffle the states in every tile.
     b_h = tl.zeros([M, J, C], tl.float32)
     if HAS_H0:
         offsets, mask_h = state_mask(d, d_inner, d_state, M, J)
@@ -511,7 +518,7 @@ def forward_kernel(
 ## ================================================================================================
 ##
 ## The mirror. Let G_t be the gradient of the loss with respect to h_t, counting all that follows,
-## and g the gradient of y before the gate. h_t is read by y_t and by h_{t+1}:
+## and g_t that with respect to y_t as it was before the gate. h_t is read by y_t and by h_{t+1}:
 ##
 ##     G_t = C_t g_t + Ā_{t+1} G_{t+1}               the same recurrence, from the end to the start
 ##
@@ -519,21 +526,30 @@ def forward_kernel(
 ##
 ##     dC_t = Σ_d g_t h_t          dB_t = Σ_d G_t Δ_t x_t         d(Δx)_t = Σ_n G_t B_t
 ##     dA   = Σ_t Δ_t w_t h_{t-1}  dΔ_t = Σ_n A w_t h_{t-1} + x_t d(Δx)_t
+##     dx_t = Δ_t d(Δx)_t + D g_t  ddt_t = dΔ_t sigmoid(dt_t + bias)          dD = Σ_t g_t x_t
 ##
-## The program walks through its chunks from the last to the first. For each it runs forward once
-## from the stored border and leaves the state at the start of every tile in a scratch buffer that
-## stays in the L2 cache; then it takes the tiles from last to first: forward through the tile, with
-## h in registers, and backward through the same registers. Exponentials: two a step.
+## Going back needs h in reverse order, and the recurrence cannot be run backward: Ā may be 0. So the
+## program takes its chunks of 64 steps from the last to the first. It runs each forward once from
+## the stored border and leaves the state at the start of every tile in a scratch buffer (16 KB,
+## mostly in the L2 cache). Then it takes the tiles from last to first: forward through the
+## tile, with h in registers, and backward through the same registers.
 ##
-## The sums over d, for dB and dC, go across lanes, which is the one expensive thing: 2 n sums of 32
-## lanes a step would be 160 exchanges by the textbook. `fold` halves the values with each exchange
-## instead: half of the lanes keep the first half of the values and give away the second, the
-## others the reverse. 16 + 8 + 4 + 2 + 1 exchanges give every lane one finished sum. Each
-## program then writes the sum over its own channels, and PyTorch adds the programs up: always in
-## the same order, so that two runs agree to the bit, which atomic additions would not.
+## A lane that held 16 states would need more registers than there are (255): here two lanes share a
+## channel, j = 2, and a program has 16 channels.
 ##
-## A lane that held 16 states would need more registers than it has (255): two lanes share a
-## channel here, j = 2, and a program has 16 channels.
+## The sums over d, for dB and dC, go across lanes, which is the one expensive thing: a processor does
+## one exchange between lanes a clock for all of its schedulers. With n = 16 a lane has 8 products for
+## dB and 8 for dC; to sum each over 16 lanes in the usual way takes 16 x 4 exchanges. `sum_channels`
+## halves the values with each exchange instead. First lanes c and c ^ 8: the one with c < 8 keeps dB
+## and gives dC away, the other the reverse. Then c ^ 4, c ^ 2, c ^ 1, each time the upper or the
+## lower half of the states: 8 + 4 + 2 + 1 = 15 exchanges. The bits of c, from the top, say what is
+## left in a lane: of (dB_0 ... dB_7, dC_0 ... dC_7) lane c has sum number c. Each program writes the
+## sums over its own channels, and `sum_programs_kernel` adds the programs up: always in the same
+## order, so that two runs agree to the bit, which atomic additions would not.
+##
+## Triton cannot index a tile in registers. But a scan or a reduction along an axis that lies in the
+## registers of a lane compiles to plain instructions, so that picking out a step (`row`, `last_of`)
+## costs nothing. That holds for the layouts that we get, not by the language: elsewhere it is slow.
 
 
 @triton.jit
@@ -580,7 +596,11 @@ def fold(p, bit: tl.constexpr):
 
 @triton.jit
 def sum_channels(p, q):
-    """Sums over c of two tiles (t, m, j, c); of the 2 m sums lane c has those from 2 m c / C."""
+    """Sums over c of two tiles (t, m, j, c): (t, max(1, 2 m / C), j, c).
+
+    Number the 2 m sums of a j, first p's, then q's: lane c has those from number 2 m c / C on. If
+    there are fewer sums than lanes, neighbours have the same one.
+    """
     C: tl.constexpr = p.shape[3]
     s = exchange(p, q, C // 2)
     if C >= 4:
@@ -603,7 +623,11 @@ def backward_summary_kernel(
     HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESET: tl.constexpr,
     SOFTPLUS: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """The mirror of the forward summary: what g of a segment's steps adds to w at its start."""
+    """What the gradients g of a segment's own steps add to w at its start, but for the first.
+
+    In this direction the decays to the start are at hand, exp(A (Δ_start + ... + Δ_t)) for step t,
+    and the sum over the steps, Σ_t exp(...) C_t g_t, needs no recurrence.
+    """
     i_d, i_s, i_b = tl.program_id(0), tl.program_id(1) + 1, tl.program_id(2).to(tl.int64)
     N: tl.constexpr = M * J
     c, t, n = tl.arange(0, C), tl.arange(0, T), tl.arange(0, M)[:, None] + tl.arange(0, J) * M
@@ -839,8 +863,8 @@ def lane_shape(d_state: int, lanes_of_a_channel: int) -> tuple[int, int, int]:
 
 
 ## How the work is cut depends on the sizes alone and not on the device, so that every process of a
-## distributed run computes the same bits. The numbers are an H100's: 528 schedulers, each of which
-## keeps three programs of the forward kernel in its registers and two of the backward kernel.
+## distributed run computes the same bits. The numbers are an H100's: from so many programs on, a
+## kernel is as fast without cutting time; below, cut time until there are about so many.
 
 FORWARD_FULL, FORWARD_WANTED = 384, 3072  # programs: enough without cutting time; else this many
 BACKWARD_FULL, BACKWARD_WANTED = 700, 1056
@@ -873,8 +897,8 @@ def widened(B: Tensor, states: int) -> Tensor:
 
 ## Which compiled variant of a kernel fits, Triton finds out at every launch from every argument: in
 ## Python, and longer than a short sequence takes on the GPU. `launch` remembers it. A variant
-## depends on the dtypes, on whether addresses are multiples of 16, on the `fixed` numbers and on
-## the constants; on the `free` numbers it does not depend (do_not_specialize).
+## depends on the dtypes, on whether addresses and `fixed` numbers are multiples of 16 (and on numbers
+## that are 1, or need 64 bits), and on the constants; not on the `free` numbers (do_not_specialize).
 
 variants: dict = {}
 
@@ -882,7 +906,8 @@ variants: dict = {}
 def launch(kernel, grid, tensors: tuple, free: tuple, fixed: tuple, **constants) -> None:
     """kernel[grid](*tensors, *free, *fixed, **constants)."""
     layout = tuple((tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors)
-    key = (kernel, tensors[0].device, layout, fixed, *constants.values())
+    traits = tuple((n == 1, n % 16 == 0, n < 2**31) for n in fixed)
+    key = (kernel, tensors[0].device, layout, traits, *constants.values())
     if key in variants:
         variant, values = variants[key]
         variant[grid](*tensors, *free, *fixed, *values)
@@ -904,6 +929,10 @@ def within_reach(tensor: Tensor | None) -> Tensor | None:
     return tensor.contiguous()
 
 
+## From small to large: a step; a tile, the 8 or 4 steps in registers; a chunk, the K = 64 steps between
+## two stored states; a segment, the chunks of one program; a slice, what one launch of the backward
+## kernel covers. A block is the channels of a program, a group those of a backward program.
+##
 ## A missing tensor is passed to a kernel as x, which a flag keeps it from reading.
 
 
@@ -974,9 +1003,10 @@ def scan_backward(
     group, programs = borders.shape[2:], batch * blocks
     x, dt, z, dy = within_reach(x), within_reach(dt), within_reach(z), within_reach(dy)
 
-    ## The sums of dB and dC, one for each program, are b (d / 16) l 2 n numbers: more than x.
-    ## So the kernel runs on slices of time, the last first, and each is added up before the next
-    ## overwrites it. A slice leaves behind w, what arrives at the state before it.
+    ## The sums of dB and dC, one for each program, step and state, are 2 n / 16 float32 numbers for each
+    ## number of x: more than x, dx, ddt and dz together. So the kernel runs on slices of time, the
+    ## last first, and each is added up before the next overwrites it. A slice leaves behind w, what
+    ## arrives at the state before it. room: bytes for these sums.
     wanted = 1 if programs >= BACKWARD_FULL else max(1, BACKWARD_WANTED // programs)
     room = max(x.numel() * x.element_size(), 8 * 2**20)
     chunks = room // (programs * K * 2 * states * 4)
@@ -988,7 +1018,7 @@ def scan_backward(
     # less shared memory.
     crowded = programs * segments >= 1584
     stages = BACKWARD_STAGES - 1 if crowded else BACKWARD_STAGES
-    registers = 168 if crowded and FAST else None
+    registers = {"maxnreg": 168} if crowded and FAST else {}  # NVIDIA's compiler has this option
 
     empty = lambda *shape: x.new_empty(shape, dtype=torch.float32)  # noqa: E731
     zeros = lambda *shape: x.new_zeros(shape, dtype=torch.float32)  # noqa: E731
@@ -1035,7 +1065,7 @@ def scan_backward(
             free = (*where, steps, states * channels)
             launch(
                 backward_kernel, (blocks, count, batch), tensors, free, fixed,
-                **flags, K=K, HAS_D=D is not None, DIRAC=rule == "dirac", maxnreg=registers,
+                **flags, K=K, HAS_D=D is not None, DIRAC=rule == "dirac", **registers,
             )  # fmt: skip
             numbers = (stop - start) * 2 * states
             grid, free = (ceil_div(numbers, 128), batch), (seqlen, start, numbers, steps, blocks)
@@ -1061,8 +1091,9 @@ def device_of(x: Tensor):
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-## torch.compile does not look into kernels: it has to be told that each of the two functions is one
-## operator, and what it returns for given shapes. Without it the operators would only cost time.
+## torch.compile cannot trace `launch`: each of the four functions that launch kernels is registered as
+## an opaque operator, with the shapes of what it returns. Outside torch.compile the plain functions
+## are called, because a registered operator costs time.
 
 
 def forward_shapes(x, dt, A, B, C, D, z, h0, dt_bias, reset, dt_softplus, rule, save):
@@ -1105,7 +1136,7 @@ def refuse_second_derivatives() -> None:
     """They would be silently zero: what the kernels do leaves no trace for autograd."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
-            "the Triton kernels have no second derivatives (create_graph=True): use scan='chunked'"
+            "the Triton kernels have no second derivatives (create_graph=True): use mamba.py's scan='chunked'"
         )
 
 
@@ -1141,11 +1172,35 @@ RULES = ("mamba", "dirac")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def check_tensors(tensors: dict[str, Tensor | None], shapes: dict[str, tuple]) -> None:
+    """Shape, dtype and device of each; the first one is x."""
+    x = tensors["x"]
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {tensor!r}")
+        if tuple(tensor.shape) != shapes[name]:
+            raise ValueError(f"{name} must be {shapes[name]}, got {tuple(tensor.shape)}")
+        if name == "reset" and tensor.dtype != torch.bool:
+            raise ValueError(f"reset must be torch.bool, got {tensor.dtype}")
+        if name != "reset" and tensor.dtype not in DTYPES:
+            raise ValueError(
+                f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}: "
+                "use mamba.py's scan='chunked' for it"
+            )
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
+    if len(x) > 65535:
+        raise ValueError(f"the batch must be at most 65535, got {len(x)}: split it")
+    check_device(x)
+
+
 def check_inputs(rule: str, x: Tensor, A: Tensor, **others: Tensor | None) -> None:
     """Raise ValueError for what the kernels cannot take, RuntimeError off the GPU."""
     if rule not in RULES:
         raise ValueError(
-            f"the Triton scan takes the rules {RULES}, got {rule!r}: use scan='chunked' for it"
+            f"the Triton scan takes the rules {RULES}, got {rule!r}: use mamba.py's scan='chunked' for it"
         )
     if x.ndim != 3 or A.ndim != 2 or 0 in x.shape:
         raise ValueError(
@@ -1157,25 +1212,9 @@ def check_inputs(rule: str, x: Tensor, A: Tensor, **others: Tensor | None) -> No
         "B": (b, seqlen, n), "C": (b, seqlen, n), "D": (d,), "dt_bias": (d,), "h0": (b, d, n),
         "reset": (b, seqlen),
     }  # fmt: skip
-    for name, tensor in {"x": x, "A": A, **others}.items():
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shapes[name]:
-            raise ValueError(f"{name} must be {shapes[name]}, got {tuple(tensor.shape)}")
-        if name == "reset" and tensor.dtype != torch.bool:
-            raise ValueError(f"reset must be torch.bool, got {tensor.dtype}")
-        if name != "reset" and tensor.dtype not in DTYPES:
-            raise ValueError(
-                f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}: "
-                "use scan='chunked' for it"
-            )
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
+    check_tensors({"x": x, "A": A, **others}, shapes)
     if not 1 <= n <= 256:
-        raise ValueError(f"d_state must be from 1 to 256, got {n}: use scan='chunked'")
-    if b > 65535:
-        raise ValueError(f"the batch must be at most 65535, got {b}: split it")
-    check_device(x)
+        raise ValueError(f"d_state must be from 1 to 256, got {n}: use mamba.py's scan='chunked'")
 
 
 def selective_scan_triton(
@@ -1190,7 +1229,8 @@ def selective_scan_triton(
     x, dt, z (b, l, d), A (d, n), B, C (b, l, n), D, dt_bias (d,), h0 (b, d, n), reset (b, l) bool:
     a document starts here. Any strides; float32, bfloat16 or float16, also mixed; n up to 256.
     Returns y (b, l, d) in x's dtype and h_last (b, d, n) in float32; computes in float32.
-    Differentiable in every tensor but reset, h0 and h_last included; deterministic.
+    Differentiable (once) in every tensor but reset, h0 and h_last included; deterministic.
+    A must be negative where time is cut, as it is in Mamba: exp(A ΣΔ) is not to overflow.
     rule: "mamba" (exp, Euler) or "dirac" (Ā = exp(ΔA), B̄ = B; x is then an impulse).
 
     Raises ValueError for shapes, dtypes and rules that do not fit, RuntimeError off the GPU.
@@ -1272,8 +1312,8 @@ def conv_forward_kernel(
     W: tl.constexpr, STRIP: tl.constexpr, C: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESET: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    i_d, i_t, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    d, start = i_d * C + tl.arange(0, C), i_t * STRIP
+    i_t, i_d, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    d, start = (i_d * C + tl.arange(0, C)).to(tl.int64), i_t * STRIP
     b_bias = load_channels(bias, d, d_inner, HAS_BIAS)
     w0, w1, w2, w3 = conv_weights(weight, d, d_inner, W)
     x += i_b * x_b
@@ -1305,8 +1345,8 @@ def conv_backward_kernel(
     HAS_BIAS: tl.constexpr, HAS_RESET: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """dx and dpast; dweight and dbias summed over the strip, one row for each program in time."""
-    i_d, i_t, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    d, start = i_d * C + tl.arange(0, C), i_t * STRIP
+    i_t, i_d, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    d, start = (i_d * C + tl.arange(0, C)).to(tl.int64), i_t * STRIP
     m = d < d_inner
     b_bias = load_channels(bias, d, d_inner, HAS_BIAS)
     w0, w1, w2, w3 = conv_weights(weight, d, d_inner, W)
@@ -1350,7 +1390,7 @@ def conv_backward_kernel(
         dw3 += f3 * (p * x3)
         db += p
         x1, x2, x3 = x0, x1, x2
-    row = (i_b * tl.num_programs(1) + i_t) * d_inner
+    row = (i_b * tl.num_programs(0) + i_t) * d_inner
     tl.store(dbias + row + d, db, mask=m)
     p_w = dweight + (row + d) * W + W - 1
     tl.store(p_w, dw0, mask=m)
@@ -1361,7 +1401,7 @@ def conv_backward_kernel(
 
 def conv_options(x, weight, bias, reset, silu: bool) -> tuple[tuple, dict]:
     """The grid, and the constants of both kernels."""
-    grid = (ceil_div(x.shape[2], CONV_C), ceil_div(x.shape[1], STRIP), x.shape[0])
+    grid = (ceil_div(x.shape[1], STRIP), ceil_div(x.shape[2], CONV_C), x.shape[0])
     flags = {
         "W": weight.shape[-1], "STRIP": STRIP, "C": CONV_C, "HAS_BIAS": bias is not None,
         "HAS_RESET": reset is not None, "SILU": silu, "FAST": FAST, "num_warps": 1,
@@ -1377,7 +1417,9 @@ def conv_forward(
     grid, flags = conv_options(x, weight, bias, reset, silu)
     document = x if reset is None else reset.contiguous().view(torch.uint8)
     with device_of(x):
-        tensors = (x, weight.contiguous(), x if bias is None else bias, past.contiguous())
+        tensors = (
+            x, weight.contiguous(), x if bias is None else bias.contiguous(), past.contiguous(),
+        )  # fmt: skip
         fixed = (d_inner, *x.stride())
         launch(conv_forward_kernel, grid, (*tensors, document, out), (seqlen,), fixed, **flags)
     return out
@@ -1391,13 +1433,13 @@ def conv_backward(
     batch, seqlen, d_inner = x.shape
     grid, flags = conv_options(x, weight, bias, reset, silu)
     dx, dpast = x.new_empty(batch, seqlen, d_inner), past.new_empty(past.shape)
-    dweight = x.new_empty((batch * grid[1], *weight.shape), dtype=torch.float32)
-    dbias = x.new_empty((batch * grid[1], d_inner), dtype=torch.float32)
+    dweight = x.new_empty((batch * grid[0], *weight.shape), dtype=torch.float32)
+    dbias = x.new_empty((batch * grid[0], d_inner), dtype=torch.float32)
     document = x if reset is None else reset.contiguous().view(torch.uint8)
     with device_of(x):
         tensors = (
-            x, weight.contiguous(), x if bias is None else bias, past.contiguous(), document,
-            dout, dx, dpast, dweight, dbias,
+            x, weight.contiguous(), x if bias is None else bias.contiguous(), past.contiguous(),
+            document, dout, dx, dpast, dweight, dbias,
         )  # fmt: skip
         fixed = (d_inner, *x.stride(), *dout.stride())
         launch(conv_backward_kernel, grid, tensors, (seqlen,), fixed, **flags)
@@ -1442,9 +1484,15 @@ def causal_conv_triton(
     first; reset (b, l) bool. Differentiable in x, weight, bias and past. Raises ValueError for a
     wider filter, RuntimeError off the GPU.
     """
-    if weight.shape[-1] > MAX_W:
-        raise ValueError(f"a filter is at most {MAX_W} wide here, got {weight.shape[-1]}")
-    check_device(x)
+    W = weight.shape[-1]
+    if not 1 <= W <= MAX_W:
+        raise ValueError(f"a filter is from 1 to {MAX_W} wide here, got {W}")
+    if x.ndim != 3 or 0 in x.shape:
+        raise ValueError(f"need x (b, l, d), not empty, got {tuple(x.shape)}")
+    b, seqlen, d = x.shape
+    shapes = {"weight": (d, 1, W), "bias": (d,), "past": (b, d, W - 1), "reset": (b, seqlen)}
+    tensors = {"weight": weight, "bias": bias, "past": past, "reset": reset}
+    check_tensors({"x": x, **tensors}, {"x": (b, seqlen, d), **shapes})
     if torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, weight, bias, past)
     ):

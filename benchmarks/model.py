@@ -173,8 +173,8 @@ def measure_training(name: str, how: str, loss: str, options: argparse.Namespace
     }  # fmt: skip
     run, after = step, clear
     if how == "graph" and options.device.type == "cuda":
-        captured = capture(step)
         expected = value.item()
+        captured = capture(step)
         captured.replay()
         if abs(value.item() - expected) > 1e-3:
             raise RuntimeError(f"{name}: the replayed graph gives another loss")

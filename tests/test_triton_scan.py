@@ -247,17 +247,16 @@ def launches(monkeypatch) -> dict[str, list[tuple]]:
     ("batch", "seqlen", "d_inner", "d_state"),
     [
         (1, 1, 1, 1),
-        (2, 7, 3, 4),  # steps, channels and lanes that only fill up the tile
+        (2, 3, 3, 4),  # steps, channels and lanes that only fill up the tile
         (2, 9, 17, 1),
         (1, 8, 32, 2),  # nothing to fill up
         (1, 3, 48, 2),  # of the last 32 channels only 16
-        (2, 2, 40, 1),
+        (1, 2, 40, 1),
         (1, 5, 2, 3),
         (1, 2, 20, 5),
         (1, 3, 2, 16),
         (1, 2, 2, 20),
-        (1, 2, 5, 50),  # 4 lanes share a channel
-        (1, 2, 2, 200),  # 16 do
+        (1, 2, 2, 200),  # 16 lanes share a channel
     ],
 )
 def test_values_and_gradients_are_those_of_the_recurrence(batch, seqlen, d_inner, d_state):
@@ -282,7 +281,7 @@ def test_under_dirac_x_is_an_impulse(shape):
 
 @pytest.mark.parametrize("rule", ["mamba", "dirac"])
 def test_a_reset_forgets_all_that_was_before(rule):
-    check(scan_inputs(2, 13, 3, 1), reset=some_resets(2, 13), rule=rule)
+    check(scan_inputs(2, 12, 3, 1), reset=some_resets(2, 12), rule=rule)
 
 
 def test_a_reset_at_every_step_leaves_the_inputs_of_that_step():
@@ -296,7 +295,7 @@ def test_a_loss_may_depend_on_one_of_the_outputs(outputs):
 
 
 def test_a_tensor_that_needs_no_gradient_changes_no_gradient():
-    inputs = scan_inputs(1, 5, 3, 1)
+    inputs = scan_inputs(1, 2, 3, 1)
     expected = results(selective_scan_triton, inputs)
     for name in ("x", "A", "h0"):
         rest = {other: tensor for other, tensor in inputs.items() if other != name}
@@ -321,26 +320,28 @@ def test_without_gradients_the_values_are_the_same_and_nothing_is_kept():
 
 
 def test_segments_of_time_are_chained_at_the_sizes_that_the_kernels_choose(launches):
-    check(scan_inputs(1, 70, 3, 1))
+    check(scan_inputs(1, 66, 3, 1))
     for name in ("forward", "backward"):
         assert launches[name][0][1] == 2, f"{name}: not cut into two segments"
 
 
 SEGMENTS = {
-    "three of them, the last one short, two rows": {},
-    "impulses": {"rule": "dirac"},
-    "documents": {"reset": True},
-    "Δ as it is, nothing else": {"dt_softplus": False, "without": ("D", "z", "h0", "dt_bias")},
-    "channels and steps that need no filling": {"shape": (1, 24, 32, 1)},
-    "more states": {"shape": (1, 20, 17, 4)},
-    "a longer chunk": {"shape": (1, 37, 3, 1), "chunk": 16},
-}
+    "three of them, the last one short": {},
+    "impulses": {"rule": "dirac", "shape": (1, 12, 3, 1)},
+    "documents": {"reset": True, "shape": (2, 20, 3, 1)},
+    "Δ as it is, nothing else": {
+        "dt_softplus": False, "without": ("D", "z", "h0", "dt_bias"), "shape": (1, 12, 3, 1),
+    },
+    "channels and steps that need no filling": {"shape": (1, 16, 32, 1)},
+    "more states": {"shape": (1, 11, 17, 4)},
+    "a longer chunk": {"shape": (1, 19, 3, 1), "chunk": 16},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", SEGMENTS)
 def test_segments_of_time_are_chained(case, monkeypatch, launches):
     options = dict(SEGMENTS[case])
-    batch, seqlen, d_inner, d_state = options.pop("shape", (2, 20, 3, 1))
+    batch, seqlen, d_inner, d_state = options.pop("shape", (1, 20, 3, 1))
     monkeypatch.setattr(triton_scan, "K", options.pop("chunk", 8))
     inputs = scan_inputs(batch, seqlen, d_inner, d_state, without=options.pop("without", ()))
     if not options.get("dt_softplus", True):
@@ -417,7 +418,7 @@ def strided(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("shape", "chunk"), [((2, 6, 3, 2), 64), ((1, 10, 33, 1), 8)], ids=["whole", "in segments"]
+    ("shape", "chunk"), [((2, 3, 3, 2), 64), ((1, 10, 33, 1), 8)], ids=["whole", "in segments"]
 )
 def test_inputs_may_have_any_strides(shape, chunk, monkeypatch):
     monkeypatch.setattr(triton_scan, "K", chunk)
@@ -520,16 +521,15 @@ EXTREMES = {
 }
 
 
-@pytest.mark.parametrize("cut", [False, True], ids=["whole", "in segments"])
 @pytest.mark.parametrize("case", EXTREMES)
-def test_extreme_steps_and_decays_are_finite_and_right(case, cut, monkeypatch, launches):
-    """Over 20 steps, in one piece and in three."""
+def test_extreme_steps_and_decays_are_finite_and_right(case, monkeypatch, launches):
+    """In two segments."""
     delta, minus_A = EXTREMES[case]
-    monkeypatch.setattr(triton_scan, "K", 8 if cut else 64)
-    inputs = scan_inputs(1, 20, 17, 1, without=("dt_bias",))
-    inputs["dt"], inputs["A"] = log_uniform(*delta, 1, 20, 17), -log_uniform(*minus_A, 17, 1)
+    monkeypatch.setattr(triton_scan, "K", 8)
+    inputs = scan_inputs(1, 16, 17, 1, without=("dt_bias",))
+    inputs["dt"], inputs["A"] = log_uniform(*delta, 1, 16, 17), -log_uniform(*minus_A, 17, 1)
     check(inputs, (1e-5, 1e-4), dt_softplus=False)
-    assert launches["forward"][0][1] == (3 if cut else 1)
+    assert launches["forward"][0][1] == 2
 
 
 @pytest.mark.parametrize("rule", ["mamba", "dirac"])
@@ -646,7 +646,7 @@ def test_second_derivatives_are_an_error_and_not_silently_zero(loss):
 
 
 def test_checkpointing_gives_the_same_gradients():
-    inputs = scan_inputs(1, 6, 3, 1)
+    inputs = scan_inputs(1, 3, 3, 1)
     scan = functools.partial(checkpoint, selective_scan_triton, use_reentrant=False)
     assert_equal(results(scan, inputs), results(selective_scan_triton, inputs))
 
@@ -660,7 +660,7 @@ def test_autocast_changes_nothing_inside_the_scan(dtype):
 
 
 def test_two_runs_agree_to_the_bit():
-    shape = (3, 1100, 1000, 16) if GPU else (2, 5, 3, 1)
+    shape = (3, 1100, 1000, 16) if GPU else (1, 5, 3, 1)
     inputs = scan_inputs(*shape)
     expected = results(selective_scan_triton, inputs)
     for _ in range(3 if GPU else 1):
@@ -675,20 +675,16 @@ def around_the_scan(x, dt, A, B, C, D, z, h0, dt_bias, **options):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_gpu)])
-@pytest.mark.parametrize("mixture", ["float32", "as in a model", "B and C bfloat16"])
+@pytest.mark.parametrize("mixture", ["B and C bfloat16", pytest.param("bfloat16", marks=needs_gpu)])
 def test_a_compiled_function_that_scans_gives_the_same_values_and_gradients(mixture, backend):
     shape = (2, 513, 48, 16) if GPU else (1, 5, 3, 1)
-    inputs = scan_inputs(*shape, **MIXTURES.get(mixture, {}))
-    options = (
-        {"rule": "dirac", "reset": some_resets(1, 999)[:, : shape[1]].expand(shape[:2])}
-        if mixture == "float32"
-        else {}
-    )
+    inputs = scan_inputs(*shape, **MIXTURES[mixture])
+    reset = some_resets(1, 999)[:, : shape[1]].expand(shape[:2])
+    options = {"rule": "dirac", "reset": reset} if "B" in mixture else {}
     torch.compiler.reset()
     compiled = torch.compile(around_the_scan, backend=backend, fullgraph=True)
     expected = results(around_the_scan, inputs, **options)
     actual = results(compiled, inputs, **options)
-    # Between two roundings to bfloat16 inductor keeps what eager PyTorch rounds.
     loose = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (1e-2, 1e-2)}
     for name in expected:
         dtype = expected[name].dtype
@@ -721,9 +717,8 @@ def test_the_operators_return_what_they_promise_to_the_compiler(without):
         torch.library.opcheck(triton_scan.backward_operator, arguments, test_utils=tests)
 
 
-@pytest.mark.parametrize("without", [(), ("bias",)], ids=["all", "least"])
-def test_so_do_those_of_the_convolution(without):
-    inputs = convolution_inputs(2, 2, 3, 3, without=without, x=torch.bfloat16)
+def test_so_do_those_of_the_convolution():
+    inputs = convolution_inputs(2, 1, 3, 2, without=("bias",), x=torch.bfloat16)
     inputs["x"] = in_order(inputs["x"], 2, 0, 1)
     tensors = [inputs.get(name) for name in ("x", "weight", "bias", "past")] + [None]
     tests = ("test_schema", "test_faketensor")
@@ -912,7 +907,7 @@ def test_the_convolution_takes_any_strides_and_short_floats_and_may_have_no_bias
     inputs = convolution_inputs(2, 4, 5, 4, without=("bias",), x=torch.bfloat16)
     inputs["x"], inputs["past"] = in_order(inputs["x"], 0, 2, 1), in_order(inputs["past"], 2, 0, 1)
     check_convolution(inputs, silu=True)
-    with pytest.raises(ValueError, match="at most 4 wide here, got 5"):
+    with pytest.raises(ValueError, match="4 wide here, got 5"):
         triton_scan.causal_conv_triton(**convolution_inputs(1, 3, 3, 5))
 
 

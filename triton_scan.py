@@ -357,9 +357,9 @@ def load_channels(vector, d, d_inner, EXISTS: tl.constexpr):
 ## Cutting time
 ## ================================================================================================
 ##
-## An H100 has 528 schedulers, and one sequence with d = 1536 makes 48 programs. Then time is cut into
-## segments, and the scan becomes what section 3.3.2 calls parallel: the combine of whole segments.
-## A segment turns its start state h into P h + e. Hence two launches:
+## An H100 has 528 schedulers, and one sequence with d = 1536 makes 48 programs. Then time is cut
+## into segments, and the scan becomes what section 3.3.2 calls parallel: the combine of whole
+## segments. A segment turns its start state h into P h + e. Hence two launches:
 ##
 ##     1. a summary of every segment: e, and Σ Δ, since P = exp(A ΣΔ) needs no product;
 ##     2. every segment chains the summaries before it, h <- P h + e, and then runs in full.
@@ -463,8 +463,8 @@ def forward_kernel(
     o_h = state_offsets(M, J, C, GROUP_J, GROUP_C)
 
     # state_step is N C, but the compiler does not know that it is a multiple of anything (hence
-    # do_not_specialize). It would otherwise give a lane four neighbouring channels, to move 16 bytes
-    # at once, and since all of b_h has one layout, shuffle the states in every tile.
+    # do_not_specialize). It would otherwise give a lane four neighbouring channels, to move 16
+    # bytes at once, and since all of b_h has one layout, shuffle the states in every tile.
     b_h = tl.zeros([M, J, C], tl.float32)
     if HAS_H0:
         offsets, mask_h = state_mask(d, d_inner, d_state, M, J)
@@ -528,24 +528,24 @@ def forward_kernel(
 ##     dA   = Σ_t Δ_t w_t h_{t-1}  dΔ_t = Σ_n A w_t h_{t-1} + x_t d(Δx)_t
 ##     dx_t = Δ_t d(Δx)_t + D g_t  ddt_t = dΔ_t sigmoid(dt_t + bias)          dD = Σ_t g_t x_t
 ##
-## Going back needs h in reverse order, and the recurrence cannot be run backward: Ā may be 0. So the
-## program takes its chunks of 64 steps from the last to the first. It runs each forward once from
-## the stored border and leaves the state at the start of every tile in a scratch buffer (16 KB,
-## mostly in the L2 cache). Then it takes the tiles from last to first: forward through the
+## Going back needs h in reverse order, and the recurrence cannot be run backward: Ā may be 0. So
+## the program takes its chunks of 64 steps from the last to the first. It runs each forward once
+## from the stored border and leaves the state at the start of every tile in a scratch buffer (16
+## KB, mostly in the L2 cache). Then it takes the tiles from last to first: forward through the
 ## tile, with h in registers, and backward through the same registers.
 ##
 ## A lane that held 16 states would need more registers than there are (255): here two lanes share a
 ## channel, j = 2, and a program has 16 channels.
 ##
-## The sums over d, for dB and dC, go across lanes, which is the one expensive thing: a processor does
-## one exchange between lanes a clock for all of its schedulers. With n = 16 a lane has 8 products for
-## dB and 8 for dC; to sum each over 16 lanes in the usual way takes 16 x 4 exchanges. `sum_channels`
-## halves the values with each exchange instead. First lanes c and c ^ 8: the one with c < 8 keeps dB
-## and gives dC away, the other the reverse. Then c ^ 4, c ^ 2, c ^ 1, each time the upper or the
-## lower half of the states: 8 + 4 + 2 + 1 = 15 exchanges. The bits of c, from the top, say what is
-## left in a lane: of (dB_0 ... dB_7, dC_0 ... dC_7) lane c has sum number c. Each program writes the
-## sums over its own channels, and `sum_programs_kernel` adds the programs up: always in the same
-## order, so that two runs agree to the bit, which atomic additions would not.
+## The sums over d, for dB and dC, go across lanes, which is the one expensive thing: a processor
+## does one exchange between lanes a clock for all of its schedulers. With n = 16 a lane has 8
+## products for dB and 8 for dC; to sum each over 16 lanes in the usual way takes 16 x 4 exchanges.
+## `sum_channels` halves the values with each exchange instead. First lanes c and c ^ 8: the one
+## with c < 8 keeps dB and gives dC away, the other the reverse. Then c ^ 4, c ^ 2, c ^ 1, each time
+## the upper or the lower half of the states: 8 + 4 + 2 + 1 = 15 exchanges. The bits of c, from the
+## top, say what is left in a lane: of (dB_0 ... dB_7, dC_0 ... dC_7) lane c has sum number c. Each
+## program writes the sums over its own channels, and `sum_programs_kernel` adds the programs up:
+## always in the same order, so that two runs agree to the bit, which atomic additions would not.
 ##
 ## Triton cannot index a tile in registers. But a scan or a reduction along an axis that lies in the
 ## registers of a lane compiles to plain instructions, so that picking out a step (`row`, `last_of`)
@@ -897,8 +897,9 @@ def widened(B: Tensor, states: int) -> Tensor:
 
 ## Which compiled variant of a kernel fits, Triton finds out at every launch from every argument: in
 ## Python, and longer than a short sequence takes on the GPU. `launch` remembers it. A variant
-## depends on the dtypes, on whether addresses and `fixed` numbers are multiples of 16 (and on numbers
-## that are 1, or need 64 bits), and on the constants; not on the `free` numbers (do_not_specialize).
+## depends on the dtypes, on whether addresses and `fixed` numbers are multiples of 16 (and on
+## numbers that are 1, or need 64 bits), and on the constants; not on the `free` numbers
+## (do_not_specialize).
 
 variants: dict = {}
 
@@ -929,9 +930,10 @@ def within_reach(tensor: Tensor | None) -> Tensor | None:
     return tensor.contiguous()
 
 
-## From small to large: a step; a tile, the 8 or 4 steps in registers; a chunk, the K = 64 steps between
-## two stored states; a segment, the chunks of one program; a slice, what one launch of the backward
-## kernel covers. A block is the channels of a program, a group those of a backward program.
+## From small to large: a step; a tile, the 8 or 4 steps in registers; a chunk, the K = 64 steps
+## between two stored states; a segment, the chunks of one program; a slice, what one launch of the
+## backward kernel covers. A block is the channels of a program, a group those of a backward
+## program.
 ##
 ## A missing tensor is passed to a kernel as x, which a flag keeps it from reading.
 
@@ -1003,10 +1005,10 @@ def scan_backward(
     group, programs = borders.shape[2:], batch * blocks
     x, dt, z, dy = within_reach(x), within_reach(dt), within_reach(z), within_reach(dy)
 
-    ## The sums of dB and dC, one for each program, step and state, are 2 n / 16 float32 numbers for each
-    ## number of x: more than x, dx, ddt and dz together. So the kernel runs on slices of time, the
-    ## last first, and each is added up before the next overwrites it. A slice leaves behind w, what
-    ## arrives at the state before it. room: bytes for these sums.
+    ## The sums of dB and dC, one for each program, step and state, are 2 n / 16 float32 numbers for
+    ## each number of x: more than x, dx, ddt and dz together. So the kernel runs on slices of time,
+    ## the last first, and each is added up before the next overwrites it. A slice leaves behind w,
+    ## what arrives at the state before it. room: bytes for these sums.
     wanted = 1 if programs >= BACKWARD_FULL else max(1, BACKWARD_WANTED // programs)
     room = max(x.numel() * x.element_size(), 8 * 2**20)
     chunks = room // (programs * K * 2 * states * 4)
@@ -1091,9 +1093,9 @@ def device_of(x: Tensor):
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-## torch.compile cannot trace `launch`: each of the four functions that launch kernels is registered as
-## an opaque operator, with the shapes of what it returns. Outside torch.compile the plain functions
-## are called, because a registered operator costs time.
+## torch.compile cannot trace `launch`: each of the four functions that launch kernels is registered
+## as an opaque operator, with the shapes of what it returns. Outside torch.compile the plain
+## functions are called, because a registered operator costs time.
 
 
 def forward_shapes(x, dt, A, B, C, D, z, h0, dt_bias, reset, dt_softplus, rule, save):
@@ -1136,7 +1138,8 @@ def refuse_second_derivatives() -> None:
     """They would be silently zero: what the kernels do leaves no trace for autograd."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
-            "the Triton kernels have no second derivatives (create_graph=True): use mamba.py's scan='chunked'"
+            "the Triton kernels have no second derivatives (create_graph=True): "
+            "use mamba.py's scan='chunked'"
         )
 
 
@@ -1200,7 +1203,8 @@ def check_inputs(rule: str, x: Tensor, A: Tensor, **others: Tensor | None) -> No
     """Raise ValueError for what the kernels cannot take, RuntimeError off the GPU."""
     if rule not in RULES:
         raise ValueError(
-            f"the Triton scan takes the rules {RULES}, got {rule!r}: use mamba.py's scan='chunked' for it"
+            f"the Triton scan takes the rules {RULES}, got {rule!r}: "
+            "use mamba.py's scan='chunked' for it"
         )
     if x.ndim != 3 or A.ndim != 2 or 0 in x.shape:
         raise ValueError(

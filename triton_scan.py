@@ -210,6 +210,11 @@ def reciprocal(v, FAST: tl.constexpr):
         return 1.0 / v
 
 
+@triton.jit
+def sigmoid(v, FAST: tl.constexpr):
+    return reciprocal(1.0 + exp2(v * -LOG2E, FAST), FAST)
+
+
 ## softplus(v) = log(1 + e^v). For small e = e^v the sum 1 + e forgets the last digits of e: at the
 ## smallest Δ of the official initialisation, 0.001, the result would be wrong in the fourth digit.
 ## A polynomial takes over below e = 1/4: log(1 + e) / e to 1e-8, interpolated in Chebyshev points.
@@ -316,16 +321,16 @@ def inputs_of(
 
 @triton.jit
 def state_offsets(
-    M: tl.constexpr, J: tl.constexpr, C: tl.constexpr,
+    M: tl.constexpr, J: tl.constexpr, CHANNELS: tl.constexpr,
     GROUP_J: tl.constexpr, GROUP_C: tl.constexpr,
 ):  # fmt: skip
-    """(m, 32): where the states of M x J x C lie, in groups of GROUP_J x GROUP_C lanes."""
-    lane = tl.arange(0, J * C)[None, :]
-    if J == GROUP_J and C == GROUP_C:
+    """(m, 32): where the states of M x J x CHANNELS lie, in groups of GROUP_J x GROUP_C lanes."""
+    lane = tl.arange(0, J * CHANNELS)[None, :]
+    if J == GROUP_J and CHANNELS == GROUP_C:
         # What follows comes to the same, but the compiler would not see that lanes are neighbours.
-        return tl.arange(0, M)[:, None] * (J * C) + lane
-    n = (lane // C) * M + tl.arange(0, M)[:, None]
-    c = lane % C
+        return tl.arange(0, M)[:, None] * (J * CHANNELS) + lane
+    n = (lane // CHANNELS) * M + tl.arange(0, M)[:, None]
+    c = lane % CHANNELS
     GROUP_M: tl.constexpr = (M * J) // GROUP_J
     place = (n % GROUP_M) * (GROUP_J * GROUP_C) + (n // GROUP_M) * GROUP_C + c % GROUP_C
     return (c // GROUP_C) * (M * J * GROUP_C) + place
@@ -375,7 +380,7 @@ def forward_summary_kernel(
     x, dt, A, B, dt_bias, reset, ends, sums,
     seqlen, segment, segments, state_step, d_inner, d_state,
     x_b, x_l, x_d, dt_b, dt_l, dt_d,
-    M: tl.constexpr, J: tl.constexpr, C: tl.constexpr,
+    M: tl.constexpr, J: tl.constexpr, CHANNELS: tl.constexpr,
     GROUP_J: tl.constexpr, GROUP_C: tl.constexpr, T: tl.constexpr, STAGES: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESET: tl.constexpr, SOFTPLUS: tl.constexpr,
     DIRAC: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
@@ -386,18 +391,22 @@ def forward_summary_kernel(
     """
     i_d, i_s, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     N: tl.constexpr = M * J
-    c, t, n = tl.arange(0, C), tl.arange(0, T), tl.arange(0, M)[:, None] + tl.arange(0, J) * M
-    d = i_d * C + c
+    c, t, n = (
+        tl.arange(0, CHANNELS),
+        tl.arange(0, T),
+        tl.arange(0, M)[:, None] + tl.arange(0, J) * M,
+    )
+    d = i_d * CHANNELS + c
     b_A2 = load_A(A, d, d_inner, d_state, M, J)
     b_bias = load_channels(dt_bias, d, d_inner, HAS_BIAS)
-    x += i_b * x_b + (i_d * C).to(tl.int64) * x_d
-    dt += i_b * dt_b + (i_d * C).to(tl.int64) * dt_d
+    x += i_b * x_b + (i_d * CHANNELS).to(tl.int64) * x_d
+    dt += i_b * dt_b + (i_d * CHANNELS).to(tl.int64) * dt_d
     o_x, o_dt = t[:, None] * x_l + c[None, :] * x_d, t[:, None] * dt_l + c[None, :] * dt_d
     B += i_b * seqlen * N
     o_B = t[:, None, None] * N + n[None, :, :]
 
-    b_h = tl.zeros([M, J, C], tl.float32)
-    b_sum = tl.zeros([C], tl.float32)
+    b_h = tl.zeros([M, J, CHANNELS], tl.float32)
+    b_sum = tl.zeros([CHANNELS], tl.float32)
     resets = tl.full([], 0, tl.int32)
     start = i_s * segment
     for step in tl.range(start, min(seqlen, start + segment), T, num_stages=STAGES):
@@ -417,19 +426,19 @@ def forward_summary_kernel(
         b_sum = tl.where(resets > 0, float("inf"), b_sum)
 
     where = (i_b * segments + i_s) * tl.num_programs(0) + i_d
-    o_h = state_offsets(M, J, C, GROUP_J, GROUP_C)
-    tl.store(ends + where * state_step + o_h, tl.reshape(b_h, [M, J * C]))
-    tl.store(sums + where * C + c, b_sum)
+    o_h = state_offsets(M, J, CHANNELS, GROUP_J, GROUP_C)
+    tl.store(ends + where * state_step + o_h, tl.reshape(b_h, [M, J * CHANNELS]))
+    tl.store(sums + where * CHANNELS + c, b_sum)
 
 
 @triton.jit
 def chain(
     b_h, ends, sums, where, state_step, b_A2, o_h,
-    M: tl.constexpr, J: tl.constexpr, C: tl.constexpr, FAST: tl.constexpr,
+    M: tl.constexpr, J: tl.constexpr, CHANNELS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """P h + e, with the summary of one segment."""
-    b_e = tl.reshape(tl.load(ends + where * state_step + o_h), [M, J, C])
-    b_sum = tl.load(sums + where * C + tl.arange(0, C))[None, None, :]
+    b_e = tl.reshape(tl.load(ends + where * state_step + o_h), [M, J, CHANNELS])
+    b_sum = tl.load(sums + where * CHANNELS + tl.arange(0, CHANNELS))[None, None, :]
     b_P = tl.where(b_sum == float("inf"), 0.0, exp2(b_A2 * b_sum, FAST))
     return b_P * b_h + b_e
 
@@ -441,10 +450,10 @@ def chain(
 
 @triton.jit(do_not_specialize=["seqlen", "segment", "state_step"])
 def forward_kernel(
-    x, dt, z, A, B, C_, D, dt_bias, reset, h0, ends, sums, y, borders, h_last,
+    x, dt, z, A, B, C, D, dt_bias, reset, h0, ends, sums, y, borders, h_last,
     seqlen, segment, state_step, d_inner, d_state,
     x_b, x_l, x_d, dt_b, dt_l, dt_d, z_b, z_l, z_d,
-    M: tl.constexpr, J: tl.constexpr, C: tl.constexpr,
+    M: tl.constexpr, J: tl.constexpr, CHANNELS: tl.constexpr,
     GROUP_J: tl.constexpr, GROUP_C: tl.constexpr,
     T: tl.constexpr, STAGES: tl.constexpr, K: tl.constexpr,
     HAS_Z: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESET: tl.constexpr,
@@ -455,41 +464,45 @@ def forward_kernel(
     i_d, i_s, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     blocks, segments = tl.num_programs(0), tl.num_programs(1)
     N: tl.constexpr = M * J
-    c, t, n = tl.arange(0, C), tl.arange(0, T), tl.arange(0, M)[:, None] + tl.arange(0, J) * M
-    d = i_d * C + c
+    c, t, n = (
+        tl.arange(0, CHANNELS),
+        tl.arange(0, T),
+        tl.arange(0, M)[:, None] + tl.arange(0, J) * M,
+    )
+    d = i_d * CHANNELS + c
     b_A2 = load_A(A, d, d_inner, d_state, M, J)
     b_bias = load_channels(dt_bias, d, d_inner, HAS_BIAS)
     b_D = load_channels(D, d, d_inner, HAS_D)
-    o_h = state_offsets(M, J, C, GROUP_J, GROUP_C)
+    o_h = state_offsets(M, J, CHANNELS, GROUP_J, GROUP_C)
 
     # state_step is N C, but the compiler does not know that it is a multiple of anything (hence
     # do_not_specialize). It would otherwise give a lane four neighbouring channels, to move 16
     # bytes at once, and since all of b_h has one layout, shuffle the states in every tile.
-    b_h = tl.zeros([M, J, C], tl.float32)
+    b_h = tl.zeros([M, J, CHANNELS], tl.float32)
     if HAS_H0:
         offsets, mask_h = state_mask(d, d_inner, d_state, M, J)
         b_h += tl.load(h0 + i_b * d_inner * d_state + offsets, mask=mask_h, other=0.0)
     for s in range(0, i_s):
         where = (i_b * segments + s) * blocks + i_d
-        b_h = chain(b_h, ends, sums, where, state_step, b_A2, o_h, M, J, C, FAST)
+        b_h = chain(b_h, ends, sums, where, state_step, b_A2, o_h, M, J, CHANNELS, FAST)
 
     start = i_s * segment
     stop = min(seqlen, start + segment)
-    x += i_b * x_b + (i_d * C).to(tl.int64) * x_d
-    dt += i_b * dt_b + (i_d * C).to(tl.int64) * dt_d
-    z += i_b * z_b + (i_d * C).to(tl.int64) * z_d
-    y += i_b * seqlen * d_inner + i_d * C
+    x += i_b * x_b + (i_d * CHANNELS).to(tl.int64) * x_d
+    dt += i_b * dt_b + (i_d * CHANNELS).to(tl.int64) * dt_d
+    z += i_b * z_b + (i_d * CHANNELS).to(tl.int64) * z_d
+    y += i_b * seqlen * d_inner + i_d * CHANNELS
     o_x, o_dt = t[:, None] * x_l + c[None, :] * x_d, t[:, None] * dt_l + c[None, :] * dt_d
     o_z, o_y = t[:, None] * z_l + c[None, :] * z_d, t[:, None] * d_inner + c[None, :]
     B += i_b * seqlen * N
-    C_ += i_b * seqlen * N
+    C += i_b * seqlen * N
     o_B = t[:, None, None] * N + n[None, :, :]
     borders += ((i_b * tl.cdiv(seqlen, K) + start // K) * blocks + i_d) * state_step
 
     for step in tl.range(start, stop, T, num_stages=STAGES):
         if SAVE:
             border = step % K == 0
-            tl.store(borders + o_h, tl.reshape(b_h, [M, J * C]), mask=border)
+            tl.store(borders + o_h, tl.reshape(b_h, [M, J * CHANNELS]), mask=border)
             borders += tl.where(border, blocks * state_step, 0)
         i = tl.cast(step, tl.int64)
         mask = (i + t < seqlen)[:, None] & (d < d_inner)[None, :]
@@ -497,7 +510,7 @@ def forward_kernel(
         b_x = load(x + i * x_l + o_x, mask, EVEN)
         b_delta, _ = load_delta(dt + i * dt_l + o_dt, mask, b_bias, SOFTPLUS, EVEN, FAST)
         b_B = load(B + i * N + o_B, mask_B, EVEN)
-        b_C = load(C_ + i * N + o_B, mask_B, EVEN)
+        b_C = load(C + i * N + o_B, mask_B, EVEN)
         b_r = load_reset(reset, i_b, i + t, seqlen, HAS_RESET)
         a, v, _ = inputs_of(b_x, b_delta, b_A2, b_B, b_h, b_r, HAS_RESET, DIRAC, FAST)
         _, h = tl.associative_scan((a, v), 0, combine)
@@ -505,7 +518,7 @@ def forward_kernel(
         b_y = tl.sum(tl.sum(h * b_C[:, :, :, None], 1), 1) + b_D[None, :] * b_x  # (2b), and D x
         if HAS_Z:
             b_z = load(z + i * z_l + o_z, mask, EVEN)
-            b_y = b_y * b_z * reciprocal(1.0 + exp2(b_z * -LOG2E, FAST), FAST)
+            b_y = b_y * b_z * sigmoid(b_z, FAST)
         store(y + i * d_inner + o_y, b_y, mask, EVEN)
 
     if i_s == segments - 1:
@@ -585,11 +598,11 @@ def fold(p, bit: tl.constexpr):
     T: tl.constexpr = p.shape[0]
     M: tl.constexpr = p.shape[1]
     J: tl.constexpr = p.shape[2]
-    C: tl.constexpr = p.shape[3]
+    CHANNELS: tl.constexpr = p.shape[3]
     if M == 1:
         return p + from_lane(p, bit)
     else:
-        halves = tl.permute(tl.reshape(p, [T, 2, M // 2, J, C]), [0, 2, 3, 4, 1])
+        halves = tl.permute(tl.reshape(p, [T, 2, M // 2, J, CHANNELS]), [0, 2, 3, 4, 1])
         low, high = tl.split(halves)
         return exchange(low, high, bit)
 
@@ -601,25 +614,25 @@ def sum_channels(p, q):
     Number the 2 m sums of a j, first p's, then q's: lane c has those from number 2 m c / C on. If
     there are fewer sums than lanes, neighbours have the same one.
     """
-    C: tl.constexpr = p.shape[3]
-    s = exchange(p, q, C // 2)
-    if C >= 4:
-        s = fold(s, C // 4)
-    if C >= 8:
-        s = fold(s, C // 8)
-    if C >= 16:
-        s = fold(s, C // 16)
-    if C >= 32:
-        s = fold(s, C // 32)
+    CHANNELS: tl.constexpr = p.shape[3]
+    s = exchange(p, q, CHANNELS // 2)
+    if CHANNELS >= 4:
+        s = fold(s, CHANNELS // 4)
+    if CHANNELS >= 8:
+        s = fold(s, CHANNELS // 8)
+    if CHANNELS >= 16:
+        s = fold(s, CHANNELS // 16)
+    if CHANNELS >= 32:
+        s = fold(s, CHANNELS // 32)
     return s
 
 
 @triton.jit(do_not_specialize=["seqlen", "segment", "segments", "slice_start", "slice_stop"])
 def backward_summary_kernel(
-    dt, z, dy, A, C_, dt_bias, reset, ends, sums,
+    dt, z, dy, A, C, dt_bias, reset, ends, sums,
     seqlen, slice_start, slice_stop, segment, segments, d_inner, d_state,
     dt_b, dt_l, dt_d, z_b, z_l, z_d, dy_b, dy_l, dy_d,
-    M: tl.constexpr, J: tl.constexpr, C: tl.constexpr, T: tl.constexpr, STAGES: tl.constexpr,
+    M: tl.constexpr, J: tl.constexpr, CHANNELS: tl.constexpr, T: tl.constexpr, STAGES: tl.constexpr,
     HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESET: tl.constexpr,
     SOFTPLUS: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
@@ -630,20 +643,24 @@ def backward_summary_kernel(
     """
     i_d, i_s, i_b = tl.program_id(0), tl.program_id(1) + 1, tl.program_id(2).to(tl.int64)
     N: tl.constexpr = M * J
-    c, t, n = tl.arange(0, C), tl.arange(0, T), tl.arange(0, M)[:, None] + tl.arange(0, J) * M
-    d = i_d * C + c
+    c, t, n = (
+        tl.arange(0, CHANNELS),
+        tl.arange(0, T),
+        tl.arange(0, M)[:, None] + tl.arange(0, J) * M,
+    )
+    d = i_d * CHANNELS + c
     b_A2 = load_A(A, d, d_inner, d_state, M, J)
     b_bias = load_channels(dt_bias, d, d_inner, HAS_BIAS)
-    dt += i_b * dt_b + (i_d * C).to(tl.int64) * dt_d
-    z += i_b * z_b + (i_d * C).to(tl.int64) * z_d
-    dy += i_b * dy_b + (i_d * C).to(tl.int64) * dy_d
+    dt += i_b * dt_b + (i_d * CHANNELS).to(tl.int64) * dt_d
+    z += i_b * z_b + (i_d * CHANNELS).to(tl.int64) * z_d
+    dy += i_b * dy_b + (i_d * CHANNELS).to(tl.int64) * dy_d
     o_dt, o_z = t[:, None] * dt_l + c[None, :] * dt_d, t[:, None] * z_l + c[None, :] * z_d
     o_dy = t[:, None] * dy_l + c[None, :] * dy_d
-    C_ += i_b * seqlen * N
+    C += i_b * seqlen * N
     o_C = t[:, None, None] * N + n[None, :, :]
 
-    b_e = tl.zeros([M, J, C], tl.float32)
-    b_sum = tl.zeros([C], tl.float32)  # ΣΔ of the tiles before this one
+    b_e = tl.zeros([M, J, CHANNELS], tl.float32)
+    b_sum = tl.zeros([CHANNELS], tl.float32)  # ΣΔ of the tiles before this one
     resets_before = tl.full([], 0, tl.int32)
     start = slice_start + i_s * segment
     stop = min(min(seqlen, slice_stop), start + segment)
@@ -654,8 +671,8 @@ def backward_summary_kernel(
         b_g = load(dy + i * dy_l + o_dy, mask, EVEN)
         if HAS_Z:
             b_z = load(z + i * z_l + o_z, mask, EVEN)
-            b_g = b_g * b_z * reciprocal(1.0 + exp2(b_z * -LOG2E, FAST), FAST)
-        b_C = load(C_ + i * N + o_C, (i + t < seqlen)[:, None, None] & (n < N)[None, :, :], EVEN)
+            b_g = b_g * b_z * sigmoid(b_z, FAST)
+        b_C = load(C + i * N + o_C, (i + t < seqlen)[:, None, None] & (n < N)[None, :, :], EVEN)
         b_through = b_sum[None, :] + tl.cumsum(b_delta, 0)  # Δ of step t included
         b_weight = exp2(b_through[:, None, None, :] * b_A2[None, :, :, :], FAST)
         if HAS_RESET:
@@ -669,20 +686,20 @@ def backward_summary_kernel(
         b_sum = tl.where(resets_before > 0, float("inf"), b_sum)
 
     where = (i_b * segments + i_s) * tl.num_programs(0) + i_d
-    o_h = state_offsets(M, J, C, J, C)
-    tl.store(ends + where * (N * C) + o_h, tl.reshape(b_e, [M, J * C]))
-    tl.store(sums + where * C + c, b_sum)
+    o_h = state_offsets(M, J, CHANNELS, J, CHANNELS)
+    tl.store(ends + where * (N * CHANNELS) + o_h, tl.reshape(b_e, [M, J * CHANNELS]))
+    tl.store(sums + where * CHANNELS + c, b_sum)
 
 
 @triton.jit(
     do_not_specialize=["seqlen", "segment", "slice_start", "slice_stop", "steps", "state_step"]
 )
 def backward_kernel(
-    x, dt, z, dy, A, B, C_, D, dt_bias, reset, borders, scratch, ends, sums, w_after, w_before,
+    x, dt, z, dy, A, B, C, D, dt_bias, reset, borders, scratch, ends, sums, w_after, w_before,
     dx, ddt, dz, dA, dBC, dD, dbias,
     seqlen, slice_start, slice_stop, segment, steps, state_step, d_inner, d_state,
     x_b, x_l, x_d, dt_b, dt_l, dt_d, z_b, z_l, z_d, dy_b, dy_l, dy_d,
-    M: tl.constexpr, J: tl.constexpr, C: tl.constexpr,
+    M: tl.constexpr, J: tl.constexpr, CHANNELS: tl.constexpr,
     T: tl.constexpr, STAGES: tl.constexpr, K: tl.constexpr,
     HAS_Z: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESET: tl.constexpr,
     SOFTPLUS: tl.constexpr, DIRAC: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
@@ -691,31 +708,35 @@ def backward_kernel(
     i_d, i_s, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     blocks, segments = tl.num_programs(0), tl.num_programs(1)
     N: tl.constexpr = M * J
-    c, t, n = tl.arange(0, C), tl.arange(0, T), tl.arange(0, M)[:, None] + tl.arange(0, J) * M
-    d = i_d * C + c
+    c, t, n = (
+        tl.arange(0, CHANNELS),
+        tl.arange(0, T),
+        tl.arange(0, M)[:, None] + tl.arange(0, J) * M,
+    )
+    d = i_d * CHANNELS + c
     t4 = t[:, None, None, None]
     b_A2 = load_A(A, d, d_inner, d_state, M, J)
     b_bias = load_channels(dt_bias, d, d_inner, HAS_BIAS)
     b_D = load_channels(D, d, d_inner, HAS_D)
-    o_h = state_offsets(M, J, C, J, C)
+    o_h = state_offsets(M, J, CHANNELS, J, CHANNELS)
 
-    b_w = tl.reshape(tl.load(w_after + (i_b * blocks + i_d) * state_step + o_h), [M, J, C])
+    b_w = tl.reshape(tl.load(w_after + (i_b * blocks + i_d) * state_step + o_h), [M, J, CHANNELS])
     for k in range(0, segments - 1 - i_s):
         where = (i_b * segments + segments - 1 - k) * blocks + i_d
-        b_w = chain(b_w, ends, sums, where, state_step, b_A2, o_h, M, J, C, FAST)
+        b_w = chain(b_w, ends, sums, where, state_step, b_A2, o_h, M, J, CHANNELS, FAST)
 
-    x += i_b * x_b + (i_d * C).to(tl.int64) * x_d
-    dt += i_b * dt_b + (i_d * C).to(tl.int64) * dt_d
-    z += i_b * z_b + (i_d * C).to(tl.int64) * z_d
-    dy += i_b * dy_b + (i_d * C).to(tl.int64) * dy_d
+    x += i_b * x_b + (i_d * CHANNELS).to(tl.int64) * x_d
+    dt += i_b * dt_b + (i_d * CHANNELS).to(tl.int64) * dt_d
+    z += i_b * z_b + (i_d * CHANNELS).to(tl.int64) * z_d
+    dy += i_b * dy_b + (i_d * CHANNELS).to(tl.int64) * dy_d
     o_x, o_dt = t[:, None] * x_l + c[None, :] * x_d, t[:, None] * dt_l + c[None, :] * dt_d
     o_z, o_dy = t[:, None] * z_l + c[None, :] * z_d, t[:, None] * dy_l + c[None, :] * dy_d
-    dx += i_b * seqlen * d_inner + i_d * C
-    ddt += i_b * seqlen * d_inner + i_d * C
-    dz += i_b * seqlen * d_inner + i_d * C
+    dx += i_b * seqlen * d_inner + i_d * CHANNELS
+    ddt += i_b * seqlen * d_inner + i_d * CHANNELS
+    dz += i_b * seqlen * d_inner + i_d * CHANNELS
     o_dx = t[:, None] * d_inner + c[None, :]
     B += i_b * seqlen * N
-    C_ += i_b * seqlen * N
+    C += i_b * seqlen * N
     o_B = t[:, None, None] * N + n[None, :, :]
     borders += (i_b * tl.cdiv(seqlen, K) * blocks + i_d) * state_step
     program = (i_b * segments + i_s) * blocks + i_d
@@ -724,12 +745,16 @@ def backward_kernel(
     # dBC (b, blocks, steps, 2, N): the sums over this program's channels. Which of the 2 M sums of
     # its j a lane has: see sum_channels.
     dBC += (i_b * blocks + i_d) * steps * (2 * N)
-    R: tl.constexpr = (2 * M) // C if 2 * M > C else 1
-    which = (tl.arange(0, R)[:, None] + tl.arange(0, C)[None, :] * R) * (2 * M) // (R * C)  # (r, c)
+    SUMS: tl.constexpr = (2 * M) // CHANNELS if 2 * M > CHANNELS else 1  # of a lane
+    which = (
+        (tl.arange(0, SUMS)[:, None] + tl.arange(0, CHANNELS)[None, :] * SUMS)
+        * (2 * M)
+        // (SUMS * CHANNELS)
+    )  # (r, c)
     o_sum = (which // M * N + which % M)[:, None, :] + (tl.arange(0, J) * M)[None, :, None]
 
-    b_dA = tl.zeros([M, J, C], tl.float32)
-    b_dD, b_dbias = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
+    b_dA = tl.zeros([M, J, CHANNELS], tl.float32)
+    b_dD, b_dbias = tl.zeros([CHANNELS], tl.float32), tl.zeros([CHANNELS], tl.float32)
     start = slice_start + i_s * segment
     stop = min(min(seqlen, slice_stop), start + segment)
     for k in range(0, tl.cdiv(stop - start, K)):
@@ -737,8 +762,8 @@ def backward_kernel(
         tiles = tl.cdiv(min(stop, chunk + K) - chunk, T)
         ## Forward through the chunk: the state at the start of each tile, into the scratch buffer.
         border = borders + tl.cast(chunk // K, tl.int64) * (blocks * state_step)
-        b_h = tl.reshape(tl.load(border + o_h), [M, J, C])
-        tl.store(scratch + o_h, tl.reshape(b_h, [M, J * C]))
+        b_h = tl.reshape(tl.load(border + o_h), [M, J, CHANNELS])
+        tl.store(scratch + o_h, tl.reshape(b_h, [M, J * CHANNELS]))
         for tile in tl.range(0, tiles - 1, num_stages=STAGES):
             i = tl.cast(chunk + tile * T, tl.int64)
             mask = (i + t < seqlen)[:, None] & (d < d_inner)[None, :]
@@ -749,12 +774,12 @@ def backward_kernel(
             a, v, _ = inputs_of(b_x, b_delta, b_A2, b_B, b_h, b_r, HAS_RESET, DIRAC, FAST)
             _, h = tl.associative_scan((a, v), 0, combine)
             b_h = tl.reduce(h, 0, last_of)
-            tl.store(scratch + (tile + 1) * scratch_step + o_h, tl.reshape(b_h, [M, J * C]))
+            tl.store(scratch + (tile + 1) * scratch_step + o_h, tl.reshape(b_h, [M, J * CHANNELS]))
         tl.debug_barrier()  # the lanes that load the scratch buffer are not those that stored it
         ## Backward through its tiles.
         for tile in tl.range(0, tiles, num_stages=STAGES):
             b_h = tl.load(scratch + (tiles - 1 - tile) * scratch_step + o_h)
-            b_h = tl.reshape(b_h, [M, J, C])
+            b_h = tl.reshape(b_h, [M, J, CHANNELS])
             i = tl.cast(chunk + (tiles - 1 - tile) * T, tl.int64)
             mask = (i + t < seqlen)[:, None] & (d < d_inner)[None, :]
             mask_B = (i + t < seqlen)[:, None, None] & (n < N)[None, :, :]
@@ -762,7 +787,7 @@ def backward_kernel(
             b_delta, b_slope = load_delta(dt + i * dt_l + o_dt, mask, b_bias, SOFTPLUS, EVEN, FAST)
             b_g = load(dy + i * dy_l + o_dy, mask, EVEN)
             b_B = load(B + i * N + o_B, mask_B, EVEN)
-            b_C = load(C_ + i * N + o_B, mask_B, EVEN)
+            b_C = load(C + i * N + o_B, mask_B, EVEN)
             b_r = load_reset(reset, i_b, i + t, seqlen, HAS_RESET)
             a, v, b_v = inputs_of(b_x, b_delta, b_A2, b_B, b_h, b_r, HAS_RESET, DIRAC, FAST)
             _, h = tl.associative_scan((a, v), 0, combine)
@@ -770,7 +795,7 @@ def backward_kernel(
                 ## y' = y silu(z). silu(z) = z σ, and its derivative is σ (1 + z - z σ).
                 b_z = load(z + i * z_l + o_z, mask, EVEN)
                 b_y = tl.sum(tl.sum(h * b_C[:, :, :, None], 1), 1) + b_D[None, :] * b_x
-                sigma = reciprocal(1.0 + exp2(b_z * -LOG2E, FAST), FAST)
+                sigma = sigmoid(b_z, FAST)
                 b_dz = b_g * b_y * sigma * (1.0 + b_z - b_z * sigma)
                 store(dz + i * d_inner + o_dx, b_dz, mask, EVEN)
                 b_g = b_g * b_z * sigma
@@ -806,12 +831,12 @@ def backward_kernel(
 
     # Slices follow one another, so that adding to what the later one left is no race.
     p_dA = dA + program * state_step + o_h
-    tl.store(p_dA, tl.load(p_dA) + tl.reshape(b_dA, [M, J * C]))
-    tl.store(dD + program * C + c, tl.load(dD + program * C + c) + b_dD)
-    tl.store(dbias + program * C + c, tl.load(dbias + program * C + c) + b_dbias)
+    tl.store(p_dA, tl.load(p_dA) + tl.reshape(b_dA, [M, J * CHANNELS]))
+    tl.store(dD + program * CHANNELS + c, tl.load(dD + program * CHANNELS + c) + b_dD)
+    tl.store(dbias + program * CHANNELS + c, tl.load(dbias + program * CHANNELS + c) + b_dbias)
     if i_s == 0:
         p_w = w_before + (i_b * blocks + i_d) * state_step + o_h
-        tl.store(p_w, tl.reshape(b_w, [M, J * C]))
+        tl.store(p_w, tl.reshape(b_w, [M, J * CHANNELS]))
 
 
 @triton.jit(do_not_specialize=["seqlen", "start", "numbers", "steps", "blocks"])
@@ -961,7 +986,7 @@ def scan_forward(
     h_last = x.new_empty((batch, d_inner, d_state), dtype=torch.float32)
     A, B, C = A.contiguous(), widened(B, states), widened(C, states)
     flags = {
-        "M": M, "J": J, "C": channels, "GROUP_J": group_J, "GROUP_C": group_C,
+        "M": M, "J": J, "CHANNELS": channels, "GROUP_J": group_J, "GROUP_C": group_C,
         "T": FORWARD_T, "STAGES": FORWARD_STAGES,
         "HAS_BIAS": dt_bias is not None, "HAS_RESET": reset is not None,
         "SOFTPLUS": dt_softplus, "DIRAC": rule == "dirac", "FAST": FAST,
@@ -1040,7 +1065,7 @@ def scan_backward(
     ends, sums = empty(batch, segments, *group), empty(batch, segments, blocks * channels)
     A, B, C = A.contiguous(), widened(B, states), widened(C, states)
     flags = {
-        "M": M, "J": J, "C": channels, "T": BACKWARD_T, "STAGES": stages,
+        "M": M, "J": J, "CHANNELS": channels, "T": BACKWARD_T, "STAGES": stages,
         "HAS_Z": z is not None, "HAS_BIAS": dt_bias is not None, "HAS_RESET": reset is not None,
         "SOFTPLUS": dt_softplus, "FAST": FAST,
         "EVEN": d_inner == blocks * channels and seqlen % BACKWARD_T == 0, "num_warps": 1,
@@ -1292,7 +1317,7 @@ def input_before(x, past, t, d, d_inner, x_l, x_d, W: tl.constexpr):
 
 
 @triton.jit
-def resets_at(reset, t, seqlen, HAS_RESET: tl.constexpr):
+def continues(reset, t, seqlen, HAS_RESET: tl.constexpr):
     """1.0, or 0.0 if a document starts at step t."""
     if HAS_RESET:
         return 1.0 - tl.load(reset + t, mask=(t >= 0) & (t < seqlen), other=0).to(tl.float32)
@@ -1304,7 +1329,7 @@ def resets_at(reset, t, seqlen, HAS_RESET: tl.constexpr):
 def gated(pre, SILU: tl.constexpr, FAST: tl.constexpr):
     """silu(pre) and its derivative, or pre and 1."""
     if SILU:
-        sigma = reciprocal(1.0 + exp2(pre * -LOG2E, FAST), FAST)
+        sigma = sigmoid(pre, FAST)
         return pre * sigma, sigma * (1.0 + pre - pre * sigma)
     else:
         return pre, tl.full(pre.shape, 1.0, tl.float32)
@@ -1313,11 +1338,11 @@ def gated(pre, SILU: tl.constexpr, FAST: tl.constexpr):
 @triton.jit(do_not_specialize=["seqlen"])
 def conv_forward_kernel(
     x, weight, bias, past, reset, out, seqlen, d_inner, x_b, x_l, x_d,
-    W: tl.constexpr, STRIP: tl.constexpr, C: tl.constexpr,
+    W: tl.constexpr, STRIP: tl.constexpr, CHANNELS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESET: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     i_t, i_d, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    d, start = (i_d * C + tl.arange(0, C)).to(tl.int64), i_t * STRIP
+    d, start = (i_d * CHANNELS + tl.arange(0, CHANNELS)).to(tl.int64), i_t * STRIP
     b_bias = load_channels(bias, d, d_inner, HAS_BIAS)
     w0, w1, w2, w3 = conv_weights(weight, d, d_inner, W)
     x += i_b * x_b
@@ -1328,12 +1353,12 @@ def conv_forward_kernel(
     x1 = input_before(x, past, at - 1, d, d_inner, x_l, x_d, W)
     x2 = input_before(x, past, at - 2, d, d_inner, x_l, x_d, W)
     x3 = input_before(x, past, at - 3, d, d_inner, x_l, x_d, W)
-    f1 = resets_at(reset, start - 1, seqlen, HAS_RESET)
-    f2 = f1 * resets_at(reset, start - 2, seqlen, HAS_RESET)
+    f1 = continues(reset, start - 1, seqlen, HAS_RESET)
+    f2 = f1 * continues(reset, start - 2, seqlen, HAS_RESET)
     for step in tl.range(start, min(seqlen, start + STRIP), num_stages=4):
         t = tl.cast(step, tl.int64)
         x0 = tl.load(x + t * x_l + d * x_d, mask=d < d_inner, other=0.0).to(tl.float32)
-        same = resets_at(reset, step, seqlen, HAS_RESET)
+        same = continues(reset, step, seqlen, HAS_RESET)
         f1, f2, f3 = same, f1 * same, f2 * same
         pre = b_bias + w0 * x0 + f1 * (w1 * x1) + f2 * (w2 * x2) + f3 * (w3 * x3)
         b_out, _ = gated(pre, SILU, FAST)
@@ -1345,12 +1370,12 @@ def conv_forward_kernel(
 def conv_backward_kernel(
     x, weight, bias, past, reset, dout, dx, dpast, dweight, dbias,
     seqlen, d_inner, x_b, x_l, x_d, g_b, g_l, g_d,
-    W: tl.constexpr, STRIP: tl.constexpr, C: tl.constexpr,
+    W: tl.constexpr, STRIP: tl.constexpr, CHANNELS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESET: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """dx and dpast; dweight and dbias summed over the strip, one row for each program in time."""
     i_t, i_d, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    d, start = (i_d * C + tl.arange(0, C)).to(tl.int64), i_t * STRIP
+    d, start = (i_d * CHANNELS + tl.arange(0, CHANNELS)).to(tl.int64), i_t * STRIP
     m = d < d_inner
     b_bias = load_channels(bias, d, d_inner, HAS_BIAS)
     w0, w1, w2, w3 = conv_weights(weight, d, d_inner, W)
@@ -1364,9 +1389,9 @@ def conv_backward_kernel(
     x1 = input_before(x, past, at - 1, d, d_inner, x_l, x_d, W)
     x2 = input_before(x, past, at - 2, d, d_inner, x_l, x_d, W)
     x3 = input_before(x, past, at - 3, d, d_inner, x_l, x_d, W)
-    f1 = resets_at(reset, start - 1, seqlen, HAS_RESET)
-    f2 = f1 * resets_at(reset, start - 2, seqlen, HAS_RESET)
-    zero = tl.zeros([C], tl.float32)
+    f1 = continues(reset, start - 1, seqlen, HAS_RESET)
+    f2 = f1 * continues(reset, start - 2, seqlen, HAS_RESET)
+    zero = tl.zeros([CHANNELS], tl.float32)
     s1, s2, s3 = zero, zero, zero  # dx of the last three steps, still without what comes
     dw0, dw1, dw2, dw3, db = zero, zero, zero, zero, zero
     for step in tl.range(start, start + STRIP + 3, num_stages=4):
@@ -1374,7 +1399,7 @@ def conv_backward_kernel(
         inside = m & (t + 0 * d < seqlen)
         x0 = tl.load(x + t * x_l + d * x_d, mask=inside, other=0.0).to(tl.float32)
         p = tl.load(dout + t * g_l + d * g_d, mask=inside, other=0.0).to(tl.float32)
-        same = resets_at(reset, step, seqlen, HAS_RESET)
+        same = continues(reset, step, seqlen, HAS_RESET)
         f1, f2, f3 = same, f1 * same, f2 * same
         pre = b_bias + w0 * x0 + f1 * (w1 * x1) + f2 * (w2 * x2) + f3 * (w3 * x3)
         _, slope = gated(pre, SILU, FAST)
@@ -1407,7 +1432,7 @@ def conv_options(x, weight, bias, reset, silu: bool) -> tuple[tuple, dict]:
     """The grid, and the constants of both kernels."""
     grid = (ceil_div(x.shape[1], STRIP), ceil_div(x.shape[2], CONV_C), x.shape[0])
     flags = {
-        "W": weight.shape[-1], "STRIP": STRIP, "C": CONV_C, "HAS_BIAS": bias is not None,
+        "W": weight.shape[-1], "STRIP": STRIP, "CHANNELS": CONV_C, "HAS_BIAS": bias is not None,
         "HAS_RESET": reset is not None, "SILU": silu, "FAST": FAST, "num_warps": 1,
     }  # fmt: skip
     return grid, flags
@@ -1532,6 +1557,8 @@ def random_inputs(batch: int, seqlen: int, d_inner: int, d_state: int, dtype, de
 
 def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and not INTERPRETED:
+        raise SystemExit("no GPU: set TRITON_INTERPRET=1 to check the kernels, slowly, on the CPU")
     sizes = (2, 200, 64) if device.type == "cuda" else (1, 9, 5)
     inputs = [t.requires_grad_() for t in random_inputs(*sizes, 16, torch.float32, device)]
     *tensors, dt_bias = inputs

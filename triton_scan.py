@@ -1099,17 +1099,16 @@ def scan_backward(
             constants = {"N": states, "ROWS": 16, "SIZE": 128, "num_warps": 4}
             launch(sum_programs_kernel, (*grid, 1), (parts, dB, dC), free, (d_state,), **constants)
             w_after, w_before = w_before, w_after
-    none = empty(0)
     return [
         dx,
         ddt,
         unpack(dA.sum(0), d_inner, d_state).to(A.dtype),
         dB,
         dC,
-        none if D is None else dD.sum(0)[:d_inner].to(D.dtype),
-        none.clone() if dz is None else dz,
-        none.clone() if h0 is None else unpack(w_after, d_inner, d_state).to(h0.dtype),
-        none.clone() if dt_bias is None else dbias.sum(0)[:d_inner].to(dt_bias.dtype),
+        empty(0) if D is None else dD.sum(0)[:d_inner].to(D.dtype),
+        empty(0) if dz is None else dz,
+        empty(0) if h0 is None else unpack(w_after, d_inner, d_state).to(h0.dtype),
+        empty(0) if dt_bias is None else dbias.sum(0)[:d_inner].to(dt_bias.dtype),
     ]
 
 

@@ -108,9 +108,11 @@ def first_scan(
     """A scan in mamba.py's signature: x, delta (b, l, d) -> y (b, l, d), h_last (b, d, n), float32.
 
     Without reset, and forward only. Raises RuntimeError off the GPU and where a gradient would be
-    wanted.
+    wanted, ValueError for chunk < 1.
     """
     check_device(x)
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, delta, A, B, C)):
         raise RuntimeError("first_scan has no gradient: use selective_scan_triton")
     x, delta, A, B, C = (tensor.float().contiguous() for tensor in (x, delta, A, B, C))

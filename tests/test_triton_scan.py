@@ -799,6 +799,15 @@ def test_auto_does_without_a_kernel_that_is_not_there_and_triton_names_it(monkey
 ## ================================================================================================
 
 
+def test_the_first_kernel_says_what_it_has_not():
+    x = torch.ones(1, 2, 3, device=DEVICE)
+    inputs = [x, x, -torch.ones(3, 1, device=DEVICE), x[..., :1], x[..., :1]]
+    with pytest.raises(ValueError, match="chunk must be at least 1, got 0"):
+        triton_scan.first_scan(*inputs, chunk=0)
+    with pytest.raises(RuntimeError, match="no gradient"):
+        triton_scan.first_scan(x.clone().requires_grad_(), *inputs[1:])
+
+
 @pytest.mark.parametrize(
     ("shape", "chunk"),
     [((1, 1, 1, 1), 64), ((2, 20, 5, 3), 8), ((1, 9, 40, 5), 4), ((2, 8, 3, 16), 8)],

@@ -430,6 +430,15 @@ def test_inputs_may_have_any_strides(shape, chunk, monkeypatch):
     check(inputs, upstream=(in_order(dy, 2, 0, 1), in_order(dh_last, 2, 1, 0)))
 
 
+def test_strides_beyond_32_bits_cost_a_copy_and_others_none():
+    """Inside a tile the kernels count in 32 bits: steps 2**25 numbers apart are too far."""
+    far = torch.empty_strided((1, 2, 2), (2**26, 2**25, 1), device="meta")
+    near = torch.empty_strided((1, 2, 2), (2**26, 6, 1), device="meta")
+    assert triton_scan.within_reach(far).stride() == (4, 2, 1)
+    assert triton_scan.within_reach(near) is near
+    assert triton_scan.within_reach(None) is None
+
+
 def test_the_gradient_that_arrives_at_y_may_be_one_number_for_all():
     """As after y.sum()."""
     inputs = scan_inputs(2, 3, 3, 1)

@@ -1020,6 +1020,11 @@ def scan_forward(
     return y, h_last, borders
 
 
+def room_for_sums(x: Tensor) -> int:
+    """Bytes for the sums of dB and dC of one slice of time: as much as x has, or 8 MiB."""
+    return max(x.numel() * x.element_size(), 8 * 2**20)
+
+
 def scan_backward(
     dy: Tensor, dh_last: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, z: Tensor | None, h0: Tensor | None, dt_bias: Tensor | None,
@@ -1033,12 +1038,11 @@ def scan_backward(
     x, dt, z, dy = within_reach(x), within_reach(dt), within_reach(z), within_reach(dy)
 
     ## The sums of dB and dC, one for each program, step and state, are 2 n / 16 float32 numbers for
-    ## each number of x: more than x, dx, ddt and dz together. So the kernel runs on slices of time,
+    ## each number of x: in bfloat16, x, dx, ddt and dz together. So the kernel runs on slices of time,
     ## the last first, and each is added up before the next overwrites it. A slice leaves behind w,
-    ## what arrives at the state before it. room: bytes for these sums.
+    ## what arrives at the state before it.
     wanted = 1 if programs >= BACKWARD_FULL else max(1, BACKWARD_WANTED // programs)
-    room = max(x.numel() * x.element_size(), 8 * 2**20)
-    chunks = room // (programs * K * 2 * states * 4)
+    chunks = room_for_sums(x) // (programs * K * 2 * states * 4)
     steps = min(max(1, round(chunks / wanted)) * wanted, ceil_div(seqlen, K)) * K
     segment = segment_length(steps, wanted)
     segments = ceil_div(steps, segment)

@@ -1037,10 +1037,10 @@ def scan_backward(
     group, programs = borders.shape[2:], batch * blocks
     x, dt, z, dy = within_reach(x), within_reach(dt), within_reach(z), within_reach(dy)
 
-    ## The sums of dB and dC, one for each program, step and state, are n / 8 float32 numbers for each
-    ## number of x: for n = 16 and bfloat16 as much as x, dx, ddt and dz together. So the kernel runs
-    ## on slices of time, the last first, and each is added up before the next overwrites it. A slice
-    ## leaves behind w, what arrives at the state before it.
+    ## The sums of dB and dC, one for each program, step and state, are n / 8 float32 numbers for
+    ## each number of x: for n = 16 and bfloat16 as much as x, dx, ddt and dz together. So the
+    ## kernel runs on slices of time, the last first, and each is added up before the next
+    ## overwrites it. A slice leaves behind w, what arrives at the state before it.
     wanted = 1 if programs >= BACKWARD_FULL else max(1, BACKWARD_WANTED // programs)
     chunks = room_for_sums(x) // (programs * K * 2 * states * 4)
     steps = min(max(1, round(chunks / wanted)) * wanted, ceil_div(seqlen, K)) * K

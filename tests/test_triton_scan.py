@@ -1093,16 +1093,25 @@ def test_the_first_kernel_agrees_with_the_recurrence_at_real_sizes():
 
 @needs_gpu
 def test_a_model_under_autocast_is_no_further_from_float32_than_with_the_chunked_scan():
+    """In its logits and in the gradient of every parameter."""
     model = small_model(d_model=64, n_layer=2)
     ids = torch.randint(16, (2, 300), device=DEVICE)
-    errors = {}
-    model.config.scan = "chunked"
-    exact = model(ids).double()
-    for scan in ("chunked", "triton"):
+
+    def numbers(scan: str, autocast: bool) -> dict[str, Tensor]:
         model.config.scan = scan
-        with torch.autocast("cuda", torch.bfloat16):
-            errors[scan] = (model(ids).double() - exact).norm() / exact.norm()
-    assert errors["triton"] < 1.2 * errors["chunked"], errors
+        model.zero_grad()
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            logits = model(ids)
+        logits.float().square().mean().backward()
+        gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters()}
+        return {name: v.detach().double() for name, v in {"logits": logits, **gradients}.items()}
+
+    exact = numbers("chunked", False)
+    chunked, triton = numbers("chunked", True), numbers("triton", True)
+    for name, value in exact.items():
+        allowed = 1.2 * (chunked[name] - value).norm()
+        error = (triton[name] - value).norm()
+        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 
 
 def losses_of_training(scan: str, steps: int = 100) -> Tensor:

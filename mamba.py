@@ -901,15 +901,15 @@ def selective_scan(
     Raises ValueError for shapes that do not fit and for unknown names, RuntimeError if "triton" is
     asked for and cannot run.
     """
-    check_scan_shapes(x, A=A, dt=dt, B=B, C=C, D=D, z=z, h0=h0, dt_bias=dt_bias, reset=reset)
     tensors = (x, dt, A, B, C, D, z, h0)
     if scan == "triton" or (scan == "auto" and triton_takes(rule, *tensors, dt_bias)):
         options = {"dt_bias": dt_bias, "dt_softplus": dt_softplus, "rule": rule, "reset": reset}
         return import_triton_scan().selective_scan_triton(*tensors, **options)
     if scan != "auto" and scan not in SCANS:
         raise ValueError(f"scan must be 'auto', 'triton' or one of {tuple(SCANS)}, got {scan!r}")
-    run = scan_chunked if scan == "auto" else SCANS[scan]
+    check_scan_shapes(x, A=A, dt=dt, B=B, C=C, D=D, z=z, h0=h0, dt_bias=dt_bias, reset=reset)
 
+    run = scan_chunked if scan == "auto" else SCANS[scan]
     delta = at_least_float32(dt)
     if dt_bias is not None:
         delta = delta + dt_bias
@@ -942,7 +942,7 @@ def import_triton_scan():
 def triton_takes(rule: str, *tensors: Tensor | None) -> bool:
     """Whether scan="auto" may choose the kernel: a GPU, and rule, sizes and dtypes that it has."""
     on_gpu = all(t is None or (t.is_cuda and t.dtype != torch.float64) for t in tensors)
-    return on_gpu and rule in ("mamba", "dirac") and tensors[2].shape[1] <= 256 and HAS_TRITON
+    return on_gpu and rule in ("mamba", "dirac") and tensors[2].shape[-1] <= 256 and HAS_TRITON
 
 
 ## ================================================================================================
@@ -981,7 +981,7 @@ def causal_conv(
     # Number the documents; the past belongs to number 0.
     document = None if reset is None else F.pad(reset.cumsum(-1), (reach, 0)).unsqueeze(1)
     # A new tensor: a view would keep all of x in memory for as long as the state lives.
-    recent = rearrange(x[:, max(0, seqlen - reach) :], "b l d -> b d l")
+    recent = x[:, max(0, seqlen - reach) :].mT  # (b, d, d_conv - 1)
     next_past = torch.cat([past[..., seqlen:], recent], dim=-1)
     if document is not None:
         next_past = next_past * (document[..., seqlen:] == document[..., -1:])
@@ -990,7 +990,7 @@ def causal_conv(
         kernel = import_triton_scan().causal_conv_triton
         return kernel(x, weight, bias, past, reset, silu=silu), next_past
 
-    window = torch.cat([past, rearrange(x, "b l d -> b d l")], dim=-1)
+    window = torch.cat([past, x.mT], dim=-1)  # (b, d, d_conv - 1 + l)
     if document is None:
         out = F.conv1d(window, weight, bias, groups=weight.shape[0])
     else:
@@ -998,7 +998,7 @@ def causal_conv(
         for j in range(reach + 1):  # multiply away what is not of one's own document
             same = document[..., j : j + seqlen] == document[..., reach:]
             out = out + weight[:, :, j] * window[..., j : j + seqlen] * same
-    return rearrange(F.silu(out) if silu else out, "b d l -> b l d"), next_past
+    return (F.silu(out) if silu else out).mT, next_past
 
 
 ## ================================================================================================

@@ -151,7 +151,7 @@ def first_scan(
 ##    over n is then a chain of multiply-adds within a lane and not an exchange between lanes. B
 ##    and C, the same for all channels, are read from shared memory, where 32 lanes that read the
 ##    same word are served at once.
-## 4. B and C are widened to float32 once, by the caller: 32 conversions a step less.
+## 4. B and C are widened to float32 once, by a kernel of their own: 32 conversions a step less.
 ## 5. Cheap exponentials. A is multiplied by log2 e beforehand, and ex2.approx.ftz is one
 ##    instruction where exp2 takes four to be right for results below 2^-126, which are noise here.
 ##
@@ -360,6 +360,22 @@ def load_channels(vector, d, d_inner, EXISTS: tl.constexpr):
         return tl.zeros(d.shape, tl.float32)
 
 
+@triton.jit(do_not_specialize=["seqlen", "batch"])
+def widen_kernel(
+    B, C, wide, seqlen, batch, d_state, B_b, B_l, B_n, C_b, C_l, C_n,
+    N: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """wide (2, b, l, N): B and C in float32, with zeros for states that only fill up the tile."""
+    i_b, o = tl.program_id(1).to(tl.int64), tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    t, n = tl.cast(o // N, tl.int64), o % N
+    mask = (t < seqlen) & (n < d_state)
+    b_B = tl.load(B + i_b * B_b + t * B_l + n * B_n, mask=mask, other=0.0)
+    b_C = tl.load(C + i_b * C_b + t * C_l + n * C_n, mask=mask, other=0.0)
+    numbers = tl.cast(seqlen, tl.int64) * N
+    tl.store(wide + i_b * numbers + o, b_B.to(tl.float32), mask=t < seqlen)
+    tl.store(wide + (batch + i_b) * numbers + o, b_C.to(tl.float32), mask=t < seqlen)
+
+
 ## ================================================================================================
 ## Cutting time
 ## ================================================================================================
@@ -559,7 +575,7 @@ def forward_kernel(
 ## with c < 8 keeps dB and gives dC away, the other the reverse. Then c ^ 4, c ^ 2, c ^ 1, each time
 ## the upper or the lower half of the states: 8 + 4 + 2 + 1 = 15 exchanges. The bits of c, from the
 ## top, say what is left in a lane: of (dB_0 ... dB_7, dC_0 ... dC_7) lane c has sum number c. Each
-## program writes the sums over its own channels, and `sum_programs_kernel` adds the programs up:
+## program writes the sums over its own channels, and `sum_blocks_kernel` adds the programs up:
 ## always in the same order, so that two runs agree to the bit, which atomic additions would not.
 ##
 ## Triton cannot index a tile in registers. But a scan or a reduction along an axis that lies in the
@@ -694,12 +710,15 @@ def backward_summary_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["seqlen", "segment", "slice_start", "slice_stop", "steps", "state_step"]
-)
+    do_not_specialize=[
+        "seqlen", "slice_start", "slice_stop", "segment", "steps", "has_w", "first_row",
+        "state_step",
+    ]
+)  # fmt: skip
 def backward_kernel(
     x, dt, z, dy, A, B, C, D, dt_bias, reset, borders, scratch, ends, sums, w_after, w_before,
-    dx, ddt, dz, dA, dBC, dD, dbias,
-    seqlen, slice_start, slice_stop, segment, steps, state_step, d_inner, d_state,
+    dx, ddt, dz, dBC, totals,
+    seqlen, slice_start, slice_stop, segment, steps, has_w, first_row, state_step, d_inner, d_state,
     x_b, x_l, x_d, dt_b, dt_l, dt_d, z_b, z_l, z_d, dy_b, dy_l, dy_d,
     M: tl.constexpr, J: tl.constexpr, CHANNELS: tl.constexpr,
     T: tl.constexpr, STAGES: tl.constexpr, K: tl.constexpr,
@@ -722,7 +741,8 @@ def backward_kernel(
     b_D = load_channels(D, d, d_inner, HAS_D)
     o_h = state_offsets(M, J, CHANNELS, J, CHANNELS)
 
-    b_w = tl.reshape(tl.load(w_after + (i_b * blocks + i_d) * state_step + o_h), [M, J, CHANNELS])
+    p_w = w_after + (i_b * blocks + i_d) * state_step + o_h
+    b_w = tl.reshape(tl.load(p_w, mask=o_h < has_w * (N * CHANNELS), other=0.0), [M, J, CHANNELS])
     for k in range(0, segments - 1 - i_s):
         where = (i_b * segments + segments - 1 - k) * blocks + i_d
         b_w = chain(b_w, ends, sums, where, state_step, b_A2, o_h, M, J, CHANNELS, FAST)
@@ -831,35 +851,68 @@ def backward_kernel(
             tl.store(dBC + (o_t + o_sum[None, :, :, :]), both, mask=i + t4 < seqlen)
         tl.debug_barrier()
 
-    # Slices follow one another, so that adding to what the later one left is no race.
-    p_dA = dA + program * state_step + o_h
-    tl.store(p_dA, tl.load(p_dA) + tl.reshape(b_dA, [M, J * CHANNELS]))
-    tl.store(dD + program * CHANNELS + c, tl.load(dD + program * CHANNELS + c) + b_dD)
-    tl.store(dbias + program * CHANNELS + c, tl.load(dbias + program * CHANNELS + c) + b_dbias)
+    # totals (rows, blocks, N C + 2 C): dA, dD and dbias of this program.
+    row_of_totals = tl.cast(first_row, tl.int64) + i_b * segments + i_s
+    totals += (row_of_totals * blocks + i_d) * (state_step + 2 * CHANNELS)
+    tl.store(totals + o_h, tl.reshape(b_dA, [M, J * CHANNELS]))
+    tl.store(totals + state_step + c, b_dD)
+    tl.store(totals + state_step + CHANNELS + c, b_dbias)
     if i_s == 0:
         p_w = w_before + (i_b * blocks + i_d) * state_step + o_h
         tl.store(p_w, tl.reshape(b_w, [M, J * CHANNELS]))
 
 
+@triton.jit
+def sum_rows(p, step, rows, o, mask, ROWS: tl.constexpr):
+    """Σ_r p[r step + o], r = 0 ... rows - 1, always in the same order."""
+    r = tl.arange(0, ROWS)
+    total = tl.zeros(o.shape, tl.float32)
+    for k in range(0, rows, ROWS):
+        place = tl.cast(k + r, tl.int64)[:, None] * step + o[None, :]
+        here = (k + r < rows)[:, None] & mask[None, :]
+        total += tl.sum(tl.load(p + place, mask=here, other=0.0), 0)
+    return total
+
+
 @triton.jit(do_not_specialize=["seqlen", "start", "numbers", "steps", "blocks"])
-def sum_programs_kernel(
+def sum_blocks_kernel(
     dBC, dB, dC, seqlen, start, numbers, steps, blocks, d_state,
     N: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """dB and dC of a slice: the sums of all programs, dBC (b, blocks, steps, 2, N), added up."""
-    i_b = tl.program_id(1).to(tl.int64)
-    o, row = tl.program_id(0) * SIZE + tl.arange(0, SIZE), tl.arange(0, ROWS)
+    i_b, o = tl.program_id(1).to(tl.int64), tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     step = tl.cast(steps, tl.int64) * (2 * N)
-    total = tl.zeros([SIZE], tl.float32)
-    for k in range(0, blocks, ROWS):
-        p = dBC + (i_b * blocks + k + row)[:, None] * step + o[None, :]
-        mask = (k + row < blocks)[:, None] & (o < numbers)[None, :]
-        total += tl.sum(tl.load(p, mask=mask, other=0.0), 0)
+    total = sum_rows(dBC + i_b * blocks * step, step, blocks, o, o < numbers, ROWS)
     n, of_C, t = o % N, (o // N) % 2 == 1, o // (2 * N)
     place = (i_b * seqlen + start + t) * d_state + n
     mask = (o < numbers) & (n < d_state)
     tl.store(dB + place, total.to(dB.dtype.element_ty), mask=mask & (of_C == 0))
     tl.store(dC + place, total.to(dC.dtype.element_ty), mask=mask & of_C)
+
+
+@triton.jit(do_not_specialize=["rows", "blocks"])
+def sum_totals_kernel(
+    totals, dA, dD, dbias, rows, blocks, d_inner, d_state,
+    M: tl.constexpr, J: tl.constexpr, CHANNELS: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """dA (d, n), dD and dbias (d): the rows of totals added up, and put in the order of A."""
+    i_d, o = tl.program_id(1), tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    STATES: tl.constexpr = M * J * CHANNELS
+    step = tl.cast(blocks, tl.int64) * (STATES + 2 * CHANNELS)
+    mask = o < STATES + 2 * CHANNELS
+    total = sum_rows(totals + i_d * (STATES + 2 * CHANNELS), step, rows, o, mask, ROWS)
+    d = i_d * CHANNELS + o % CHANNELS
+    n = (o // CHANNELS) % J * M + o // (J * CHANNELS)
+    mask = d < d_inner
+    m_dA = mask & (o < STATES) & (n < d_state)
+    tl.store(dA + d * d_state + n, total.to(dA.dtype.element_ty), mask=m_dA)
+    if HAS_D:
+        m_dD = mask & (o // CHANNELS == M * J)
+        tl.store(dD + d, total.to(dD.dtype.element_ty), mask=m_dD)
+    if HAS_BIAS:
+        m_dbias = mask & (o // CHANNELS == M * J + 1)
+        tl.store(dbias + d, total.to(dbias.dtype.element_ty), mask=m_dbias)
 
 
 ## ================================================================================================
@@ -915,13 +968,6 @@ def unpack(packed: Tensor, d_inner: int, d_state: int) -> Tensor:
     return h[..., :d_inner, :d_state].contiguous()
 
 
-def widened(B: Tensor, states: int) -> Tensor:
-    """B or C in float32, contiguous, with zeros for the states that only fill up the tile."""
-    if states == B.shape[-1]:
-        return B.float().contiguous()
-    return torch.nn.functional.pad(B.float(), (0, states - B.shape[-1]))
-
-
 ## Which compiled variant of a kernel fits, Triton finds out at every launch from every argument: in
 ## Python, and longer than a short sequence takes on the GPU. `launch` remembers it. A variant
 ## depends on the dtypes, on whether addresses and `fixed` numbers are multiples of 16 (and on
@@ -969,8 +1015,12 @@ def scan_forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     h0: Tensor | None, dt_bias: Tensor | None, reset: Tensor | None,
     dt_softplus: bool, rule: str, save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """y, h_last, and the states at every K-th step (empty unless save), in the kernels' order."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """y, h_last, and for the backward pass `borders` and `wide`.
+
+    borders: the states at every K-th step (none unless save), in the kernels' order; wide (2, b, l,
+    N): B and C as the kernels read them.
+    """
     (batch, seqlen, d_inner), d_state = x.shape, A.shape[1]
     M, J, channels = lane_shape(d_state, 1)
     group_M, group_J, group_C = lane_shape(d_state, 2)
@@ -986,7 +1036,8 @@ def scan_forward(
     chunks = ceil_div(seqlen, K) if save else 0
     borders = x.new_empty((batch, chunks, *group), dtype=torch.float32)
     h_last = x.new_empty((batch, d_inner, d_state), dtype=torch.float32)
-    A, B, C = A.contiguous(), widened(B, states), widened(C, states)
+    wide = x.new_empty((2, batch, seqlen, states), dtype=torch.float32)
+    A = A.contiguous()
     flags = {
         "M": M, "J": J, "CHANNELS": channels, "GROUP_J": group_J, "GROUP_C": group_C,
         "T": FORWARD_T, "STAGES": FORWARD_STAGES,
@@ -998,6 +1049,11 @@ def scan_forward(
     document = x if reset is None else reset.contiguous().view(torch.uint8)
     ends = sums = x
     with device_of(x):
+        grid = (ceil_div(seqlen * states, 1024), batch, 1)
+        fixed = (d_state, *B.stride(), *C.stride())
+        constants = {"N": states, "SIZE": 1024, "num_warps": 4}
+        launch(widen_kernel, grid, (B, C, wide), (seqlen, batch), fixed, **constants)
+        B, C = wide.unbind()
         if segments > 1:
             ends = x.new_empty((batch, segments, *group), dtype=torch.float32)
             sums = x.new_empty((batch, segments, blocks * channels), dtype=torch.float32)
@@ -1017,18 +1073,18 @@ def scan_forward(
         }  # fmt: skip
         free = (seqlen, segment, states * channels)
         launch(forward_kernel, (blocks, segments, batch), tensors, free, fixed, **flags)
-    return y, h_last, borders
+    return y, h_last, borders, wide
 
 
 def room_for_sums(x: Tensor) -> int:
-    """Bytes for the sums of dB and dC of one slice of time: as much as x has, or 8 MiB."""
-    return max(x.numel() * x.element_size(), 8 * 2**20)
+    """Bytes for the sums of dB and dC of one slice of time: as much as x has, or 24 MiB."""
+    return max(x.numel() * x.element_size(), 24 * 2**20)
 
 
 def scan_backward(
     dy: Tensor, dh_last: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, z: Tensor | None, h0: Tensor | None, dt_bias: Tensor | None,
-    reset: Tensor | None, borders: Tensor, dt_softplus: bool, rule: str,
+    reset: Tensor | None, borders: Tensor, wide: Tensor, dt_softplus: bool, rule: str,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of x, dt, A, B, C, D, z, h0, dt_bias; an empty tensor for what was None."""
     (batch, seqlen, d_inner), d_state = x.shape, A.shape[1]
@@ -1053,23 +1109,25 @@ def scan_backward(
     stages = BACKWARD_STAGES - 1 if crowded else BACKWARD_STAGES
     registers = {"maxnreg": 168} if crowded and FAST else {}  # NVIDIA's compiler has this option
 
-    empty = lambda *shape: x.new_empty(shape, dtype=torch.float32)  # noqa: E731
-    zeros = lambda *shape: x.new_zeros(shape, dtype=torch.float32)  # noqa: E731
-    dx = x.new_empty(batch, seqlen, d_inner)
-    ddt = dt.new_empty(batch, seqlen, d_inner)
-    dz = None if z is None else z.new_empty(batch, seqlen, d_inner)
-    dB, dC = B.new_empty(B.shape), C.new_empty(C.shape)
-    parts = empty(batch, blocks, steps, 2, states)
-    dA = zeros(batch * segments, *group)
-    dD, dbias = zeros(2, batch * segments, blocks * channels)
-    scratch = empty(K // BACKWARD_T, batch * segments, blocks, states * channels)
-    if dh_last is None:
-        w_after = zeros(batch, *group)
-    else:
+    starts = range((seqlen - 1) // steps * steps, -1, -steps)
+    counts = [ceil_div(min(seqlen, start + steps) - start, segment) for start in starts]
+
+    empty = functools.partial(x.new_empty, dtype=torch.float32)
+    # An empty tensor of its own for each that is missing: an operator may not return one twice.
+    like = lambda tensor: empty(0) if tensor is None else tensor.new_empty(tensor.shape)  # noqa: E731
+    dx, ddt, dz = like(x), like(dt), like(z)
+    dA, dB, dC, dD, dbias = like(A), like(B), like(C), like(D), like(dt_bias)
+    parts = empty((batch, blocks, steps, 2, states))
+    totals = empty((batch * sum(counts), blocks, (states + 2) * channels))
+    scratch = empty((K // BACKWARD_T, batch * segments, blocks, states * channels))
+    ends = sums = x
+    if segments > 1:
+        ends = empty((batch, segments, *group))
+        sums = empty((batch, segments, blocks * channels))
+    w_after, w_before = empty((2, batch, *group)).unbind()
+    if dh_last is not None:
         w_after = pack(dh_last, blocks * channels, *group[1:])
-    w_before = torch.empty_like(w_after)
-    ends, sums = empty(batch, segments, *group), empty(batch, segments, blocks * channels)
-    A, B, C = A.contiguous(), widened(B, states), widened(C, states)
+    A, (wide_B, wide_C) = A.contiguous(), wide.unbind()
     flags = {
         "M": M, "J": J, "CHANNELS": channels, "T": BACKWARD_T, "STAGES": stages,
         "HAS_Z": z is not None, "HAS_BIAS": dt_bias is not None, "HAS_RESET": reset is not None,
@@ -1080,42 +1138,42 @@ def scan_backward(
     bias = x if dt_bias is None else dt_bias.contiguous()
     document = x if reset is None else reset.contiguous().view(torch.uint8)
     with device_of(x):
-        for start in range((seqlen - 1) // steps * steps, -1, -steps):
+        for i, (start, count) in enumerate(zip(starts, counts, strict=True)):
             stop = min(seqlen, start + steps)
-            count = ceil_div(stop - start, segment)
             where = (seqlen, start, stop, segment)
             if count > 1:
-                tensors = (dt, gate, dy, A, C, bias, document, ends, sums)
+                tensors = (dt, gate, dy, A, wide_C, bias, document, ends, sums)
                 fixed = (d_inner, d_state, *dt.stride(), *strides(z), *dy.stride())
                 grid = (blocks, count - 1, batch)
                 launch(backward_summary_kernel, grid, tensors, (*where, count), fixed, **flags)
             tensors = (
-                x, dt, gate, dy, A, B, C, x if D is None else D.contiguous(), bias, document,
-                borders, scratch, ends, sums, w_after, w_before,
-                dx, ddt, dx if dz is None else dz, dA, parts, dD, dbias,
+                x, dt, gate, dy, A, wide_B, wide_C, x if D is None else D.contiguous(), bias,
+                document, borders, scratch, ends, sums, w_after, w_before,
+                dx, ddt, dx if z is None else dz, parts, totals,
             )  # fmt: skip
+            has_w, first_row = int(i > 0 or dh_last is not None), batch * sum(counts[:i])
+            free = (*where, steps, has_w, first_row, states * channels)
             fixed = (d_inner, d_state, *x.stride(), *dt.stride(), *strides(z), *dy.stride())
-            free = (*where, steps, states * channels)
             launch(
                 backward_kernel, (blocks, count, batch), tensors, free, fixed,
                 **flags, K=K, HAS_D=D is not None, DIRAC=rule == "dirac", **registers,
             )  # fmt: skip
             numbers = (stop - start) * 2 * states
-            grid, free = (ceil_div(numbers, 128), batch), (seqlen, start, numbers, steps, blocks)
+            grid, free = (ceil_div(numbers, 128), batch, 1), (seqlen, start, numbers, steps, blocks)
             constants = {"N": states, "ROWS": 16, "SIZE": 128, "num_warps": 4}
-            launch(sum_programs_kernel, (*grid, 1), (parts, dB, dC), free, (d_state,), **constants)
+            launch(sum_blocks_kernel, grid, (parts, dB, dC), free, (d_state,), **constants)
             w_after, w_before = w_before, w_after
-    return [
-        dx,
-        ddt,
-        unpack(dA.sum(0), d_inner, d_state).to(A.dtype),
-        dB,
-        dC,
-        empty(0) if D is None else dD.sum(0)[:d_inner].to(D.dtype),
-        empty(0) if dz is None else dz,
-        empty(0) if h0 is None else unpack(w_after, d_inner, d_state).to(h0.dtype),
-        empty(0) if dt_bias is None else dbias.sum(0)[:d_inner].to(dt_bias.dtype),
-    ]
+        constants = {
+            "M": M, "J": J, "CHANNELS": channels, "HAS_D": D is not None,
+            "HAS_BIAS": dt_bias is not None, "ROWS": 16, "SIZE": 64, "num_warps": 4,
+        }  # fmt: skip
+        launch(
+            sum_totals_kernel, (ceil_div((states + 2) * channels, 64), blocks, 1),
+            (totals, dA, dD if D is not None else dA, dbias if dt_bias is not None else dA),
+            (len(totals), blocks), (d_inner, d_state), **constants,
+        )  # fmt: skip
+    dh0 = empty(0) if h0 is None else unpack(w_after, d_inner, d_state).to(h0.dtype)
+    return [dx, ddt, dA, dB, dC, dD, dz, dh0, dbias]
 
 
 def device_of(x: Tensor):
@@ -1138,6 +1196,7 @@ def forward_shapes(x, dt, A, B, C, D, z, h0, dt_bias, reset, dt_softplus, rule, 
         x.new_empty(batch, seqlen, d_inner),
         x.new_empty((batch, d_inner, d_state), dtype=torch.float32),
         x.new_empty(borders, dtype=torch.float32),
+        x.new_empty((2, batch, seqlen, triton.next_power_of_2(d_state)), dtype=torch.float32),
     )
 
 
@@ -1180,8 +1239,8 @@ class SelectiveScan(torch.autograd.Function):
     def forward(ctx, x, dt, A, B, C, D, z, h0, dt_bias, reset, dt_softplus, rule):
         tensors = (x, dt, A, B, C, D, z, h0, dt_bias, reset)
         run = forward_operator if torch.compiler.is_compiling() else scan_forward
-        y, h_last, borders = run(*tensors, dt_softplus, rule, True)
-        ctx.save_for_backward(*tensors, borders)
+        y, h_last, *for_backward = run(*tensors, dt_softplus, rule, True)
+        ctx.save_for_backward(*tensors, *for_backward)
         ctx.options = dt_softplus, rule
         ctx.set_materialize_grads(False)  # a gradient of h_last that nobody uses is None, not zeros
         return y, h_last

@@ -105,19 +105,19 @@ def make_inputs(
     return tensors, normal(*wide)
 
 
-def forward_of(tensors: dict[str, Tensor | None]) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
+def forward_of(tensors: dict[str, Tensor | None]) -> Callable[[], tuple[Tensor, ...]]:
     import triton_scan
 
     return lambda: triton_scan.scan_forward(*tensors.values(), True, "mamba", save=True)
 
 
 def backward_of(
-    tensors: dict[str, Tensor | None], dy: Tensor, borders: Tensor
+    tensors: dict[str, Tensor | None], dy: Tensor, for_backward: list[Tensor]
 ) -> Callable[[], list[Tensor]]:
     import triton_scan
 
     return lambda: triton_scan.scan_backward(
-        dy, None, *tensors.values(), borders, dt_softplus=True, rule="mamba"
+        dy, None, *tensors.values(), *for_backward, dt_softplus=True, rule="mamba"
     )
 
 
@@ -197,8 +197,8 @@ def errors(tensors: dict[str, Tensor | None], dy: Tensor) -> tuple[float, float]
     dy_here[:1, :steps] = dy[:1, :steps]
     exact = torch.autograd.grad(y_exact, list(cut.values()), dy_here[:1, :steps].double())
 
-    y, _, borders = forward_of(tensors)()
-    found = dict(zip([*tensors][:9], backward_of(tensors, dy_here, borders)(), strict=True))
+    y, _, *for_backward = forward_of(tensors)()
+    found = dict(zip([*tensors][:9], backward_of(tensors, dy_here, for_backward)(), strict=True))
     worst = 0.0
     for name, gradient in zip(names, exact, strict=True):
         ours = found[name][:1, :steps] if name in along_time else found[name]

@@ -695,9 +695,8 @@ def test_a_compiled_function_that_scans_gives_the_same_values_and_gradients(mixt
     for name in expected:
         dtype = expected[name].dtype
         assert actual[name].dtype == dtype, f"{name}: {actual[name].dtype}, expected {dtype}"
-        # What inductor does not round reaches all gradients, the float32 ones too.
-        widest = torch.float32 if mixture == "float32" else torch.bfloat16
-        tolerances = loose[widest] if backend == "inductor" else (1e-6, 1e-5)
+        # Inductor leaves out roundings to bfloat16 around the scan.
+        tolerances = loose[dtype] if backend == "inductor" else (1e-6, 1e-5)
         assert_results({name: actual[name]}, {name: expected[name]}, tolerances)
     with torch.no_grad():
         values = dict(zip(("y", "h_last"), compiled(**inputs, **options), strict=True))
@@ -717,9 +716,9 @@ def test_the_operators_return_what_they_promise_to_the_compiler(without):
         arguments = (*tensors, True, "mamba", save)
         torch.library.opcheck(triton_scan.forward_operator, arguments, test_utils=tests)
     dy, dh_last = gradients_of_outputs(inputs)
-    borders = triton_scan.forward_operator(*arguments)[2]
+    _, _, borders, wide = triton_scan.forward_operator(*arguments)
     for after in (dh_last, None):
-        arguments = (dy, after, *tensors, borders, True, "mamba")
+        arguments = (dy, after, *tensors, borders, wide, True, "mamba")
         torch.library.opcheck(triton_scan.backward_operator, arguments, test_utils=tests)
 
 
@@ -968,10 +967,16 @@ def test_short_floats_at_real_sizes_are_rounded_once_at_the_end(mixture):
 
 @needs_gpu
 def test_strides_at_real_sizes_change_nothing():
+    """To the bit, but for one case: dt with channels before time is loaded by other instructions,
+    and the sum for its gradient is rounded elsewhere, in the eighth digit."""
     inputs = strided(scan_inputs(2, 520, 96, 16))
     dense = {name: tensor.contiguous() for name, tensor in inputs.items()}
-    actual, expected = results(selective_scan_triton, inputs), results(selective_scan_triton, dense)
-    assert_results(actual, expected, (1e-6, 1e-6))  # other strides, other instructions
+    expected = results(selective_scan_triton, dense)
+    assert_equal(results(selective_scan_triton, inputs | {"dt": dense["dt"]}), expected)
+    actual = results(selective_scan_triton, inputs)
+    for name in ("gradient of dt", "gradient of dt_bias"):
+        assert_close(name, actual.pop(name), expected.pop(name), 1e-7)
+    assert_equal(actual, expected)
 
 
 @needs_gpu
@@ -1109,7 +1114,7 @@ def test_a_model_under_autocast_is_no_further_from_float32_than_with_the_chunked
     exact = numbers("chunked", False)
     chunked, triton = numbers("chunked", True), numbers("triton", True)
     for name, value in exact.items():
-        allowed = 1.2 * (chunked[name] - value).norm()
+        allowed = 1.1 * (chunked[name] - value).norm()
         error = (triton[name] - value).norm()
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import contextlib
 import itertools
 import math
 import os
@@ -23,8 +24,9 @@ import signal
 import sys
 import time
 import warnings
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,9 +38,21 @@ if __name__ == "__main__":
         warnings.simplefilter("ignore")
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mamba import SCANS, Mamba, MambaConfig, at_least_float32, file_finder
+from mamba import (
+    HAS_TRITON,
+    SCANS,
+    DeltaProjection,
+    Mamba,
+    MambaBlock,
+    MambaConfig,
+    MambaState,
+    ResidualBlock,
+    RMSNorm,
+    at_least_float32,
+    file_finder,
+)
 
 ## ================================================================================================
 ## Text in, text out
@@ -149,20 +163,164 @@ def stream(
     u, state = model.features(input_ids, model.init_state(batch), mask=mask)
     # Of a long prompt's logits, (batch, seqlen, vocabulary), only the last are wanted.
     logits = model.lm_head(u[:, -1])
-    for count in range(1, max_new_tokens + 1):
-        logits = logits[:, :vocab_size]
-        if repetition_penalty != 1:
-            logits = penalize_repetition(logits, seen, repetition_penalty)
-        token_ids = sample(logits, generator=generator, **cuts)
-        if eos_token_id is not None:
-            token_ids = token_ids.masked_fill(finished, eos_token_id)
-            finished |= token_ids == eos_token_id
-        yield token_ids
-        # Asked here and not before the yield: a step is computed only if its logits are wanted.
-        if count == max_new_tokens or (eos_token_id is not None and finished.all()):
-            return
-        seen.scatter_(1, token_ids.unsqueeze(-1), True)
-        logits, state = model.step(token_ids, state)
+    with continuing(model, state) as step:
+        for count in range(1, max_new_tokens + 1):
+            logits = logits[:, :vocab_size]
+            if repetition_penalty != 1:
+                logits = penalize_repetition(logits, seen, repetition_penalty)
+            token_ids = sample(logits, generator=generator, **cuts)
+            if eos_token_id is not None:
+                token_ids = token_ids.masked_fill(finished, eos_token_id)
+                finished |= token_ids == eos_token_id
+            yield token_ids
+            # Asked here and not before the yield: a step is computed only if its logits are wanted.
+            if count == max_new_tokens or (eos_token_id is not None and finished.all()):
+                return
+            if repetition_penalty != 1:
+                seen.scatter_(1, token_ids.unsqueeze(-1), True)
+            logits = step(token_ids)
+
+
+## ================================================================================================
+## The step on a GPU
+## ================================================================================================
+##
+## One token is little work, and PyTorch cuts it into some forty operators a layer. A GPU is done
+## with each in two microseconds; Python takes longer to start it. Two things help:
+##
+##   fewer kernels   `block_step_triton` does a layer in four.
+##   a CUDA graph    The launches of one step are recorded once, with the addresses of all their
+##                   tensors, and then replayed by a single call. What changes from token to token,
+##                   ids, state and logits, has to stay in its place: so a graph has buffers for
+##                   these, and overwrites its state, which `model.step` never does.
+
+
+class StepGraph:
+    """`model.step` for one batch size, recorded as a CUDA graph: token ids in, logits out.
+
+    It reads the parameters of the model where they lie: changes in place, as optimisers make them,
+    count from the next token on. It does not keep the model.
+    """
+
+    def __init__(self, model: Mamba, batch: int) -> None:
+        device = model.lm_head.weight.device
+        self.token_ids = torch.zeros(batch, dtype=torch.long, device=device)
+        state = model.init_state(batch)
+        # The windows of all channels side by side, one step after the other: so the kernels read.
+        windows = state.conv.movedim(-1, 1).contiguous().movedim(1, -1)
+        self.state = MambaState(windows, state.h)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self.run(model)  # what is done only once, such as compiling, must not be recorded
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.logits = self.run(model)
+
+    def run(self, model: Mamba) -> Tensor:
+        if can_fuse(model):
+            return fused_step(model, self.token_ids, self.state)
+        logits, state = model.step(self.token_ids, self.state)
+        self.load(state)
+        return logits
+
+    def load(self, state: MambaState) -> None:
+        self.state.conv.copy_(state.conv)
+        self.state.h.copy_(state.h)
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """(batch,) -> logits (batch, padded_vocab_size), overwritten by the next call."""
+        self.token_ids.copy_(token_ids)
+        self.graph.replay()
+        return self.logits
+
+
+def fused_step(model: Mamba, token_ids: Tensor, state: MambaState) -> Tensor:
+    """`model.step` in four kernels a layer: the logits. The state is changed in place."""
+    import triton_scan
+
+    u = model.embed(token_ids)
+    for i, layer in enumerate(model.backbone.layers):
+        block = layer.mixer
+        u = triton_scan.block_step_triton(
+            u, state.conv[i], state.h[i], norm=layer.norm.weight, eps=layer.norm.eps,
+            in_proj=block.in_proj.weight, in_bias=block.in_proj.bias,
+            conv_weight=block.conv1d.weight, conv_bias=block.conv1d.bias,
+            x_proj=block.x_proj.weight, dt_proj=block.dt_proj.weight, dt_bias=block.dt_proj.bias,
+            A_log=block.A_log, D=block.D, out_proj=block.out_proj.weight,
+            out_bias=block.out_proj.bias, rule=model.config.rule,
+        )  # fmt: skip
+    norm = model.backbone.norm_f
+    return triton_scan.linear_step(u, model.lm_head.weight, norm=norm.weight, eps=norm.eps)
+
+
+def can_fuse(model: Mamba) -> bool:
+    """Whether the kernels have this rule, these dtypes and sizes, and may be used."""
+    weights = list(model.parameters())
+    return (
+        HAS_TRITON
+        and model.config.scan in ("auto", "triton")
+        and model.config.rule in ("mamba", "dirac")
+        and model.config.d_state <= 256
+        and weights[0].dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and all(p.dtype == weights[0].dtype and p.is_contiguous() for p in weights)
+    )
+
+
+def can_record(model: Mamba) -> bool:
+    """Whether a step is nothing but launches: on a GPU, and with no module that is not our own.
+
+    A hook or an adapter may do anything, and the fused step would pass it by.
+    """
+    own = {Mamba, ResidualBlock, MambaBlock, RMSNorm, DeltaProjection}
+    own |= {nn.ModuleDict, nn.ModuleList, nn.Embedding, nn.Linear, nn.Conv1d}
+    return (
+        model.lm_head.weight.is_cuda
+        and not torch.is_autocast_enabled("cuda")
+        and all(
+            type(module) in own and not module._forward_hooks and not module._forward_pre_hooks
+            for module in model.modules()
+        )
+    )
+
+
+# The last graph of each model. Whoever uses one takes it out, so that two streams over the same
+# model do not share buffers.
+graphs: weakref.WeakKeyDictionary[Mamba, tuple[Any, StepGraph]] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def continuing(model: Mamba, state: MambaState) -> Iterator[Callable[[Tensor], Tensor]]:
+    """A function that feeds tokens (batch,) to the model and returns logits, from this state on."""
+    if not can_record(model):
+
+        def step(token_ids: Tensor) -> Tensor:
+            nonlocal state
+            logits, state = model.step(token_ids, state)
+            return logits
+
+        yield step
+        return
+
+    batch = state.h.shape[1]
+    key = (batch, repr(model.config), [p.data_ptr() for p in model.parameters()])
+    graph: StepGraph | None = None
+
+    def replay(token_ids: Tensor) -> Tensor:
+        nonlocal graph
+        if graph is None:
+            last_key, graph = graphs.pop(model, (None, None))
+            graph = graph if last_key == key else StepGraph(model, batch)
+            graph.load(state)
+        return graph(token_ids)
+
+    try:
+        yield replay
+    finally:
+        if graph is not None:
+            graphs[model] = key, graph
 
 
 ## ================================================================================================

@@ -711,14 +711,14 @@ def backward_summary_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "seqlen", "slice_start", "slice_stop", "segment", "steps", "has_w", "first_row",
+        "seqlen", "slice_start", "slice_stop", "segment", "steps", "has_w", "earlier",
         "state_step",
     ]
 )  # fmt: skip
 def backward_kernel(
     x, dt, z, dy, A, B, C, D, dt_bias, reset, borders, scratch, ends, sums, w_after, w_before,
     dx, ddt, dz, dBC, totals,
-    seqlen, slice_start, slice_stop, segment, steps, has_w, first_row, state_step, d_inner, d_state,
+    seqlen, slice_start, slice_stop, segment, steps, has_w, earlier, state_step, d_inner, d_state,
     x_b, x_l, x_d, dt_b, dt_l, dt_d, z_b, z_l, z_d, dy_b, dy_l, dy_d,
     M: tl.constexpr, J: tl.constexpr, CHANNELS: tl.constexpr,
     T: tl.constexpr, STAGES: tl.constexpr, K: tl.constexpr,
@@ -851,9 +851,9 @@ def backward_kernel(
             tl.store(dBC + (o_t + o_sum[None, :, :, :]), both, mask=i + t4 < seqlen)
         tl.debug_barrier()
 
-    # totals (rows, blocks, N C + 2 C): dA, dD and dbias of this program.
-    row_of_totals = tl.cast(first_row, tl.int64) + i_b * segments + i_s
-    totals += (row_of_totals * blocks + i_d) * (state_step + 2 * CHANNELS)
+    # totals (rows, blocks, N C + 2 C): dA, dD and dbias of this program, after those of the
+    # `earlier` programs of other launches.
+    totals += (earlier + program) * (state_step + 2 * CHANNELS)
     tl.store(totals + o_h, tl.reshape(b_dA, [M, J * CHANNELS]))
     tl.store(totals + state_step + c, b_dD)
     tl.store(totals + state_step + CHANNELS + c, b_dbias)
@@ -1151,8 +1151,8 @@ def scan_backward(
                 document, borders, scratch, ends, sums, w_after, w_before,
                 dx, ddt, dx if z is None else dz, parts, totals,
             )  # fmt: skip
-            has_w, first_row = int(i > 0 or dh_last is not None), batch * sum(counts[:i])
-            free = (*where, steps, has_w, first_row, states * channels)
+            has_w, earlier = int(i > 0 or dh_last is not None), sum(counts[:i]) * programs
+            free = (*where, steps, has_w, earlier, states * channels)
             fixed = (d_inner, d_state, *x.stride(), *dt.stride(), *strides(z), *dy.stride())
             launch(
                 backward_kernel, (blocks, count, batch), tensors, free, fixed,
@@ -1592,6 +1592,258 @@ def causal_conv_triton(
         return CausalConv.apply(x, weight, bias, past, reset, silu)
     run = conv_forward_operator if torch.compiler.is_compiling() else conv_forward
     return run(x, weight, bias, past, reset, silu)
+
+
+## ================================================================================================
+## The step
+## ================================================================================================
+##
+## One token through the model, for generation. There is nothing to run in parallel over time, and
+## little to compute: for one sequence, every weight is read once for one multiply-add. So the limit
+## is the weights: 258 MB for 130m in bfloat16, 0.086 ms at 3.0 TB/s. A layer is four small matrix
+## products with some elementwise work between: as PyTorch operators about forty kernels, of which
+## each takes two microseconds however little it has to do. Hence few kernels, four a layer:
+##
+##     1. norm, in_proj, convolution, silu    u -> x and z, the window moves on
+##     2. x_proj                              x -> low_rank, B, C
+##     3. dt_proj, the recurrence, the gate   -> y, the next h              (`state_step_kernel`)
+##     4. out_proj, residual                  y -> u
+##
+## 1, 2 and 4 are one kernel, `linear_step_kernel`, in which a program computes a few rows of a
+## product. What comes after a product and needs only its own channel, such as the convolution, is
+## done where the row is. So is the norm before it: W (u w / rms) = (W (u w)) / rms, and one pass
+## over u gives the product and the sum of squares.
+##
+## For a few sequences the product is a matrix times a vector, lane by lane. From five on the tensor
+## cores have enough to do; they want their tiles as they lie in memory, and the norm is a kernel
+## of its own.
+##
+## A kernel that waits for the one before need not wait with everything: its weights are there.
+## From Hopper on a GPU can start a kernel while the last one runs (programmatic dependent launch).
+## Ours load their first weights and then wait: 0.22 ms a token in place of 0.33.
+
+
+@triton.jit
+def wait_for_the_kernel_before(OVERLAP: tl.constexpr):
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()  # the next one may start, and wait here
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def linear_step_kernel(
+    x, weight, bias, norm, conv, conv_weight, conv_bias, residual, out,
+    batch, rows, d_inner, eps, x_b, conv_b, conv_d, conv_j,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr,
+    W: tl.constexpr, HAS_BIAS: tl.constexpr, NORM: tl.constexpr, CONV: tl.constexpr,
+    HAS_CONV_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, FAST: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """out (b, rows) = f(weight norm(x) + bias) + residual: some rows of the weight, some of x."""
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    b = (tl.program_id(1) * BATCH + tl.arange(0, BATCH)).to(tl.int64)
+    k = tl.arange(0, BLOCK)
+    m_r, m_b = r < rows, b < batch
+    weight += r.to(tl.int64)[:, None] * COLUMNS + k[None, :]
+    x += b[:, None] * x_b + k[None, :]
+    if BATCH == 1:
+        b_weight = tl.load(weight, mask=m_r[:, None] & (k < COLUMNS)[None, :], other=0.0)
+    wait_for_the_kernel_before(OVERLAP)
+    if CONV:
+        ## The part of the convolution that is known already, and the window moves on.
+        m_x = m_b[:, None] & (r < d_inner)[None, :]
+        window = conv + b[:, None] * conv_b + r[None, :] * conv_d
+        pre = tl.zeros([BATCH, ROWS], tl.float32)
+        for j in tl.static_range(W - 1):
+            w = tl.load(conv_weight + r * W + j, mask=r < d_inner, other=0.0).to(tl.float32)
+            pre += tl.load(window + j * conv_j, mask=m_x, other=0.0).to(tl.float32) * w[None, :]
+        if HAS_CONV_BIAS:
+            pre += tl.load(conv_bias + r, mask=r < d_inner, other=0.0).to(tl.float32)[None, :]
+        tl.debug_barrier()  # some lanes have copies of a channel: all have read, then one writes
+        for j in tl.static_range(W - 2):
+            later = tl.load(window + (j + 1) * conv_j, mask=m_x)
+            tl.store(window + j * conv_j, later, mask=m_x)
+    if BATCH == 1:
+        ## A matrix times a vector: lanes multiply and add, and are summed at the end.
+        products, squares = tl.zeros([ROWS, BLOCK], tl.float32), tl.zeros([1, BLOCK], tl.float32)
+        for start in tl.static_range(0, COLUMNS, BLOCK):
+            m_k = start + k < COLUMNS
+            b_x = tl.load(x + start, mask=m_k[None, :], other=0.0).to(tl.float32)
+            if start > 0:
+                b_weight = tl.load(weight + start, mask=m_r[:, None] & m_k[None, :], other=0.0)
+            if NORM:
+                squares += b_x * b_x
+                b_x *= tl.load(norm + start + k, mask=m_k, other=0.0).to(tl.float32)[None, :]
+            products += b_weight.to(tl.float32) * b_x
+        result = tl.sum(products, 1)[None, :]
+        if NORM:
+            result = result / tl.sqrt(tl.sum(squares, 1) / COLUMNS + eps)[:, None]
+    else:
+        ## A matrix times a matrix: tensor cores.
+        result = tl.zeros([BATCH, ROWS], tl.float32)
+        for start in tl.range(0, COLUMNS, BLOCK, num_stages=4):
+            m_k = start + k < COLUMNS
+            b_x = tl.load(x + start, mask=m_b[:, None] & m_k[None, :], other=0.0)
+            b_weight = tl.load(weight + start, mask=m_r[:, None] & m_k[None, :], other=0.0)
+            if not FAST:  # Triton's interpreter has no products of short floats
+                b_x, b_weight = b_x.to(tl.float32), b_weight.to(tl.float32)
+            result = tl.dot(b_x, tl.trans(b_weight), result, input_precision="ieee")
+    if HAS_BIAS:
+        result += tl.load(bias + r, mask=m_r, other=0.0).to(tl.float32)[None, :]
+    if CONV:
+        raw = result.to(conv.dtype.element_ty)
+        w = tl.load(conv_weight + r * W + W - 1, mask=r < d_inner, other=0.0).to(tl.float32)
+        pre += raw.to(tl.float32) * w[None, :]
+        result = tl.where(m_x, pre * sigmoid(pre, FAST), result)
+        if W > 1:
+            tl.debug_barrier()
+            tl.store(window + (W - 2) * conv_j, raw, mask=m_x)
+    o_out, mask = b[:, None] * rows + r[None, :], m_b[:, None] & m_r[None, :]
+    if RESIDUAL:
+        result += tl.load(residual + o_out, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + o_out, result.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def norm_step_kernel(
+    u, weight, out, eps, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):
+    """RMSNorm of one row."""
+    row, c = tl.program_id(0).to(tl.int64) * COLUMNS, tl.arange(0, BLOCK)
+    b_weight = tl.load(weight + c, mask=c < COLUMNS, other=0.0).to(tl.float32)
+    wait_for_the_kernel_before(OVERLAP)
+    b_u = tl.load(u + row + c, mask=c < COLUMNS, other=0.0).to(tl.float32)
+    b_out = b_u / tl.sqrt(tl.sum(b_u * b_u, 0) / COLUMNS + eps) * b_weight
+    tl.store(out + row + c, b_out.to(out.dtype.element_ty), mask=c < COLUMNS)
+
+
+@triton.jit
+def state_step_kernel(
+    xz, low_rank, dt_weight, dt_bias, A_log, D, h, y, d_inner, d_state, rank,
+    CHANNELS: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr,
+    DIRAC: tl.constexpr, FAST: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """y (b, d) = the gated output; the next h in the place of h. One row, some channels."""
+    i_b = tl.program_id(1).to(tl.int64)
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    n, r, m = tl.arange(0, N), tl.arange(0, RANK), c < d_inner
+    m_n, m_r = m[:, None] & (n < d_state)[None, :], m[:, None] & (r < rank)[None, :]
+    o_n = c[:, None] * d_state + n[None, :]
+    b_weight = tl.load(dt_weight + c[:, None] * rank + r[None, :], mask=m_r, other=0.0)
+    b_A2 = tl.load(A_log + o_n, mask=m_n, other=0.0).to(tl.float32)
+    b_A2 = exp2(b_A2 * LOG2E, FAST) * -LOG2E
+    b_bias = tl.load(dt_bias + c, mask=m, other=0.0).to(tl.float32)
+    b_D = tl.load(D + c, mask=m, other=0.0).to(tl.float32)
+    wait_for_the_kernel_before(OVERLAP)
+    h += i_b * d_inner * d_state + o_n
+    b_h = tl.load(h, mask=m_n, other=0.0)
+    xz += i_b * 2 * d_inner + c
+    b_x = tl.load(xz, mask=m, other=0.0).to(tl.float32)
+    b_z = tl.load(xz + d_inner, mask=m, other=0.0).to(tl.float32)
+    low_rank += i_b * (rank + 2 * d_state)
+    b_low = tl.load(low_rank + r, mask=r < rank, other=0.0)
+    b_B = tl.load(low_rank + rank + n, mask=n < d_state, other=0.0)
+    b_C = tl.load(low_rank + rank + d_state + n, mask=n < d_state, other=0.0)
+    b_dt = tl.sum(b_weight.to(tl.float32) * b_low[None, :], 1) + b_bias
+    b_delta, _ = softplus(b_dt, True, FAST)
+    b_v = b_x
+    if not DIRAC:
+        b_v = b_x * b_delta
+    b_h = exp2(b_delta[:, None] * b_A2, FAST) * b_h + b_v[:, None] * b_B[None, :]  # (2a)
+    tl.store(h, b_h, mask=m_n)
+    b_y = (tl.sum(b_h * b_C[None, :], 1) + b_D * b_x) * b_z * sigmoid(b_z, FAST)  # (2b)
+    tl.store(y + i_b * d_inner + c, b_y.to(y.dtype.element_ty), mask=m)
+
+
+@functools.cache
+def overlap_options(device: torch.device) -> dict:
+    """Programmatic dependent launch, where the GPU has it."""
+    if FAST and torch.cuda.get_device_capability(device) >= (9, 0):
+        return {"OVERLAP": True, "launch_pdl": True}
+    return {"OVERLAP": False}
+
+
+SMALL_BATCH = 4  # rows of x up to which a product is done row by row
+PROCESSORS = 132
+
+
+def step_tile(rows: int, columns: int, batch: int, size: int, epilogue: bool) -> tuple:
+    """Rows of the weight, rows of x and columns for one program of linear_step_kernel."""
+    if batch <= SMALL_BATCH:  # two programs for a processor, up to 16 rows each
+        ROWS = 16
+        while ROWS > 1 and rows * batch < 2 * PROCESSORS * ROWS:
+            ROWS //= 2
+        numbers = 4096 if columns < 2048 else 8192
+        return ROWS, 1, min(triton.next_power_of_2(columns), numbers // ROWS)
+    # One program for a processor, with a tile as square as can be; the convolution needs registers.
+    ROWS = 32 if epilogue else 64
+    BATCH = min(64, max(16, triton.next_power_of_2(batch)))
+    while ceil_div(rows, ROWS) * ceil_div(batch, BATCH) < PROCESSORS and max(ROWS, BATCH) > 16:
+        ROWS, BATCH = (ROWS // 2, BATCH) if ROWS >= BATCH else (ROWS, BATCH // 2)
+    return ROWS, BATCH, min(256 // size, max(16, triton.next_power_of_2(columns)))
+
+
+def linear_step(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, norm: Tensor | None = None,
+    eps: float = 1e-5, conv: tuple[Tensor, Tensor, Tensor | None] | None = None,
+    residual: Tensor | None = None, dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """conv(weight RMSNorm(x) + bias) + residual: x (b, columns or more) -> (b, rows), in dtype.
+
+    norm: the weight of the norm, None for no norm. conv: the windows (b, rows / 2, W - 1), which
+    move on, and the filters (rows / 2, 1, W) and bias for the first half of the rows, with SiLU.
+    residual: (b, rows). dtype None: the weight's.
+    """
+    batch, (rows, columns) = len(x), weight.shape
+    ROWS, BATCH, BLOCK = step_tile(rows, columns, batch, weight.element_size(), conv is not None)
+    if BATCH > 1 and norm is not None:
+        x = norm_step(x, norm, eps)
+    out = x.new_empty((batch, rows), dtype=dtype or weight.dtype)
+    window, conv_weight, conv_bias = conv or (x.new_empty(0, 0, 0), x, None)
+    missing = lambda tensor: x if tensor is None else tensor  # noqa: E731
+    with device_of(x):
+        linear_step_kernel[(ceil_div(rows, ROWS), ceil_div(batch, BATCH))](
+            x, weight, missing(bias), missing(norm), window, conv_weight, missing(conv_bias),
+            missing(residual), out, batch, rows, rows // 2, eps, x.stride(0), *window.stride(),
+            COLUMNS=columns, BLOCK=BLOCK, ROWS=ROWS, BATCH=BATCH, W=window.shape[-1] + 1,
+            HAS_BIAS=bias is not None, NORM=norm is not None, CONV=conv is not None,
+            HAS_CONV_BIAS=conv_bias is not None, RESIDUAL=residual is not None, FAST=FAST,
+            num_warps=4, **overlap_options(x.device),
+        )  # fmt: skip
+    return out
+
+
+def norm_step(u: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm in the weight's dtype: u (b, columns)."""
+    out = torch.empty_like(u, dtype=weight.dtype)
+    sizes = {"COLUMNS": u.shape[1], "BLOCK": triton.next_power_of_2(u.shape[1])}
+    with device_of(u):
+        norm_step_kernel[(len(u),)](u, weight, out, eps, **sizes, **overlap_options(u.device))
+    return out
+
+
+def block_step_triton(
+    u: Tensor, conv: Tensor, h: Tensor, *, norm: Tensor, eps: float,
+    in_proj: Tensor, in_bias: Tensor | None, conv_weight: Tensor, conv_bias: Tensor | None,
+    x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor,
+    out_proj: Tensor, out_bias: Tensor | None, rule: str = "mamba",
+) -> Tensor:  # fmt: skip
+    """`step` of mamba.py's ResidualBlock: u (b, d_model) -> u (b, d_model), no gradients.
+
+    conv (b, d, W - 1), of any strides, and h (b, d, n) float32 are changed in place. The weights
+    are those of the block, contiguous and of one dtype; rule "mamba" or "dirac".
+    """
+    batch, (d_inner, d_state), rank = len(u), A_log.shape, dt_proj.shape[1]
+    window = (conv, conv_weight, conv_bias)
+    xz = linear_step(u, in_proj, in_bias, norm=norm, eps=eps, conv=window)
+    low_rank = linear_step(xz, x_proj, dtype=torch.float32)
+    y = xz.new_empty(batch, d_inner)
+    with device_of(u):
+        state_step_kernel[(ceil_div(d_inner, 16), batch)](
+            xz, low_rank, dt_proj, dt_bias, A_log, D, h, y, d_inner, d_state, rank,
+            CHANNELS=16, N=triton.next_power_of_2(d_state), RANK=triton.next_power_of_2(rank),
+            DIRAC=rule == "dirac", FAST=FAST, num_warps=1, **overlap_options(u.device),
+        )  # fmt: skip
+    return linear_step(y, out_proj, out_bias, residual=u, dtype=u.dtype)
 
 
 ## ================================================================================================

@@ -112,7 +112,7 @@ def forward_of(tensors: dict[str, Tensor | None]) -> Callable[[], tuple[Tensor, 
 
 
 def backward_of(
-    tensors: dict[str, Tensor | None], dy: Tensor, for_backward: list[Tensor]
+    tensors: dict[str, Tensor | None], dy: Tensor, for_backward: tuple[Tensor, ...]
 ) -> Callable[[], list[Tensor]]:
     import triton_scan
 
@@ -225,7 +225,7 @@ def measure_shape(official: dict[str, Any], options: argparse.Namespace) -> dict
     row: dict[str, Any] = {name: official[name] for name in ("B", "D", "L", "dtype")}
     row["fwd_error"], row["bwd_error"] = errors(tensors, dy)
     forward = forward_of(tensors)
-    backward = backward_of(tensors, dy, forward()[2])
+    backward = backward_of(tensors, dy, forward()[2:])
     for name, run in (("fwd", forward), ("bwd", backward)):
         row[name + "_ms"] = milliseconds(run, options)
         row[name + "_graph_ms"] = graph_milliseconds(run, options)
@@ -261,7 +261,7 @@ def measure_steps(options: argparse.Namespace) -> list[dict[str, Any]]:
             try:
                 forward = forward_of(tensors)
                 row["fwd_ms"] = milliseconds(forward, options)
-                row["bwd_ms"] = milliseconds(backward_of(tensors, dy, forward()[2]), options)
+                row["bwd_ms"] = milliseconds(backward_of(tensors, dy, forward()[2:]), options)
             except Exception as error:  # a tile that does not fit says so, and the rest goes on
                 print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
         rows.append(row)
@@ -289,14 +289,14 @@ def measure_length(seqlen: int, options: argparse.Namespace) -> dict[str, Any]:
 
     def both() -> tuple:
         results = forward()
-        return results, backward_of(tensors, dy, results[2])()
+        return results, backward_of(tensors, dy, results[2:])()
 
     row: dict[str, Any] = {"L": seqlen, "added_MiB": added_memory(both, options)}
     inputs = [tensor for tensor in (*tensors.values(), dy) if tensor is not None]
     inputs_MiB = sum(tensor.numel() * tensor.element_size() for tensor in inputs) / MIB
     row["peak_MiB"] = row["added_MiB"] + inputs_MiB
     row["fwd_ms"] = milliseconds(forward, options)
-    row["bwd_ms"] = milliseconds(backward_of(tensors, dy, forward()[2]), options)
+    row["bwd_ms"] = milliseconds(backward_of(tensors, dy, forward()[2:]), options)
     row["ns_per_token"] = 1e6 * (row["fwd_ms"] + row["bwd_ms"]) / seqlen
     return row | measure_pytorch(tensors, dy, options) if seqlen <= 4096 else row
 

@@ -40,19 +40,8 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor, nn
 
-from mamba import (
-    HAS_TRITON,
-    SCANS,
-    DeltaProjection,
-    Mamba,
-    MambaBlock,
-    MambaConfig,
-    MambaState,
-    ResidualBlock,
-    RMSNorm,
-    at_least_float32,
-    file_finder,
-)
+import mamba
+from mamba import SCANS, Mamba, MambaConfig, MambaState, at_least_float32, file_finder
 
 ## ================================================================================================
 ## Text in, text out
@@ -198,8 +187,8 @@ def stream(
 class StepGraph:
     """`model.step` for one batch size, recorded as a CUDA graph: token ids in, logits out.
 
-    It reads the parameters of the model where they lie: changes in place, as optimisers make them,
-    count from the next token on. It does not keep the model.
+    It reads the parameters where they lie: changes in place, as optimisers make them, count from
+    the next token on. It does not keep the model.
     """
 
     def __init__(self, model: Mamba, batch: int) -> None:
@@ -260,7 +249,7 @@ def can_fuse(model: Mamba) -> bool:
     """Whether the kernels have this rule, these dtypes and sizes, and may be used."""
     weights = list(model.parameters())
     return (
-        HAS_TRITON
+        mamba.HAS_TRITON
         and model.config.scan in ("auto", "triton")
         and model.config.rule in ("mamba", "dirac")
         and model.config.d_state <= 256
@@ -274,8 +263,8 @@ def can_record(model: Mamba) -> bool:
 
     A hook or an adapter may do anything, and the fused step would pass it by.
     """
-    own = {Mamba, ResidualBlock, MambaBlock, RMSNorm, DeltaProjection}
-    own |= {nn.ModuleDict, nn.ModuleList, nn.Embedding, nn.Linear, nn.Conv1d}
+    own = {Mamba, mamba.ResidualBlock, mamba.MambaBlock, mamba.RMSNorm, mamba.Linear}
+    own |= {mamba.DeltaProjection, nn.ModuleDict, nn.ModuleList, nn.Embedding, nn.Conv1d}
     return (
         model.lm_head.weight.is_cuda
         and not torch.is_autocast_enabled("cuda")
@@ -286,8 +275,9 @@ def can_record(model: Mamba) -> bool:
     )
 
 
-# The last graph of each model. Whoever uses one takes it out, so that two streams over the same
-# model do not share buffers.
+## To record takes a while, so the last graph of each model is kept. Whoever uses it takes it out:
+## two streams over one model must not share its buffers.
+
 graphs: weakref.WeakKeyDictionary[Mamba, tuple[Any, StepGraph]] = weakref.WeakKeyDictionary()
 
 

@@ -229,7 +229,7 @@ class Mamba(nn.Module):
                 "norm_f": RMSNorm(config.d_model, config.norm_eps),
             }
         )
-        self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
+        self.lm_head = Linear(config.d_model, config.padded_vocab_size, bias=False)
         if not embedding.is_meta:  # shapes without numbers have nothing to initialise
             self.reset_parameters()
         self.tie_weights()
@@ -452,14 +452,14 @@ class MambaBlock(nn.Module):
         super().__init__()
         self.config = config
         d, n, rank = config.d_inner, config.d_state, config.dt_rank
-        self.in_proj = nn.Linear(config.d_model, 2 * d, bias=config.bias)
+        self.in_proj = Linear(config.d_model, 2 * d, bias=config.bias)
         # It holds the filters; causal_conv applies them, with the past in the place of padding.
         self.conv1d = nn.Conv1d(d, d, config.d_conv, groups=d, bias=config.conv_bias)
-        self.x_proj = nn.Linear(d, rank + 2 * n, bias=False)
+        self.x_proj = Linear(d, rank + 2 * n, bias=False)
         self.dt_proj = DeltaProjection(rank, d)
         self.A_log = nn.Parameter(torch.empty(d, n))
         self.D = nn.Parameter(torch.empty(d))
-        self.out_proj = nn.Linear(d, config.d_model, bias=config.bias)
+        self.out_proj = Linear(d, config.d_model, bias=config.bias)
         if not self.D.is_meta:
             self.reset_parameters()
 
@@ -634,17 +634,27 @@ RULES = ("mamba", "zoh", "bilinear", "dirac")
 
 def discretize(delta: Tensor, A: Tensor, B: Tensor, rule: str = "mamba") -> tuple[Tensor, Tensor]:
     """delta (..., d), A (d, n), B (..., n) -> A_bar, B_bar, both (..., d, n). Raises ValueError."""
-    delta, B = delta.unsqueeze(-1), B.unsqueeze(-2)  # (..., d, 1), (..., 1, n)
-    delta_A = delta * A
-    if rule == "mamba":
-        return torch.exp(delta_A), delta * B
-    if rule == "zoh":
-        return torch.exp(delta_A), delta * expm1_over(delta_A) * B
+    A_bar, scale = decay_and_scale(delta.unsqueeze(-1), A, rule)
+    return A_bar, (scale * B.unsqueeze(-2)).expand_as(A_bar)
+
+
+def decay_and_scale(delta: Tensor, A: Tensor, rule: str) -> tuple[Tensor, Tensor]:
+    """Ā, and s in B̄ = s B: all four rules only scale B. For delta and A that broadcast."""
     if rule == "bilinear":
-        return (1 + delta_A / 2) / (1 - delta_A / 2), delta * B / (1 - delta_A / 2)
+        half = delta * A / 2
+        return (1 + half) / (1 - half), delta / (1 - half)
+    # exp(ΔA). PyTorch's exp2 is never slower than its exp, and on some CPUs eight times faster.
+    A_bar = torch.exp2(delta * (A * LOG2_E))
+    if rule == "mamba":
+        return A_bar, delta
+    if rule == "zoh":
+        return A_bar, delta * expm1_over(delta * A)
     if rule == "dirac":
-        return torch.exp(delta_A), B.expand_as(delta_A)
+        return A_bar, torch.ones_like(delta)
     raise ValueError(f"rule must be 'mamba', 'zoh', 'bilinear' or 'dirac', got {rule!r}")
+
+
+LOG2_E = math.log2(math.e)
 
 
 def expm1_over(a: Tensor) -> Tensor:
@@ -855,13 +865,110 @@ def scan_chunked(
     return rearrange(y, "(b c) k d -> b (c k) d", b=batch)[:, :seqlen], h
 
 
-## 4. The fused kernel. ----------------------------------------------------------------------------
+## 4. Recomputation. -------------------------------------------------------------------------------
+## Training keeps what the backward pass needs. Of the loop or the chunks above, that is several
+## numbers for every channel, state and step: (b, l, d, n), n times more than x. But all of it can
+## be computed again from the state at the start of a chunk. So: one chunk after the other, keep
+## only the h between them, and let the backward pass run each chunk again before it differentiates
+## it (section 3.3.2 does the same on a GPU).
+##
+## The gradient of (2a) is a recurrence of the same kind, from the end to the start. With G_t the
+## gradient with respect to h_t, from y_t and from h_{t+1}:
+##
+##     G_t = C_t dy_t + Ā_{t+1} G_{t+1}        dĀ_t = G_t h_{t-1}        d(B̄_t x_t) = G_t
+##
+## The rest, from Ā and B̄ x back to Δ, A, B and x, has no recurrence and is left to autograd.
+##
+## One chunk at a time is also what a CPU likes: it has few cores to run chunks side by side, but a
+## chunk of 32 steps stays in its cache, and every step is done once. Time is the first axis here
+## and channels are the last, so that every operation runs along long rows in memory.
+
+
+class RecomputedChunk(torch.autograd.Function):
+    """x, delta (k, b, d), A (n, d), B, C (k, b, n), h (b, n, d), reset -> y (k, b, d), next h."""
+
+    @staticmethod
+    def inputs_of_recurrence(x, delta, A, B, rule, reset):
+        """Ā and B̄ x, (k, b, n, d)."""
+        A_bar, scale = decay_and_scale(delta.unsqueeze(-2), A, rule)
+        if reset is not None:
+            A_bar = A_bar.masked_fill(reset[:, :, None, None], 0)
+        return A_bar, scale * x.unsqueeze(-2) * B.unsqueeze(-1)
+
+    @staticmethod
+    def run(A_bar, v, h):
+        """h_t = Ā_t h_{t-1} + v_t for all t, in the place of v."""
+        for A_t, h_t in zip(A_bar.unbind(), v.unbind(), strict=True):
+            h = h_t.addcmul_(A_t, h)
+
+    @staticmethod
+    def forward(ctx, x, delta, A, B, C, h, rule, reset):
+        ctx.save_for_backward(x, delta, A, B, C, h)
+        ctx.rule, ctx.reset = rule, reset
+        A_bar, hs = RecomputedChunk.inputs_of_recurrence(x, delta, A, B, rule, reset)
+        RecomputedChunk.run(A_bar, hs, h)
+        with torch.autocast(x.device.type, enabled=False):
+            return (C.unsqueeze(-2) @ hs).squeeze(-2), hs[-1].clone()
+
+    @staticmethod
+    def backward(ctx, dy, dh):
+        if torch.is_grad_enabled():  # create_graph=True; else they would be zero without a word
+            raise RuntimeError("scan='recompute' has no second derivatives: use scan='chunked'")
+        *inputs, C, h = ctx.saved_tensors
+        with torch.enable_grad():
+            inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+            A_bar, v = RecomputedChunk.inputs_of_recurrence(*inputs, ctx.rule, ctx.reset)
+        A, hs = A_bar.detach(), v.detach()
+        RecomputedChunk.run(A, hs, h)
+        G = C.unsqueeze(-1) * dy.unsqueeze(-2)
+        G[-1] += dh
+        for t in range(len(G) - 1, 0, -1):
+            G[t - 1].addcmul_(A[t], G[t])
+        with torch.autocast(dy.device.type, enabled=False):
+            dC = (hs @ dy.unsqueeze(-1)).squeeze(-1)
+        dh = A[0] * G[0]
+        dA_bar = torch.cat([(G[0] * h).unsqueeze(0), G[1:] * hs[:-1]])
+        dx, ddelta, dA, dB = torch.autograd.grad((A_bar, v), inputs, (dA_bar, G))
+        return dx, ddelta, dA, dB, dC, dh, None, None
+
+
+@float32_island
+def scan_recompute(
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor | None = None,
+    *, rule: str = "mamba", reset: Tensor | None = None, chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Chunk after chunk, with only the states between them kept. Shapes as above.
+
+    chunk: steps per chunk; None takes 8 to 64, so that a chunk has about 1 MB. Differentiable once:
+    for second derivatives take another scan.
+    """
+    if chunk is None:
+        chunk = min(64, max(8, 2**18 // (x.shape[0] * A.numel())))
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    h = x.new_zeros(x.shape[0], *A.mT.shape) if h0 is None else h0.mT.contiguous()
+    A = A.mT.contiguous()
+    chunks = [tensor.transpose(0, 1).split(chunk) for tensor in (x, delta, B, C)]
+    resets = [None] * len(chunks[0]) if reset is None else reset.mT.split(chunk)
+    ys = []
+    for x_i, delta_i, B_i, C_i, reset_i in zip(*chunks, resets, strict=True):
+        y, h = RecomputedChunk.apply(x_i, delta_i, A, B_i, C_i, h, rule, reset_i)
+        ys.append(y)
+    return torch.cat(ys).transpose(0, 1), h.mT.contiguous()
+
+
+## 5. The fused kernel. ----------------------------------------------------------------------------
 ## All scans above move tensors of (b, l, d, n) through memory, n times more than x and y have. On
 ## a GPU that traffic, not arithmetic, is the time. A fused kernel reads x, dt, B, C and z once,
 ## keeps h in registers and writes y once; for the backward pass it computes h again instead of
 ## having stored it (section 3.3.2). It is a text of its own, triton_scan.py, and goes on from here.
 
-SCANS = {"sequential": scan_sequential, "logspace": scan_logspace, "chunked": scan_chunked}
+SCANS = {
+    "sequential": scan_sequential,
+    "logspace": scan_logspace,
+    "chunked": scan_chunked,
+    "recompute": scan_recompute,
+}
 
 
 ## ================================================================================================
@@ -896,8 +1003,8 @@ def selective_scan(
 
     x, dt, z (b, l, d), A (d, n), B, C (b, l, n), D, dt_bias (d,), h0 (b, d, n), reset (b, l) bool.
     Returns y (b, l, d) in x's dtype and h_last (b, d, n) in float32 (float64 for float64 inputs).
-    scan: "sequential", "logspace", "chunked", "triton" (the fused kernel), or "auto": on a GPU
-    triton if it takes these tensors, else chunked.
+    scan: a name in SCANS, "triton" (the fused kernel), or "auto": on a CPU recompute, on a GPU
+    triton if it takes these tensors; else, and inside torch.compile on a CPU, chunked.
     Raises ValueError for shapes that do not fit and for unknown names, RuntimeError if "triton" is
     asked for and cannot run.
     """
@@ -909,7 +1016,11 @@ def selective_scan(
         raise ValueError(f"scan must be 'auto', 'triton' or one of {tuple(SCANS)}, got {scan!r}")
     check_scan_shapes(x, A=A, dt=dt, B=B, C=C, D=D, z=z, h0=h0, dt_bias=dt_bias, reset=reset)
 
-    run = scan_chunked if scan == "auto" else SCANS[scan]
+    if scan == "auto":
+        # A compiler wants plain operators: it finds its own way to do them in few passes.
+        eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        scan = "recompute" if eager_cpu else "chunked"
+    run = SCANS[scan]
     delta = at_least_float32(dt)
     if dt_bias is not None:
         delta = delta + dt_bias
@@ -950,6 +1061,27 @@ def triton_takes(rule: str, *tensors: Tensor | None) -> bool:
 ## ================================================================================================
 
 
+class Linear(nn.Linear):
+    """nn.Linear, but one row on a CPU, as in `step`, is shared out between the threads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear: x (..., columns), weight (rows, columns) -> (..., rows)."""
+    (rows, columns), threads = weight.shape, torch.get_num_threads()
+    one_row = x.device.type == "cpu" and x.numel() == columns and x.dtype == torch.float32
+    if not one_row or torch.is_grad_enabled() or rows % threads or torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    ## A matrix times a vector is a matter of reading the matrix. Libraries do it in one thread,
+    ## which cannot read as fast as memory can deliver. Several products they do side by side.
+    parts = weight.view(threads, rows // threads, columns).mT
+    y = torch.bmm(x.view(1, 1, columns).expand(threads, 1, columns), parts)
+    y = y.view(*x.shape[:-1], rows)
+    return y if bias is None else y + bias
+
+
 class DeltaProjection(nn.Linear):
     """A Linear whose bias is left to the caller, who adds it in float32.
 
@@ -959,7 +1091,7 @@ class DeltaProjection(nn.Linear):
     """
 
     def forward(self, low_rank: Tensor) -> Tensor:
-        return F.linear(low_rank, self.weight)
+        return linear(low_rank, self.weight)
 
 
 def causal_conv(
@@ -990,15 +1122,17 @@ def causal_conv(
         kernel = import_triton_scan().causal_conv_triton
         return kernel(x, weight, bias, past, reset, silu=silu), next_past
 
-    window = torch.cat([past, x.mT], dim=-1)  # (b, d, d_conv - 1 + l)
-    if document is None:
-        out = F.conv1d(window, weight, bias, groups=weight.shape[0])
-    else:
-        out = 0 if bias is None else bias.unsqueeze(-1)
-        for j in range(reach + 1):  # multiply away what is not of one's own document
-            same = document[..., j : j + seqlen] == document[..., reach:]
-            out = out + weight[:, :, j] * window[..., j : j + seqlen] * same
-    return (F.silu(out) if silu else out).mT, next_past
+    ## Filter number j sees the sequence d_conv - 1 - j steps late. The sum is float32: bfloat16
+    ## would round it four times.
+    window = at_least_float32(torch.cat([past.mT, x], dim=1))  # (b, d_conv - 1 + l, d)
+    out = window.new_zeros(()) if bias is None else at_least_float32(bias)
+    for j in range(reach + 1):
+        filter_j = at_least_float32(weight[:, 0, j])
+        if document is not None:  # multiply away what is not of one's own document
+            same = document[:, 0, j : j + seqlen] == document[:, 0, reach:]
+            filter_j = filter_j * same.unsqueeze(-1)
+        out = torch.addcmul(out, window[:, j : j + seqlen], filter_j)
+    return (F.silu(out) if silu else out).to(x.dtype), next_past
 
 
 ## ================================================================================================

@@ -38,6 +38,7 @@ SCANS = {
     "sequential": mamba.scan_sequential,
     "logspace": mamba.scan_logspace,
     "chunked": mamba.scan_chunked,
+    "recompute": mamba.scan_recompute,
 }
 # Log space has no logarithm for the negative decays of the bilinear rule.
 SCANS_AND_RULES = [(s, r) for s in SCANS for r in RULES if (s, r) != ("logspace", "bilinear")]
@@ -783,6 +784,49 @@ def test_memory_and_memory_traffic_of_training_grow_linearly_with_length(scan):
 
     for name, short, long in zip(("saved", "written"), cost(128), cost(256), strict=True):
         assert long <= 2.1 * short, f"bytes {name}: {short} for 128 tokens, {long} for 256"
+
+
+def test_recomputation_keeps_the_states_between_chunks_and_no_others():
+    """The saved numbers do not grow with d_state, but for one state a chunk."""
+    saved = []
+
+    def note(tensor):
+        saved.append(tensor.numel())
+        return tensor
+
+    x, delta, A = torch.randn(1, 64, 8), torch.rand(1, 64, 8), -torch.rand(8, 32)
+    B, C = torch.randn(2, 1, 64, 32)
+    leaves = [tensor.requires_grad_() for tensor in (x, delta, A, B, C)]
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        mamba.scan_recompute(*leaves, chunk=16)
+    states, inputs, A_each_time = 4 * 8 * 32, 2 * 64 * 8 + 2 * 64 * 32, 4 * 8 * 32
+    assert sum(saved) <= states + inputs + A_each_time
+
+
+def test_recomputation_refuses_a_second_derivative_which_it_does_not_know():
+    inputs = scan_inputs(5)
+    for loss in (Tensor.sum, Tensor.norm):  # the gradient of a sum is constant and has no graph
+        y, _ = mamba.scan_recompute(**inputs)
+        with pytest.raises(RuntimeError, match="second derivatives.*chunked"):
+            torch.autograd.grad(loss(y), inputs["x"], create_graph=True)
+
+
+@pytest.mark.parametrize("rows", [6, 7])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_one_row_on_a_cpu_is_shared_out_between_threads_and_gives_the_same_product(rows, with_bias):
+    weight, bias = torch.randn(rows, 5), torch.randn(rows) if with_bias else None
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)  # rows are divided in two, if they can be
+    try:
+        for shape in ((1, 5), (5,), (1, 1, 5), (2, 5), (0, 5)):
+            x = torch.randn(shape)
+            with torch.no_grad():
+                actual = mamba.linear(x, weight, bias)
+            expected = torch.nn.functional.linear(x, weight, bias)
+            assert actual.shape == expected.shape
+            assert torch.allclose(actual, expected, rtol=1e-6, atol=1e-6)
+    finally:
+        torch.set_num_threads(threads)
 
 
 class BytesWritten(TorchDispatchMode):

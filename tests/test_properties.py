@@ -91,7 +91,7 @@ def check(scan, ids, *, mask=None, reset=None, cuts=()) -> None:
 
 ## Batches are drawn as what they are made of: rows of tokens, flags and cuts.
 
-scans = st.sampled_from(("sequential", "logspace", "chunked"))
+scans = st.sampled_from(("sequential", "logspace", "chunked", "recompute"))
 cut_sets = st.sets(st.integers(1, 11))
 
 

@@ -57,12 +57,12 @@ def test_the_pieces_that_the_page_names_work_without_the_rest():
         assert set().union(*map(names_of, pieces)) == wanted
         copied = {}
         exec(compile(ast.Module([*imports, *pieces], []), "copied", "exec"), copied)
-        for name in wanted & {"scan_sequential", "scan_logspace", "scan_chunked"}:
+        for name in wanted & {"scan_sequential", "scan_logspace", "scan_chunked", "scan_recompute"}:
             for rule in ("mamba", "zoh", "dirac"):
                 assert copied[name](*inputs, rule=rule)[0].shape == (2, 9, 3)
         with pytest.raises(ValueError, match="bilinear"):
             copied["discretize"](*inputs[1:4], "typo")
-    for scan in ("auto", "sequential", "logspace", "chunked"):
+    for scan in ("auto", "sequential", "logspace", "chunked", "recompute"):
         assert copied["selective_scan"](*inputs, scan=scan)[0].shape == (2, 9, 3)
 
 

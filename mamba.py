@@ -1070,10 +1070,11 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear: x (..., columns), weight (rows, columns) -> (..., rows)."""
-    (rows, columns), threads = weight.shape, torch.get_num_threads()
-    one_row = x.device.type == "cpu" and x.numel() == columns and x.dtype == torch.float32
-    if not one_row or torch.is_grad_enabled() or rows % threads or torch.compiler.is_compiling():
+    rows, columns = weight.shape
+    one_row = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() == columns
+    if not one_row or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
+    threads = math.gcd(rows, torch.get_num_threads())
     ## A matrix times a vector is a matter of reading the matrix. Libraries do it in one thread,
     ## which cannot read as fast as memory can deliver. Several products they do side by side.
     parts = weight.view(threads, rows // threads, columns).mT

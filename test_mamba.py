@@ -43,6 +43,7 @@ SCANS = {
 # Log space has no logarithm for the negative decays of the bilinear rule.
 SCANS_AND_RULES = [(s, r) for s in SCANS for r in RULES if (s, r) != ("logspace", "bilinear")]
 SOURCE = Path(mamba.__file__)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 ## ================================================================================================
@@ -318,7 +319,7 @@ def test_greedy_continuations_equal_transformers_reading_the_whole_text_again(sh
     assert text[:, 5:].unique().numel() > 6, "a continuation that repeats itself proves little"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 @pytest.mark.parametrize("scan", SCANS)
 def test_a_gpu_gives_the_numbers_of_the_cpu(scan):
     model, ids = random_model(scan=scan), random_ids(2, 70)
@@ -807,8 +808,31 @@ def test_recomputation_refuses_a_second_derivative_which_it_does_not_know():
     inputs = scan_inputs(5)
     for loss in (Tensor.sum, Tensor.norm):  # the gradient of a sum is constant and has no graph
         y, _ = mamba.scan_recompute(**inputs)
-        with pytest.raises(RuntimeError, match="second derivatives.*chunked"):
+        with pytest.raises(RuntimeError, match=r"second derivatives.*chunked"):
             torch.autograd.grad(loss(y), inputs["x"], create_graph=True)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_a_compiled_model_is_the_model_and_is_compiled_whole(device):
+    """fullgraph: a graph break is an error. Forward, training and step."""
+    model, ids = random_model().to(device), random_ids(2, 9).to(device)
+    # On a CPU without a C++ compiler: what is traced and differentiated, run as it is.
+    backend = "inductor" if device == "cuda" else "aot_eager"
+    torch.compiler.reset()
+    forward, step = (torch.compile(f, backend=backend, fullgraph=True) for f in (model, model.step))
+    actual, expected = forward(ids), model(ids)
+    assert_close("logits", actual, expected, 1e-5)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    gradients = (
+        torch.autograd.grad(logits.square().mean(), parameters) for logits in (actual, expected)
+    )
+    for name, *pair in zip(names, *gradients, strict=True):
+        assert_close(f"gradient of {name}", *pair, 1e-4)
+    with torch.no_grad():
+        _, state = model(ids, model.init_state(2))
+        (actual, after), (expected, wanted) = step(ids[:, 0], state), model.step(ids[:, 0], state)
+    assert_close("logits of step", actual, expected, 1e-5)
+    assert_close("h", after.h, wanted.h, 1e-5)
 
 
 @pytest.mark.parametrize("rows", [6, 7])

@@ -1,4 +1,4 @@
-"""Training and prefill of whole models on a GPU, beside what the official implementation took.
+"""Training, prefill and decoding on a GPU, beside what the official implementation took.
 
     python benchmarks/model.py                                   # all; writes model.json
     python benchmarks/model.py --models 130m --what train        # a part; writes nothing
@@ -15,6 +15,12 @@ train    130m (768 x 24), batch 8, and 370m (1024 x 48), batch 4, 2048 tokens a 
          float32, and chunked (`chunked_cross_entropy` of examples/train.py).
 prefill  130m and 2.8b (2560 x 64), one prompt of 2048 tokens, bfloat16 parameters: the logits of
          its last position. Eager, and replayed from a CUDA graph.
+
+decode   130m at batch 1, 64 and 256, 2.8b at batch 1 and 64, bfloat16 parameters: `stream` of
+         generate.py, the most probable token, after a prompt of 100 tokens, and once after 100,000
+         tokens more. ms a token: five times the mean of 256 tokens, the median. first: seconds for
+         the first eight, compiling and recording included. limit: the bytes of the weights over
+         3.02 TB/s. The official implementation replays a CUDA graph as well.
 
 ms: the median of --runs runs between CUDA events. peak: the most that was allocated, parameters and
 gradients included. --profile adds the ten kernels that take the longest in one run of each case.
@@ -41,12 +47,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 from train import chunked_cross_entropy
 
+from generate import stream
 from mamba import Mamba, MambaConfig
 
 HERE = Path(__file__).resolve().parent
 SIZES = {"130m": (768, 24), "370m": (1024, 48), "2.8b": (2560, 64)}  # d_model, n_layer
 TRAIN = {"130m": 8, "370m": 4}  # batch
 PREFILL = ("130m", "2.8b")
+DECODE = {"130m": (1, 64, 256), "2.8b": (1, 64)}  # batches
 SEQLEN, VOCABULARY = 2048, 50280
 
 
@@ -236,6 +244,40 @@ def measure_prefill(name: str, graph: bool, options: argparse.Namespace) -> dict
     return row
 
 
+def measure_decoding(
+    name: str, batch: int, skipped: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Time of a token after a prompt and `skipped` more tokens."""
+    model = make_model(name, options).to(torch.bfloat16)
+    prompt = torch.randint(options.vocabulary, (batch, 100), device=options.device)
+    few, many = (2, 4) if options.dry_run else (8, 256)
+
+    def wait() -> float:
+        if options.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    begun = wait()
+    for _ in stream(model, prompt, max_new_tokens=few, temperature=0.0):
+        pass
+    first = wait() - begun
+    reset_peak(options)
+    times = []
+    tokens = stream(model, prompt, max_new_tokens=sys.maxsize, temperature=0.0)
+    for _ in range(few + skipped):
+        next(tokens)
+    for _ in range(5):
+        begun = wait()
+        for _ in range(many):
+            next(tokens)
+        times.append(1000 * (wait() - begun) / many)
+    weights = sum(p.nbytes for p in model.parameters())
+    return {
+        "model": name, "batch": batch, "after": 100 + skipped, "ms": statistics.median(times),
+        "first_s": first, "limit_ms": max(weights / 3.02e9, 0.001), "peak_GiB": peak_GiB(options),
+    }  # fmt: skip
+
+
 def table(titles: list[str], rows: list[list[str]]) -> str:
     lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -277,6 +319,22 @@ def prefill_table(rows: list[dict[str, Any]]) -> str:
     return table(["prefill", "ms", "peak GiB", "official / ours"], lines)
 
 
+def decoding_table(rows: list[dict[str, Any]]) -> str:
+    recorded = json.loads((HERE / "official_h100.json").read_text())["decode_ms_per_token"]
+    official = {(r["model"], r["batch"]): r["ms"] for r in recorded if r["cuda_graph"]}
+    lines = []
+    for row in rows:
+        theirs = official.get((row["model"], row["batch"]))
+        lines.append(
+            [f"{row['model']}, batch {row['batch']}, after {row['after']:,} tokens",
+             f"{row['ms']:.3f}", f"{theirs:.3f}" if theirs else "",
+             f"{theirs / row['ms']:.2f}" if theirs else "", f"{row['limit_ms']:.3f}",
+             f"{row['ms'] / row['limit_ms']:.2f}", f"{row['first_s']:.1f}"]
+        )  # fmt: skip
+    titles = ["decode", "ms a token", "official", "official / ours", "limit", "of it", "first s"]
+    return table(titles, lines)
+
+
 def kernels_table(row: dict[str, Any]) -> str:
     how = (row["how"], row["loss"]) if "loss" in row else ("graph" if row["graph"] else "eager",)
     lines = [
@@ -290,7 +348,7 @@ def kernels_table(row: dict[str, Any]) -> str:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--what", nargs="+", choices=("train", "prefill"))
+    parser.add_argument("--what", nargs="+", choices=("train", "prefill", "decode"))
     parser.add_argument("--profile", action="store_true", help="also the ten longest kernels")
     parser.add_argument("--runs", type=int, default=20, help="timed runs of each case")
     parser.add_argument("--json", type=Path, help="default of a full run: model.json, beside this")
@@ -299,7 +357,7 @@ def parse() -> argparse.Namespace:
     full = options.what is None and set(options.models) == set(SIZES)
     if full and not options.dry_run:
         options.json = options.json or HERE / "model.json"
-    options.what = options.what or ["train", "prefill"]
+    options.what = options.what or ["train", "prefill", "decode"]
     options.device = torch.device("cpu" if options.dry_run else "cuda")
     options.seqlen = 16 if options.dry_run else SEQLEN
     options.vocabulary = 200 if options.dry_run else VOCABULARY
@@ -332,6 +390,14 @@ def main() -> None:
             if name in PREFILL
             for graph in (False, True)
         ],
+        "decode": [
+            (measure_decoding, name, batch, skipped)
+            for name in options.models
+            for batch in DECODE.get(name, ())
+            for skipped in (
+                (0, 4 if options.dry_run else 100_000) if (name, batch) == ("130m", 1) else (0,)
+            )
+        ],
     }
     for what in options.what:
         measured[what] = []
@@ -349,6 +415,8 @@ def main() -> None:
         print(training_table(measured["train"]))
     if measured.get("prefill"):
         print(prefill_table(measured["prefill"]))
+    if measured.get("decode"):
+        print(decoding_table(measured["decode"]))
     for what in options.what:
         for row in measured[what]:
             if "kernels" in row:

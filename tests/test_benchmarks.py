@@ -1,0 +1,57 @@
+"""The benchmark of the CPU: it runs in tiny sizes, and it measures what it says."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def cpu(monkeypatch):
+    """benchmarks/cpu.py as a module; the number of threads, which it sets, is put back."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import cpu
+
+    threads = torch.get_num_threads()
+    yield cpu
+    torch.set_num_threads(threads)
+
+
+def test_a_dry_run_measures_every_system_that_is_installed_and_writes_nothing(
+    cpu, monkeypatch, capsys
+):
+    files = {path: path.stat().st_mtime for path in (ROOT / "benchmarks").glob("*.*")}
+    monkeypatch.setattr(sys, "argv", ["cpu.py", "--dry-run", "--threads", "1"])
+    cpu.main()
+    assert files == {path: path.stat().st_mtime for path in (ROOT / "benchmarks").glob("*.*")}
+    printed = capsys.readouterr()
+    for title in ("decode, a token", "prefill", "forward and backward", "token"):
+        assert f"\n| {title}" in printed.out
+    for peer in ("transformers", "mambapy"):
+        left_out = f"{peer} is not installed: left out" in printed.err
+        assert left_out != (f"\n| {peer}, " in printed.out)
+
+
+def test_the_peak_of_tensors_counts_what_is_held_at_a_time(cpu):
+    held = torch.ones(1000)  # before the run: not counted
+
+    def run():
+        for size in (3000, 5000, 2000):  # one after the other
+            tensor = torch.zeros(size)
+            del tensor
+        return [held + 1 for _ in range(4)]  # together, but less
+
+    assert cpu.peak_of_tensors(run) == pytest.approx(5000 * 4, abs=256)
+
+
+def test_systems_that_compute_something_else_are_not_compared(cpu):
+    same = torch.ones(3)
+    cpu.check_agreement({"ours": same, "theirs": same + 1e-6})
+    for other in (same + 1e-2, same / 0):
+        with pytest.raises(RuntimeError, match="theirs and ours do not agree"):
+            cpu.check_agreement({"ours": same, "theirs": other})

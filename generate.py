@@ -191,6 +191,8 @@ class StepGraph:
     the next token on. It does not keep the model.
     """
 
+    @torch.inference_mode(False)  # its buffers will be written to outside of that mode as well
+    @torch.no_grad()
     def __init__(self, model: Mamba, batch: int) -> None:
         device = model.lm_head.weight.device
         self.token_ids = torch.zeros(batch, dtype=torch.long, device=device)
@@ -259,17 +261,20 @@ def can_fuse(model: Mamba) -> bool:
 
 
 def can_record(model: Mamba) -> bool:
-    """Whether a step is nothing but launches: on a GPU, and with no module that is not our own.
+    """Whether a step is nothing but launches: on a GPU, and with nothing that is not our own.
 
-    A hook or an adapter may do anything, and the fused step would pass it by.
+    A hook, an adapter or a quantised weight may do anything, and the fused step would pass it by.
     """
     own = {Mamba, mamba.ResidualBlock, mamba.MambaBlock, mamba.RMSNorm, mamba.Linear}
     own |= {mamba.DeltaProjection, nn.ModuleDict, nn.ModuleList, nn.Embedding, nn.Conv1d}
     return (
         model.lm_head.weight.is_cuda
         and not torch.is_autocast_enabled("cuda")
+        and all(type(parameter) is nn.Parameter for parameter in model.parameters())
         and all(
-            type(module) in own and not module._forward_hooks and not module._forward_pre_hooks
+            type(module) in own
+            and "forward" not in vars(module)
+            and not (module._forward_hooks or module._forward_pre_hooks)
             for module in model.modules()
         )
     )
@@ -295,14 +300,15 @@ def continuing(model: Mamba, state: MambaState) -> Iterator[Callable[[Tensor], T
         return
 
     batch = state.h.shape[1]
-    key = (batch, repr(model.config), [p.data_ptr() for p in model.parameters()])
+    weights = [(p.data_ptr(), p.dtype) for p in model.parameters()]
+    key = (batch, repr(model.config), weights)
     graph: StepGraph | None = None
 
     def replay(token_ids: Tensor) -> Tensor:
         nonlocal graph
         if graph is None:
-            last_key, graph = graphs.pop(model, (None, None))
-            graph = graph if last_key == key else StepGraph(model, batch)
+            last_key, last = graphs.pop(model, (None, None))
+            graph = last if last_key == key else StepGraph(model, batch)
             graph.load(state)
         return graph(token_ids)
 

@@ -1705,15 +1705,15 @@ def linear_step_kernel(
 
 @triton.jit
 def norm_step_kernel(
-    u, weight, out, eps, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+    u, weight, out, eps, u_b, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
 ):
     """RMSNorm of one row."""
-    row, c = tl.program_id(0).to(tl.int64) * COLUMNS, tl.arange(0, BLOCK)
+    row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     b_weight = tl.load(weight + c, mask=c < COLUMNS, other=0.0).to(tl.float32)
     wait_for_the_kernel_before(OVERLAP)
-    b_u = tl.load(u + row + c, mask=c < COLUMNS, other=0.0).to(tl.float32)
+    b_u = tl.load(u + row * u_b + c, mask=c < COLUMNS, other=0.0).to(tl.float32)
     b_out = b_u / tl.sqrt(tl.sum(b_u * b_u, 0) / COLUMNS + eps) * b_weight
-    tl.store(out + row + c, b_out.to(out.dtype.element_ty), mask=c < COLUMNS)
+    tl.store(out + row * COLUMNS + c, b_out.to(out.dtype.element_ty), mask=c < COLUMNS)
 
 
 @triton.jit
@@ -1774,12 +1774,15 @@ def step_tile(rows: int, columns: int, batch: int, size: int, epilogue: bool) ->
             ROWS //= 2
         numbers = 4096 if columns < 2048 else 8192
         return ROWS, 1, min(triton.next_power_of_2(columns), numbers // ROWS)
-    # One program for a processor, with a tile as square as can be; the convolution needs registers.
+    # One program for a processor if possible; the convolution needs registers.
     ROWS = 32 if epilogue else 64
     BATCH = min(64, max(16, triton.next_power_of_2(batch)))
-    while ceil_div(rows, ROWS) * ceil_div(batch, BATCH) < PROCESSORS and max(ROWS, BATCH) > 16:
-        ROWS, BATCH = (ROWS // 2, BATCH) if ROWS >= BATCH else (ROWS, BATCH // 2)
-    return ROWS, BATCH, min(256 // size, max(16, triton.next_power_of_2(columns)))
+    while ROWS > 16 and ceil_div(rows, ROWS) * ceil_div(batch, BATCH) < PROCESSORS:
+        ROWS //= 2
+    while BATCH > 16 and ceil_div(rows, ROWS) * ceil_div(batch, BATCH) < PROCESSORS // 3:
+        BATCH //= 2
+    BLOCK = 64 if ROWS == 64 else 128 if columns < 2048 else 256
+    return ROWS, BATCH, min(BLOCK * 2 // size, max(16, triton.next_power_of_2(columns)))
 
 
 def linear_step(
@@ -1813,11 +1816,13 @@ def linear_step(
 
 
 def norm_step(u: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm in the weight's dtype: u (b, columns)."""
-    out = torch.empty_like(u, dtype=weight.dtype)
-    sizes = {"COLUMNS": u.shape[1], "BLOCK": triton.next_power_of_2(u.shape[1])}
+    """RMSNorm of the first columns of u, as many as the weight has, in the weight's dtype."""
+    batch, columns = len(u), len(weight)
+    out = u.new_empty((batch, columns), dtype=weight.dtype)
+    sizes = {"COLUMNS": columns, "BLOCK": triton.next_power_of_2(columns)}
     with device_of(u):
-        norm_step_kernel[(len(u),)](u, weight, out, eps, **sizes, **overlap_options(u.device))
+        options = overlap_options(u.device)
+        norm_step_kernel[(batch,)](u, weight, out, eps, u.stride(0), **sizes, **options)
     return out
 
 

@@ -355,22 +355,24 @@ def sample(
     """
     if temperature == 0:
         return logits.argmax(-1)
-    vocab_size = logits.shape[-1]
-    kept = min(top_k, vocab_size) if top_k > 0 else vocab_size
-    # topk sorts, most probable first: the order in which the next two cuts need them.
-    logits, token_ids = at_least_float32(logits).topk(kept)
+    logits, token_ids = at_least_float32(logits), None
+    if top_k > 0 or top_p < 1:
+        # topk sorts, most probable first, as top_p needs them. For large vocabularies it takes
+        # longer than all the rest: only if it is wanted.
+        vocab_size = logits.shape[-1]
+        logits, token_ids = logits.topk(min(top_k, vocab_size) if top_k > 0 else vocab_size)
     # The largest becomes 0 first: a tiny temperature would make it inf, and inf - inf is NaN. So
     # are 0 / 0 and inf / inf, which temperatures beyond float32 would lead to.
     temperature = min(max(temperature, 1e-30), 1e30)
-    probs = torch.softmax((logits - logits[:, :1]) / temperature, dim=-1)
+    probs = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, dim=-1)
     if top_p < 1:
         before = probs.cumsum(-1) - probs  # the probability of all better tokens
         # before > 0: a top_p too small for float32 is 0 here, and the best token must stay.
         probs = probs.masked_fill((before > 0) & (before >= top_p), 0)
     if min_p > 0:
-        probs = probs.masked_fill(probs < min_p * probs[:, :1], 0)
+        probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
     choice = torch.multinomial(probs, 1, generator=generator)  # it needs no normalised weights
-    return token_ids.gather(-1, choice).squeeze(-1)
+    return (choice if token_ids is None else token_ids.gather(-1, choice)).squeeze(-1)
 
 
 ## A model that has written a phrase twice finds it only more probable the third time. The penalty

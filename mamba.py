@@ -905,9 +905,9 @@ class RecomputedChunk(torch.autograd.Function):
     def forward(ctx, x, delta, A, B, C, h, rule, reset):
         ctx.save_for_backward(x, delta, A, B, C, h)
         ctx.rule, ctx.reset = rule, reset
-        A_bar, hs = RecomputedChunk.inputs_of_recurrence(x, delta, A, B, rule, reset)
-        RecomputedChunk.run(A_bar, hs, h)
         with torch.autocast(x.device.type, enabled=False):
+            A_bar, hs = RecomputedChunk.inputs_of_recurrence(x, delta, A, B, rule, reset)
+            RecomputedChunk.run(A_bar, hs, h)
             return (C.unsqueeze(-2) @ hs).squeeze(-2), hs[-1].clone()
 
     @staticmethod
@@ -915,20 +915,22 @@ class RecomputedChunk(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True; else they would be zero without a word
             raise RuntimeError("scan='recompute' has no second derivatives: use scan='chunked'")
         *inputs, C, h = ctx.saved_tensors
-        with torch.enable_grad():
-            inputs = [tensor.detach().requires_grad_() for tensor in inputs]
-            A_bar, v = RecomputedChunk.inputs_of_recurrence(*inputs, ctx.rule, ctx.reset)
-        A, hs = A_bar.detach(), v.detach()
-        RecomputedChunk.run(A, hs, h)
-        G = C.unsqueeze(-1) * dy.unsqueeze(-2)
-        G[-1] += dh
-        for t in range(len(G) - 1, 0, -1):
-            G[t - 1].addcmul_(A[t], G[t])
         with torch.autocast(dy.device.type, enabled=False):
-            dC = (hs @ dy.unsqueeze(-1)).squeeze(-1)
-        dh = A[0] * G[0]
-        dA_bar = torch.cat([(G[0] * h).unsqueeze(0), G[1:] * hs[:-1]])
-        dx, ddelta, dA, dB = torch.autograd.grad((A_bar, v), inputs, (dA_bar, G))
+            with torch.enable_grad():
+                inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+                A_bar, v = RecomputedChunk.inputs_of_recurrence(*inputs, ctx.rule, ctx.reset)
+            A, hs = A_bar.detach(), v.detach()
+            RecomputedChunk.run(A, hs, h)
+            G = C.unsqueeze(-1) * dy.unsqueeze(-2)
+            G[-1] += dh
+            G_next, *before = reversed(G.unbind())
+            for A_next, G_t in zip(reversed(A.unbind()), before, strict=False):
+                G_next = G_t.addcmul_(A_next, G_next)
+            dA_bar = torch.empty_like(G)
+            torch.mul(G[0], h, out=dA_bar[0])
+            torch.mul(G[1:], hs[:-1], out=dA_bar[1:])
+            dC, dh = (hs @ dy.unsqueeze(-1)).squeeze(-1), A[0] * G[0]
+            dx, ddelta, dA, dB = torch.autograd.grad((A_bar, v), inputs, (dA_bar, G))
         return dx, ddelta, dA, dB, dC, dh, None, None
 
 

@@ -106,7 +106,7 @@ def random_state(model: Mamba, batch: int) -> MambaState:
 
 
 def inside_nan(tensor: Tensor) -> Tensor:
-    """The same numbers as some rows of a tensor that is NaN everywhere else; rows: axis -3 or 0."""
+    """The same numbers as some rows of a tensor that is NaN everywhere else."""
     around = tensor.new_full((len(tensor) + 2, *tensor.shape[1:]), math.nan)
     return around[1:-1].copy_(tensor)
 
@@ -204,6 +204,8 @@ def test_so_is_one_of_short_floats(case, dtype, batch):
 
 def check_fused_step(model: Mamba, batch: int, layout) -> None:
     """Three tokens, from a state that is not zero: their logits, and each state that follows."""
+    for parameter in model.parameters():
+        parameter.data = inside_nan(parameter.data)
     assert generate.can_fuse(model)
     exact, dtype = copy.deepcopy(model).double(), model.lm_head.weight.dtype
     start = random_state(model, batch)
@@ -256,6 +258,15 @@ def test_the_residual_stream_keeps_its_dtype(batch, stream_dtype):
     if stream_dtype == torch.float32:
         expected, _ = copy.deepcopy(layer).double().step(u.double(), block.init_state(batch))
         assert_close("u", out, expected, 1e-4)  # rounded to bfloat16 it would be 2e-3
+
+
+@pytest.mark.parametrize(("in_fp32", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_the_residual_stream_of_a_model_has_the_dtype_that_it_asks_for(in_fp32, dtype):
+    model = small_model(torch.bfloat16, residual_in_fp32=in_fp32, n_layer=2)
+    block_step = mock.Mock(wraps=triton_scan.block_step_triton)
+    with mock.patch.object(triton_scan, "block_step_triton", block_step):
+        generate.fused_step(model, random_ids(model, 1), model.init_state(1))
+    assert [call.args[0].dtype for call in block_step.call_args_list] == [dtype, dtype]
 
 
 @pytest.mark.parametrize("bias", [-30.0, -12.0, 30.0])
@@ -356,7 +367,7 @@ def test_a_product_of_short_floats_is_summed_in_float32_and_has_the_dtype_asked_
     expected, _ = product(x, weight)
     actual = triton_scan.linear_step(x, weight, dtype=torch.float32)
     assert actual.dtype == torch.float32
-    assert_close("out", actual, expected, 1e-6)
+    assert_close("out", actual, expected, 5e-6)
     actual = triton_scan.linear_step(x, weight)
     assert actual.dtype == short
     assert_close("out", actual, expected, 6e-3 if short == torch.bfloat16 else 1e-3)
@@ -378,7 +389,7 @@ def test_the_first_half_of_the_rows_goes_through_the_convolution(batch, tile, W,
         window = stored.permute([order.index(axis) for axis in range(3)])
         with poisoned():
             actual = triton_scan.linear_step(x, weight, bias, conv=(window, filters, conv_bias))
-        assert_close("out", actual, expected, 1e-6)
+        assert_close("out", actual, expected, 2e-6)
         assert_close("window", window, expected_window, 1e-6)
         beside = stored._base[[0, -1]]
         assert beside.isnan().all(), "something beside the windows has changed"
@@ -588,8 +599,8 @@ def test_nothing_is_recorded_under_autocast():
 class StandIn(generate.StepGraph):
     """A StepGraph on a machine without a GPU: what would be replayed is computed.
 
-    With the parameters where they were when it was made, as a graph does: it keeps their memory
-    and not the model.
+    With the parameters and the buffers that there were when it was made, whatever has come in
+    their place since: a graph knows addresses, and not the model.
     """
 
     def __init__(self, model: Mamba, batch: int) -> None:
@@ -609,7 +620,9 @@ class StandIn(generate.StepGraph):
             recorded = copy.deepcopy(model)
             for ours, theirs in zip(recorded.parameters(), model.parameters(), strict=True):
                 ours.data = theirs.data
-        self.graph.replay = lambda: self.logits.copy_(self.run(recorded))
+        buffers, logits = copy.copy(self), self.logits
+        buffers.state = copy.copy(self.state)
+        self.graph.replay = lambda: logits.copy_(buffers.run(recorded))
 
 
 @pytest.fixture
@@ -684,6 +697,7 @@ def test_interleaved_streams_of_one_model_have_a_graph_each(made):
     prompts = [random_ids(model, 2, 4, seed=seed) for seed in range(3)]
     expected = [streamed_without_a_graph(model, prompt) for prompt in prompts]
     assert not torch.equal(expected[0], expected[1])
+    streamed(model, prompts[2])  # leaves a graph, which one of the two will take
     options = {"temperature": 0, "max_new_tokens": 6}
     both = [generate.stream(model, prompt, **options) for prompt in prompts[:2]]
     steps = list(zip(*both, strict=True))
@@ -949,7 +963,7 @@ def test_logits_of_a_given_text_are_those_of_the_step(batch, dtype, made):
 
 @needs_gpu
 @pytest.mark.parametrize("batch", [2, 6])
-def test_a_change_of_any_weight_in_place_counts_in_a_fused_step(batch):
+def test_a_change_of_any_weight_in_place_counts_in_a_fused_step(batch, made):
     model = large_model()
     state, ids = random_state(model, batch), random_ids(model, batch)
     graph = generate.StepGraph(model, batch)

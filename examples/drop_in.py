@@ -1,0 +1,154 @@
+"""In the place of others: the official scan function, and the mixer of transformers.
+
+Code that was written against mamba_ssm needs one other line:
+
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn    # before
+    from examples.drop_in import selective_scan_fn                          # after
+
+It runs on a CPU and, through triton_scan.py, on a GPU, forward and backward. Two things are better
+than in the official function: gradients flow through the last state (the CUDA kernel ignores them),
+and nothing has to be built. One is missing: complex A.
+
+`Mixer` puts a MambaBlock into a model of transformers, with the weights that it finds there:
+
+    for layer in model.backbone.layers:
+        layer.mixer = Mixer(layer.mixer)
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mamba import MambaBlock, MambaConfig, at_least_float32, selective_scan
+
+
+def selective_scan_fn(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
+    z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """out (b, d, l) in u's dtype; with return_last_state also the state, (b, d, n) in float32.
+
+    u, delta, z (b, d, l): time is the last axis here. A (d, n), D and delta_bias (d,). B and C each
+    (b, n, l), the same for all channels, or (b, g, n, l), the same for d / g channels side by side,
+    or (d, n), constant in time. Raises ValueError for shapes that do not fit and for complex A.
+    """
+    check(u, delta, A, B, C, z)
+    x, delta, z = u.mT, delta.mT, None if z is None else z.mT  # (b, l, d) from here on
+    if B.ndim == 2 or C.ndim == 2:
+        y, h = scan_state_by_state(x, delta, A, B, C, delta_bias, delta_softplus)
+        if D is not None:
+            y = y + at_least_float32(D) * x
+        if z is not None:
+            y = y * F.silu(at_least_float32(z))
+        y = y.to(u.dtype)
+    else:
+        y, h = scan_group_by_group(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    return (y.mT, h) if return_last_state else y.mT
+
+
+def scan_group_by_group(x, delta, A, B, C, D, z, delta_bias, delta_softplus):
+    """mamba.py's scan has one B and one C for all channels: here for those of one group."""
+    B, C = (tensor.unsqueeze(1) if tensor.ndim == 3 else tensor for tensor in (B, C))
+    groups = math.lcm(B.shape[1], C.shape[1])
+    B, C = (tensor.repeat_interleave(groups // tensor.shape[1], 1) for tensor in (B, C))
+    B, C = B.mT.unbind(1), C.mT.unbind(1)
+    results, size = [], len(A) // groups
+    for i in range(groups):
+        part = slice(i * size, (i + 1) * size)
+        D_i, bias_i = (None if vector is None else vector[part] for vector in (D, delta_bias))
+        z_i = None if z is None else z[..., part]
+        results.append(
+            selective_scan(
+                x[..., part], delta[..., part], A[part], B[i], C[i], D_i, z_i,
+                dt_bias=bias_i, dt_softplus=delta_softplus,
+            )
+        )  # fmt: skip
+    ys, hs = zip(*results, strict=True)
+    return torch.cat(ys, dim=-1), torch.cat(hs, dim=1)
+
+
+def scan_state_by_state(x, delta, A, B, C, delta_bias, delta_softplus):
+    """Where B or C is (d, n), each channel has its own. But states do not mix: scan them singly.
+
+    With one state, B scales the input and C the output, and the scan itself needs only ones.
+    """
+    B, C = (for_every_state(tensor, len(A)) for tensor in (B, C))
+    one = x.new_ones(()).expand(*x.shape[:2], 1)
+    y, hs = 0, []
+    for A_i, B_i, C_i in zip(A.unbind(1), B, C, strict=True):
+        x_i = at_least_float32(x) * B_i
+        options = {"dt_bias": delta_bias, "dt_softplus": delta_softplus}
+        h_i, h_last = selective_scan(x_i, delta, A_i.unsqueeze(-1), one, one, **options)
+        y = y + h_i * C_i
+        hs.append(h_last)
+    return y, torch.cat(hs, dim=-1)
+
+
+def for_every_state(tensor: Tensor, d: int) -> Tensor:
+    """B or C in any layout -> (n, b, l, d), or with 1 where it is the same for all."""
+    if tensor.ndim == 2:
+        return tensor.T[:, None, None, :]
+    if tensor.ndim == 3:
+        return tensor.permute(1, 0, 2).unsqueeze(-1)
+    return tensor.permute(2, 0, 3, 1).repeat_interleave(d // tensor.shape[1], dim=-1)
+
+
+def check(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> None:
+    """What has other axes here than in `selective_scan`, which checks the rest."""
+    if A.is_complex():
+        raise ValueError("A is complex: complex states are not implemented, take a real A")
+    if u.ndim != 3 or A.ndim != 2 or len(A) != u.shape[1]:
+        raise ValueError(f"need u (b, d, l) and A (d, n), got {tuple(u.shape)}, {tuple(A.shape)}")
+    for name, tensor in (("delta", delta), ("z", z)):
+        if tensor is not None and tensor.shape != u.shape:
+            raise ValueError(f"{name} must be {tuple(u.shape)}, as u is, got {tuple(tensor.shape)}")
+    (b, d, seqlen), n = u.shape, A.shape[1]
+    for name, tensor in (("B", B), ("C", C)):
+        shape = tuple(tensor.shape)
+        groups = shape[1] if len(shape) == 4 and shape[1] > 0 else 1
+        if shape not in ((d, n), (b, n, seqlen), (b, groups, n, seqlen)) or d % groups:
+            raise ValueError(
+                f"{name} must be {(d, n)}, {(b, n, seqlen)}, or ({b}, g, {n}, {seqlen}) with g a "
+                f"divisor of {d}, got {shape}"
+            )
+
+
+class Mixer(nn.Module):
+    """A MambaBlock where transformers has its MambaMixer, with the weights of that one.
+
+    For training and for prompts, padded on the left or not at all. It keeps no cache: call the
+    model with use_cache=False. Raises ValueError for a cache and for a width that does not fit.
+    """
+
+    def __init__(self, mixer: nn.Module) -> None:
+        super().__init__()
+        c = mixer.config
+        if c.intermediate_size != c.expand * c.hidden_size or c.hidden_act != "silu":
+            raise ValueError(
+                "need intermediate_size = expand * hidden_size and silu, got "
+                f"{c.intermediate_size}, {c.expand} * {c.hidden_size} and {c.hidden_act}"
+            )
+        config = MambaConfig(
+            d_model=c.hidden_size, d_state=c.state_size, d_conv=c.conv_kernel, expand=c.expand,
+            dt_rank=int(c.time_step_rank), bias=c.use_bias, conv_bias=c.use_conv_bias,
+        )  # fmt: skip
+        self.block = MambaBlock(config).to(mixer.in_proj.weight)
+        self.block.load_state_dict(mixer.state_dict())
+
+    def forward(
+        self, hidden_states: Tensor, cache_params: object = None,
+        attention_mask: Tensor | None = None, **_: object,
+    ) -> Tensor:  # fmt: skip
+        if cache_params is not None:
+            raise ValueError("Mixer keeps no cache: call the model with use_cache=False")
+        mask = None if attention_mask is None else attention_mask.bool()
+        return self.block(hidden_states, mask=mask)

@@ -1,0 +1,261 @@
+"""examples/drop_in.py is the official function: layouts, results, tolerances, gradients.
+
+The judge is the recurrence written out here in float64, in the official layout, with B and C given
+to every channel as they are meant. Tolerances are those of the official project's own tests.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+from drop_in import Mixer, selective_scan_fn
+
+from mamba import MambaBlock, MambaConfig
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU"))]  # fmt: skip
+LAYOUTS = {"constant": 2, "shared": 3, "groups": 4}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def for_every_channel(tensor: Tensor, batch: int, d: int, seqlen: int) -> Tensor:
+    """B or C in any layout -> (b, d, n, l)."""
+    if tensor.ndim == 2:
+        return tensor[None, :, :, None].expand(batch, -1, -1, seqlen)
+    if tensor.ndim == 3:
+        return tensor[:, None].expand(-1, d, -1, -1)
+    return torch.stack([tensor[:, c * tensor.shape[1] // d] for c in range(d)], dim=1)
+
+
+def written_out(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False):
+    batch, d, seqlen = u.shape
+    B, C = (for_every_channel(tensor, batch, d, seqlen) for tensor in (B, C))
+    if delta_bias is not None:
+        delta = delta + delta_bias[:, None]
+    if delta_softplus:
+        delta = torch.log1p(torch.exp(delta))
+    h, ys = torch.zeros_like(B[..., 0]), []
+    for t in range(seqlen):
+        step = delta[:, :, t, None]
+        h = torch.exp(step * A) * h + step * B[..., t] * u[:, :, t, None]
+        ys.append((h * C[..., t]).sum(-1))
+    y = torch.stack(ys, dim=-1)
+    if D is not None:
+        y = y + D[:, None] * u
+    return (y if z is None else y * F.silu(z)), h
+
+
+def make_inputs(seqlen, B="shared", C="shared", groups=2, d=4, n=3, batch=2, without=()):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    def layout(name):
+        shapes = {"constant": (d, n), "shared": (batch, n, seqlen)}
+        return normal(*shapes.get(name, (batch, groups, n, seqlen)))
+
+    inputs = {
+        "u": normal(batch, d, seqlen),
+        "delta": 0.5 * torch.rand(batch, d, seqlen, generator=generator),
+        "A": -0.5 * torch.rand(d, n, generator=generator),
+        "B": layout(B),
+        "C": layout(C),
+        "D": normal(d),
+        "z": normal(batch, d, seqlen),
+        "delta_bias": 0.5 * torch.rand(d, generator=generator),
+    }
+    return {name: tensor for name, tensor in inputs.items() if name not in without}
+
+
+def check(inputs: dict[str, Tensor], device="cpu", **options) -> None:
+    """Values and all gradients, for a loss that depends on the output and on the last state."""
+    upstream, found = torch.Generator().manual_seed(1), []
+    weights = torch.randn(inputs["u"].shape, generator=upstream)
+    of_state = torch.randn(inputs["u"].shape[0], *inputs["A"].shape, generator=upstream)
+    for double in (False, True):
+        move = {"dtype": torch.float64} if double else {"device": device}
+        leaves = {name: t.detach().to(**move).requires_grad_() for name, t in inputs.items()}
+        if double:
+            out, h = written_out(**leaves, **options)
+        else:
+            out, h = selective_scan_fn(**leaves, **options, return_last_state=True)
+        loss = (out * weights.to(out)).sum() + (h * of_state.to(h)).sum()
+        gradients = torch.autograd.grad(loss, list(leaves.values()))
+        names = ["out", "last state", *(f"gradient of {name}" for name in leaves)]
+        found.append(dict(zip(names, (out, h, *gradients), strict=True)))
+    for name, actual in found[0].items():
+        expected = found[1][name].float()
+        assert actual.shape == expected.shape, name
+        # The official project allows 6e-4, 2e-3 for float32; gradients are sums over all steps.
+        scale = 1.0 if name == "out" else max(1.0, expected.abs().max().item() / 10)
+        assert torch.allclose(actual.cpu(), expected, rtol=6e-4, atol=2e-3 * scale), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("seqlen", [128, 512, 4096])
+def test_it_holds_the_official_tolerances(seqlen, groups, device):
+    check(make_inputs(seqlen, "groups", "groups", groups), device, delta_softplus=True)
+
+
+@pytest.mark.parametrize("C", LAYOUTS)
+@pytest.mark.parametrize("B", LAYOUTS)
+def test_every_layout_of_B_with_every_layout_of_C(B, C):
+    check(make_inputs(7, B, C), delta_softplus=True)
+
+
+def test_B_and_C_may_have_other_groups():
+    inputs = make_inputs(5, "groups", "groups", groups=2) | {"C": torch.randn(2, 4, 3, 5)}
+    check(inputs)
+
+
+@pytest.mark.parametrize("left_out", ["D", "z", "delta_bias"])
+@pytest.mark.parametrize("B", LAYOUTS)
+def test_what_may_be_left_out_may_be_left_out(B, left_out):
+    check(make_inputs(5, B, without=(left_out,)))
+
+
+def test_without_softplus_delta_is_the_step():
+    check(make_inputs(9), delta_softplus=False)
+
+
+def test_only_the_output_is_returned_unless_the_state_is_asked_for():
+    inputs = make_inputs(6)
+    out = selective_scan_fn(**inputs)
+    both = selective_scan_fn(**inputs, return_last_state=True)
+    assert torch.equal(out, both[0])
+    assert both[1].shape == (2, 4, 3)
+
+
+@pytest.mark.parametrize("B", LAYOUTS)
+def test_the_output_has_the_dtype_of_u_and_the_state_is_float32(B):
+    inputs = make_inputs(6, B)
+    exact, _ = written_out(**{name: tensor.double() for name, tensor in inputs.items()})
+    halves = {name: t.bfloat16() if name in ("u", "z") else t for name, t in inputs.items()}
+    out, h = selective_scan_fn(**halves, return_last_state=True)
+    assert out.dtype == torch.bfloat16
+    assert h.dtype == torch.float32
+    assert (out - exact).norm() < 2e-2 * exact.norm()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"A": torch.zeros(4, 3, dtype=torch.complex64)}, "complex"),
+        ({"A": torch.zeros(5, 3)}, r"u \(b, d, l\) and A \(d, n\)"),
+        ({"B": torch.zeros(2, 7, 3)}, r"B must be .*\(2, 3, 7\).*got \(2, 7, 3\)"),
+        ({"C": torch.zeros(2, 3, 3, 7)}, r"C must be .*divisor of 4"),
+        ({"delta": torch.zeros(2, 7, 4)}, r"delta must be \(2, 4, 7\).*got \(2, 7, 4\)"),
+        ({"z": torch.zeros(2, 4, 6)}, r"z must be \(2, 4, 7\)"),
+        ({"D": torch.zeros(3)}, "D must have shape"),
+    ],
+    ids=["complex", "A", "B", "groups", "delta", "z", "D"],
+)
+def test_what_does_not_fit_is_named(change, words):
+    with pytest.raises(ValueError, match=words):
+        selective_scan_fn(**(make_inputs(7) | change))
+
+
+## ================================================================================================
+## The block in the place of other layers
+## ================================================================================================
+
+
+def transformers_model(**changes):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 12, "num_hidden_layers": 2, "vocab_size": 20, "state_size": 3}
+    torch.manual_seed(0)
+    model = transformers.MambaForCausalLM(transformers.MambaConfig(**sizes | changes))
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"use_bias": True, "use_conv_bias": False, "conv_kernel": 3, "expand": 3}]
+)
+def test_a_model_of_transformers_with_our_blocks_is_the_same_model(changes):
+    model = transformers_model(**changes)
+    ids = torch.randint(20, (2, 9))
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, :4] = 0
+    # With use_bias transformers lets the bias of in_proj in through the padding: see the next test.
+    for options in ({}, {"attention_mask": mask})[: 1 if changes else 2]:
+        logits, gradients = [], []
+        ours = transformers_model(**changes)
+        for layer in ours.backbone.layers:
+            layer.mixer = Mixer(layer.mixer)
+        for each in (model, ours):
+            found = each(ids, use_cache=False, **options).logits
+            found = found if not options else found[mask.bool()]
+            logits.append(found)
+            names, parameters = zip(*each.named_parameters(), strict=True)
+            names = [name.replace("mixer.block.", "mixer.") for name in names]
+            grads = torch.autograd.grad(found.square().sum(), parameters)
+            gradients.append(dict(zip(names, grads, strict=True)))
+        assert torch.allclose(*logits, rtol=1e-4, atol=1e-5)
+        assert gradients[0].keys() == gradients[1].keys()
+        for name, expected in gradients[0].items():
+            error = (gradients[1][name] - expected).norm() / expected.norm().clamp(min=1e-6)
+            assert error < 1e-4, name
+
+
+def test_padding_on_the_left_changes_nothing_with_a_bias_either():
+    model = transformers_model(use_bias=True)
+    for layer in model.backbone.layers:
+        layer.mixer = Mixer(layer.mixer)
+    ids = torch.randint(20, (1, 9))
+    mask = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1]])
+    padded = model(ids, use_cache=False, attention_mask=mask).logits[:, 4:]
+    alone = model(ids[:, 4:], use_cache=False).logits
+    assert torch.allclose(padded, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_the_mixer_refuses_what_it_has_not():
+    model = transformers_model()
+    model.backbone.layers[0].mixer = Mixer(model.backbone.layers[0].mixer)
+    with pytest.raises(ValueError, match="use_cache=False"):
+        model(torch.zeros(1, 3, dtype=torch.long), use_cache=True)
+    other = transformers_model(hidden_act="gelu")
+    with pytest.raises(ValueError, match="gelu"):
+        Mixer(other.backbone.layers[0].mixer)
+
+
+# What the layer `mamba_ssm.Mamba(d_model=16, d_state=4)` has, in its order: d = 32, dt_rank = 1.
+OFFICIAL = {
+    "A_log": (32, 4), "D": (32,), "in_proj.weight": (64, 16), "conv1d.weight": (32, 1, 4),
+    "conv1d.bias": (32,), "x_proj.weight": (9, 32), "dt_proj.weight": (32, 1),
+    "dt_proj.bias": (32,), "out_proj.weight": (16, 32),
+}  # fmt: skip
+
+
+def test_weights_of_the_official_layer_load_both_ways():
+    block = MambaBlock(MambaConfig(d_model=16, d_state=4))
+    assert {name: tuple(t.shape) for name, t in block.state_dict().items()} == OFFICIAL
+    block.load_state_dict({name: torch.randn(shape) for name, shape in OFFICIAL.items()})
+
+
+def test_the_official_layer_itself_where_it_is_installed():
+    mamba_ssm = pytest.importorskip("mamba_ssm")
+    if not torch.cuda.is_available():
+        pytest.skip("the official layer runs on a GPU")
+    theirs = mamba_ssm.Mamba(d_model=16, d_state=4, d_conv=4, expand=2).cuda()
+    ours = MambaBlock(MambaConfig(d_model=16, d_state=4, d_conv=4, expand=2)).cuda()
+    ours.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    u = torch.randn(2, 65, 16, device="cuda")
+    assert torch.allclose(ours(u), theirs(u), rtol=6e-4, atol=2e-3)

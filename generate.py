@@ -177,7 +177,7 @@ def stream(
 ## One token is little work, and PyTorch cuts it into some forty operators a layer. A GPU is done
 ## with each in two microseconds; Python takes longer to start it. Two things help:
 ##
-##   fewer kernels   `block_step_triton` does a layer in four.
+##   fewer kernels   `block_step_triton` does a layer in four, for five sequences and more in five.
 ##   a CUDA graph    The launches of one step are recorded once, with the addresses of all their
 ##                   tensors, and then replayed by a single call. What changes from token to token,
 ##                   ids, state and logits, has to stay in its place: so a graph has buffers for
@@ -197,7 +197,7 @@ class StepGraph:
         device = model.lm_head.weight.device
         self.token_ids = torch.zeros(batch, dtype=torch.long, device=device)
         state = model.init_state(batch)
-        # The windows of all channels side by side, one step after the other: so the kernels read.
+        # Channels side by side, one step after the other, because the kernels read them so.
         windows = state.conv.movedim(-1, 1).contiguous().movedim(1, -1)
         self.state = MambaState(windows, state.h)
         self.graph = torch.cuda.CUDAGraph()
@@ -229,7 +229,7 @@ class StepGraph:
 
 
 def fused_step(model: Mamba, token_ids: Tensor, state: MambaState) -> Tensor:
-    """`model.step` in four kernels a layer: the logits. The state is changed in place."""
+    """The logits of `model.step`, in four or five kernels a layer. Changes the state in place."""
     import triton_scan
 
     u = model.embed(token_ids)
@@ -254,6 +254,7 @@ def can_fuse(model: Mamba) -> bool:
         mamba.HAS_TRITON
         and model.config.scan in ("auto", "triton")
         and model.config.rule in ("mamba", "dirac")
+        and not model.config.event_time
         and model.config.d_state <= 256
         and weights[0].dtype in (torch.float32, torch.bfloat16, torch.float16)
         and all(p.dtype == weights[0].dtype and p.is_contiguous() for p in weights)
@@ -261,7 +262,7 @@ def can_fuse(model: Mamba) -> bool:
 
 
 def can_record(model: Mamba) -> bool:
-    """Whether a step is nothing but launches: on a GPU, and with nothing that is not our own.
+    """Whether a step is nothing but launches: on a GPU, and made of our own modules only.
 
     A hook, an adapter or a quantised weight may do anything, and the fused step would pass it by.
     """
@@ -273,7 +274,7 @@ def can_record(model: Mamba) -> bool:
         and all(type(parameter) is nn.Parameter for parameter in model.parameters())
         and all(
             type(module) in own
-            and "forward" not in vars(module)
+            and not {"forward", "step", "select", "embed"} & vars(module).keys()
             and not (module._forward_hooks or module._forward_pre_hooks)
             for module in model.modules()
         )
@@ -281,7 +282,8 @@ def can_record(model: Mamba) -> bool:
 
 
 ## To record takes a while, so the last graph of each model is kept. Whoever uses it takes it out:
-## two streams over one model must not share its buffers.
+## two streams over one model must not share its buffers. (Use a model in one CUDA stream.) It is
+## recorded for the second token: only then is a step wanted.
 
 graphs: weakref.WeakKeyDictionary[Mamba, tuple[Any, StepGraph]] = weakref.WeakKeyDictionary()
 
@@ -357,8 +359,8 @@ def sample(
         return logits.argmax(-1)
     logits, token_ids = at_least_float32(logits), None
     if top_k > 0 or top_p < 1:
-        # topk sorts, most probable first, as top_p needs them. For large vocabularies it takes
-        # longer than all the rest: only if it is wanted.
+        # topk sorts, most probable first, as top_p needs them. For a large vocabulary sorting takes
+        # longer than all the rest, so it is done only for a cut that needs the order.
         vocab_size = logits.shape[-1]
         logits, token_ids = logits.topk(min(top_k, vocab_size) if top_k > 0 else vocab_size)
     # The largest becomes 0 first: a tiny temperature would make it inf, and inf - inf is NaN. So

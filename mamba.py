@@ -135,6 +135,7 @@ class MambaConfig:
     expand: int = 2  # the paper's E: d_inner = E * d_model
     dt_rank: int | str = "auto"  # the paper's R: rank of the projection to Δ
     rule: str = "mamba"  # how A and B are discretised: see `discretize`
+    event_time: bool = False  # every call gives the time between tokens: see "Event time"
     bias: bool = False  # in in_proj and out_proj
     conv_bias: bool = True
     dt_min: float = 0.001  # Δ starts log-uniform in [dt_min, dt_max] ...
@@ -167,6 +168,8 @@ class MambaConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if self.event_time and self.rule != "mamba":
+            raise ValueError(f"event_time brings its own rule: leave rule out, got {self.rule!r}")
         if self.dt_min > self.dt_max:
             raise ValueError(f"need dt_min <= dt_max, got {self.dt_min}, {self.dt_max}")
 
@@ -254,16 +257,17 @@ class Mamba(nn.Module):
 
     def forward(
         self, input_ids: Tensor, state: MambaState | None = None, *, mask: Tensor | None = None,
-        reset: Tensor | None = None, internals: list[dict[str, Tensor]] | None = None,
+        reset: Tensor | None = None, time_steps: Tensor | None = None,
+        internals: list[dict[str, Tensor]] | None = None,
     ) -> Tensor | tuple[Tensor, MambaState]:  # fmt: skip
         """(b, l) ids -> logits (b, l, padded_vocab_size); with a state, (logits, next state).
 
-        mask, reset, internals: as in `MambaBlock.forward`, for all layers. Raises ValueError for
+        mask, reset, time_steps, internals: as in `MambaBlock.forward`, for all layers. ValueError:
         ids of the wrong shape or type; IndexError for an id that has no row, on the CPU only: to
         look at ids on a GPU would make the CPU wait for it.
         """
         start = self.init_state(len(input_ids)) if state is None else state
-        options = {"mask": mask, "reset": reset, "internals": internals}
+        options = {"mask": mask, "reset": reset, "time_steps": time_steps, "internals": internals}
         u, next_state = self.features(input_ids, start, **options)
         logits = self.lm_head(u)
         return logits if state is None else (logits, next_state)
@@ -284,13 +288,15 @@ class Mamba(nn.Module):
             next_states.append(next_state)
         return self.backbone.norm_f(u), MambaState.stack(next_states)
 
-    def step(self, token_ids: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
+    def step(
+        self, token_ids: Tensor, state: MambaState, *, time_steps: Tensor | None = None
+    ) -> tuple[Tensor, MambaState]:
         """One token: (b,) ids and the state before it -> logits (b, padded_vocab_size), state."""
         check_model_inputs(self.config, token_ids, 1, state)
         u = self.embed(token_ids)
         next_states = []
         for i, layer in enumerate(self.backbone.layers):
-            u, next_state = layer.step(u, state[i])
+            u, next_state = layer.step(u, state[i], time_steps=time_steps)
             next_states.append(next_state)
         return self.lm_head(self.backbone.norm_f(u)), MambaState.stack(next_states)
 
@@ -383,9 +389,9 @@ class ResidualBlock(nn.Module):
         y, state = self.mixer(self.norm(u), state, **options)
         return u + y, state
 
-    def step(self, u: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
+    def step(self, u: Tensor, state: MambaState, **options: Any) -> tuple[Tensor, MambaState]:
         """Arguments and results as in `MambaBlock.step`."""
-        y, state = self.mixer.step(self.norm(u), state)
+        y, state = self.mixer.step(self.norm(u), state, **options)
         return u + y, state
 
 
@@ -459,6 +465,8 @@ class MambaBlock(nn.Module):
         self.dt_proj = DeltaProjection(rank, d)
         self.A_log = nn.Parameter(torch.empty(d, n))
         self.D = nn.Parameter(torch.empty(d))
+        if config.event_time:
+            self.dt_A_bias = nn.Parameter(torch.empty(d))
         self.out_proj = Linear(d, config.d_model, bias=config.bias)
         if not self.D.is_meta:
             self.reset_parameters()
@@ -485,10 +493,12 @@ class MambaBlock(nn.Module):
         else:
             nn.init.uniform_(self.dt_proj.weight, -bound, bound)
         log_min, log_max = math.log(config.dt_min), math.log(config.dt_max)
-        delta = torch.empty_like(self.dt_proj.bias).uniform_(log_min, log_max).exp()
-        delta = delta.clamp(min=config.dt_init_floor)
-        # expm1 keeps the digits that 1 - exp(-delta) loses for small delta.
-        self.dt_proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))
+        biases = [self.dt_proj.bias] + ([self.dt_A_bias] if config.event_time else [])
+        for bias in biases:
+            delta = torch.empty_like(bias).uniform_(log_min, log_max).exp()
+            delta = delta.clamp(min=config.dt_init_floor)
+            # expm1 keeps the digits that 1 - exp(-delta) loses for small delta.
+            bias.copy_(delta + torch.log(-torch.expm1(-delta)))
 
     ## A is negative, because Ā = exp(ΔA) must stay below 1: with a positive A the state would grow
     ## without bound. It is stored as the log of its size, because -exp(.) is negative whatever the
@@ -502,18 +512,23 @@ class MambaBlock(nn.Module):
 
     def forward(
         self, u: Tensor, state: MambaState | None = None, *, mask: Tensor | None = None,
-        reset: Tensor | None = None, internals: list[dict[str, Tensor]] | None = None,
+        reset: Tensor | None = None, time_steps: Tensor | None = None,
+        internals: list[dict[str, Tensor]] | None = None,
     ) -> Tensor | tuple[Tensor, MambaState]:  # fmt: skip
         """(b, l, d_model) -> y (b, l, d_model), or with a state (y, next state).
 
         mask:      (b, l) bool, False on the left padding of a batch of unequal prompts.
         reset:     (b, l) bool, True where a new document starts: nothing crosses that point.
+        time_steps: (b, l), not negative: the time since the event before, in any unit. Only with
+                   MambaConfig(event_time=True), and then always.
         internals: a list; this call appends {x, dt, delta, A, B, C}. They give the state at every
                    token: run the loop of `scan_sequential` on them, from the same start state.
+                   (With event time x is Δ x, delta is Δ_A, and the rule "dirac".)
 
         Raises ValueError for shapes that do not fit and for a mask that is not left padding.
         """
         check_block_inputs(self.config, u, 3, state, mask=mask, reset=reset)
+        check_time_steps(self.config, u, time_steps)
         start = self.init_state(u.shape[0]) if state is None else state
         x, z = self.in_proj(u).chunk(2, dim=-1)  # (b, l, d) each
         if mask is not None:
@@ -529,13 +544,22 @@ class MambaBlock(nn.Module):
             x = x * mask.unsqueeze(-1)
 
         dt, B, C = self.select(x)
-        y, h = selective_scan(
-            x, dt, self.A, B, C, self.D, z, start.h, dt_bias=self.dt_proj.bias,
-            rule=self.config.rule, reset=reset, scan=self.config.scan,
-        )  # fmt: skip
+        if time_steps is None:
+            y, h = selective_scan(
+                x, dt, self.A, B, C, self.D, z, start.h, dt_bias=self.dt_proj.bias,
+                rule=self.config.rule, reset=reset, scan=self.config.scan,
+            )  # fmt: skip
+        else:
+            v, delta_A = self.at_events(x, dt, time_steps)
+            y, h = selective_scan(
+                v, delta_A, self.A, B, C, None, None, start.h, dt_softplus=False,
+                rule="dirac", reset=reset, scan=self.config.scan,
+            )  # fmt: skip
+            y = ((y + at_least_float32(self.D) * x) * F.silu(at_least_float32(z))).to(x.dtype)
         if internals is not None:
-            delta = F.softplus(at_least_float32(dt) + self.dt_proj.bias)
-            internals.append({"x": x, "dt": dt, "delta": delta, "A": self.A, "B": B, "C": C})
+            if time_steps is None:
+                v, delta_A = x, F.softplus(at_least_float32(dt) + self.dt_proj.bias)
+            internals.append({"x": v, "dt": dt, "delta": delta_A, "A": self.A, "B": B, "C": C})
         y = self.out_proj(y)
         return y if state is None else (y, MambaState(conv, h))
 
@@ -543,9 +567,15 @@ class MambaBlock(nn.Module):
     ## one weighted sum over a window that slides, the scan becomes one application of (2a), (2b).
     ## Nothing in it depends on how many tokens came before: constant time, constant memory.
 
-    def step(self, u: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
-        """One token: u (b, d_model) and the state before it -> y (b, d_model), next state."""
+    def step(
+        self, u: Tensor, state: MambaState, *, time_steps: Tensor | None = None
+    ) -> tuple[Tensor, MambaState]:
+        """One token: u (b, d_model), the state before it, and with event time time_steps (b,).
+
+        Returns y (b, d_model) and the next state.
+        """
         check_block_inputs(self.config, u, 2, state)
+        check_time_steps(self.config, u, time_steps)
         x, z = self.in_proj(u).chunk(2, dim=-1)  # (b, d) each
         window = torch.cat([state.conv.to(x.dtype), x.unsqueeze(-1)], dim=-1)  # (b, d, d_conv)
         x = (window * self.conv1d.weight.squeeze(1)).sum(-1)
@@ -554,9 +584,11 @@ class MambaBlock(nn.Module):
         x = F.silu(x)
 
         dt, B, C = self.select(x)
-        delta = F.softplus(at_least_float32(dt) + self.dt_proj.bias)
-        A_bar, B_bar = discretize(delta, self.A, at_least_float32(B), self.config.rule)
-        h = A_bar * state.h + B_bar * x.unsqueeze(-1)  # (2a)
+        v, delta, rule = x, F.softplus(at_least_float32(dt) + self.dt_proj.bias), self.config.rule
+        if time_steps is not None:
+            (v, delta), rule = self.at_events(x, dt, time_steps), "dirac"
+        A_bar, B_bar = discretize(delta, self.A, at_least_float32(B), rule)
+        h = A_bar * state.h + B_bar * v.unsqueeze(-1)  # (2a)
         y = (h * C.unsqueeze(-2)).sum(-1)  # (2b)
         y = (y + at_least_float32(self.D) * x) * F.silu(at_least_float32(z))
         return self.out_proj(y.to(u.dtype)), MambaState(window[..., 1:], h)
@@ -574,6 +606,7 @@ class MambaBlock(nn.Module):
     ## Δ is the one to understand. It multiplies both A and B; with Ā and B̄ written out (2a) is
     ##   h_t = exp(Δ A) h_{t-1} + Δ B x_t
     ##   Δ -> 0:    exp(Δ A) -> 1 and Δ B -> 0. The state stays as it is and the token is skipped.
+    ##              (Not under rule "dirac", where B̄ = B.)
     ##   Δ -> inf:  exp(Δ A) -> 0 and Δ B -> inf. The past is forgotten, the token takes over. (Its
     ##              weight grows without limit here; under rule "zoh" it would settle at B / |A|.)
     ## Why these belong together: Δ is a step in time, and a long step is at once a long time to
@@ -597,6 +630,21 @@ class MambaBlock(nn.Module):
         n, rank = self.config.d_state, self.config.dt_rank
         low_rank, B, C = self.x_proj(x).split([rank, n, n], dim=-1)
         return self.dt_proj(low_rank), B, C
+
+    ## Event time ---------------------------------------------------------------------------------
+    ##
+    ## Words come one after the other; heartbeats, purchases and spikes come when they come. There
+    ## the time between two events should say how much is forgotten, and the event how much is
+    ## written. But Δ says both. Event time splits it in two (arXiv 2411.12603): Ā = exp(Δ_A A) with
+    ## Δ_A = the time that has passed, times a rate of the channel, softplus(dt_A_bias); and the
+    ## event adds Δ_t B_t x_t at once, whatever the interval. That is rule "dirac" on the impulses
+    ## v = Δ x, so every scan can do it. An interval of 0 forgets nothing: two events at one time.
+
+    def at_events(self, x: Tensor, dt: Tensor, time_steps: Tensor) -> tuple[Tensor, Tensor]:
+        """x and dt (..., d), time_steps (...) -> Δ x and Δ_A, (..., d)."""
+        delta = F.softplus(at_least_float32(dt) + self.dt_proj.bias)
+        rate = F.softplus(at_least_float32(self.dt_A_bias))
+        return delta * x, at_least_float32(time_steps).unsqueeze(-1) * rate
 
     def init_state(self, batch: int) -> MambaState:
         """The state before the first token: zeros."""
@@ -635,11 +683,12 @@ RULES = ("mamba", "zoh", "bilinear", "dirac")
 def discretize(delta: Tensor, A: Tensor, B: Tensor, rule: str = "mamba") -> tuple[Tensor, Tensor]:
     """delta (..., d), A (d, n), B (..., n) -> A_bar, B_bar, both (..., d, n). Raises ValueError."""
     A_bar, scale = decay_and_scale(delta.unsqueeze(-1), A, rule)
-    return A_bar, (scale * B.unsqueeze(-2)).expand_as(A_bar)
+    return A_bar, scale * B.unsqueeze(-2)
 
 
 def decay_and_scale(delta: Tensor, A: Tensor, rule: str) -> tuple[Tensor, Tensor]:
-    """Ā, and s in B̄ = s B: all four rules only scale B. For delta and A that broadcast."""
+    """Ā, and s in B̄ = s B: all four rules only scale B. delta and A may have any shapes that
+    broadcast."""
     if rule == "bilinear":
         half = delta * A / 2
         return (1 + half) / (1 - half), delta / (1 - half)
@@ -867,7 +916,7 @@ def scan_chunked(
 
 ## 4. Recomputation. -------------------------------------------------------------------------------
 ## Training keeps what the backward pass needs. Of the loop or the chunks above, that is several
-## numbers for every channel, state and step: (b, l, d, n), n times more than x. But all of it can
+## tensors of (b, l, d, n), each n times as large as x. But all of it can
 ## be computed again from the state at the start of a chunk. So: one chunk after the other, keep
 ## only the h between them, and let the backward pass run each chunk again before it differentiates
 ## it (section 3.3.2 does the same on a GPU).
@@ -875,13 +924,16 @@ def scan_chunked(
 ## The gradient of (2a) is a recurrence of the same kind, from the end to the start. With G_t the
 ## gradient with respect to h_t, from y_t and from h_{t+1}:
 ##
-##     G_t = C_t dy_t + Ā_{t+1} G_{t+1}        dĀ_t = G_t h_{t-1}        d(B̄_t x_t) = G_t
+##     G_t = C_t dy_t + Ā_{t+1} G_{t+1}     dC_t = Σ_d dy_t h_t
+##     dĀ_t = G_t h_{t-1}                   d(B̄_t x_t) = G_t
 ##
-## The rest, from Ā and B̄ x back to Δ, A, B and x, has no recurrence and is left to autograd.
+## At the last step of a chunk the second term of G is dh, the gradient of the h that is handed on;
+## in return the chunk hands Ā_1 G_1 to the chunk before it. The rest, from Ā and B̄ x back to Δ, A,
+## B and x, has no recurrence and is left to autograd.
 ##
 ## One chunk at a time is also what a CPU likes: it has few cores to run chunks side by side, but a
-## chunk of 32 steps stays in its cache, and every step is done once. Time is the first axis here
-## and channels are the last, so that every operation runs along long rows in memory.
+## short chunk stays in its cache, and every step is done once. Time is the first axis here and
+## channels are the last, so that every operation runs along long rows in memory.
 
 
 class RecomputedChunk(torch.autograd.Function):
@@ -905,32 +957,35 @@ class RecomputedChunk(torch.autograd.Function):
     def forward(ctx, x, delta, A, B, C, h, rule, reset):
         ctx.save_for_backward(x, delta, A, B, C, h)
         ctx.rule, ctx.reset = rule, reset
-        with torch.autocast(x.device.type, enabled=False):
-            A_bar, hs = RecomputedChunk.inputs_of_recurrence(x, delta, A, B, rule, reset)
-            RecomputedChunk.run(A_bar, hs, h)
-            return (C.unsqueeze(-2) @ hs).squeeze(-2), hs[-1].clone()
+        A_bar, hs = RecomputedChunk.inputs_of_recurrence(x, delta, A, B, rule, reset)
+        RecomputedChunk.run(A_bar, hs, h)
+        return (C.unsqueeze(-1) * hs).sum(-2), hs[-1].clone()
 
     @staticmethod
     def backward(ctx, dy, dh):
         if torch.is_grad_enabled():  # create_graph=True; else they would be zero without a word
-            raise RuntimeError("scan='recompute' has no second derivatives: use scan='chunked'")
+            raise RuntimeError(
+                "scan='recompute', which 'auto' means on a CPU, has no second derivatives: "
+                "use scan='chunked'"
+            )
         *inputs, C, h = ctx.saved_tensors
-        with torch.autocast(dy.device.type, enabled=False):
-            with torch.enable_grad():
-                inputs = [tensor.detach().requires_grad_() for tensor in inputs]
-                A_bar, v = RecomputedChunk.inputs_of_recurrence(*inputs, ctx.rule, ctx.reset)
-            A, hs = A_bar.detach(), v.detach()
-            RecomputedChunk.run(A, hs, h)
-            G = C.unsqueeze(-1) * dy.unsqueeze(-2)
-            G[-1] += dh
-            G_next, *before = reversed(G.unbind())
-            for A_next, G_t in zip(reversed(A.unbind()), before, strict=False):
-                G_next = G_t.addcmul_(A_next, G_next)
-            dA_bar = torch.empty_like(G)
-            torch.mul(G[0], h, out=dA_bar[0])
-            torch.mul(G[1:], hs[:-1], out=dA_bar[1:])
-            dC, dh = (hs @ dy.unsqueeze(-1)).squeeze(-1), A[0] * G[0]
-            dx, ddelta, dA, dB = torch.autograd.grad((A_bar, v), inputs, (dA_bar, G))
+        with torch.enable_grad():
+            inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+            A_bar, v = RecomputedChunk.inputs_of_recurrence(*inputs, ctx.rule, ctx.reset)
+        # h takes v's place in memory. Autograd will not mind: the gradient of a product needs its
+        # factors and not its result.
+        decays, hs = A_bar.detach(), v.detach()
+        RecomputedChunk.run(decays, hs, h)
+        G = C.unsqueeze(-1) * dy.unsqueeze(-2)
+        G[-1] += dh
+        G_next, *before = reversed(G.unbind())
+        for decay, G_t in zip(reversed(decays.unbind()), before, strict=False):
+            G_next = G_t.addcmul_(decay, G_next)
+        dA_bar = torch.empty_like(G)
+        torch.mul(G[0], h, out=dA_bar[0])
+        torch.mul(G[1:], hs[:-1], out=dA_bar[1:])
+        dx, ddelta, dA, dB = torch.autograd.grad((A_bar, v), inputs, (dA_bar, G))
+        dC, dh = (hs * dy.unsqueeze(-2)).sum(-1), decays[0] * G[0]
         return dx, ddelta, dA, dB, dC, dh, None, None
 
 
@@ -941,11 +996,11 @@ def scan_recompute(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Chunk after chunk, with only the states between them kept. Shapes as above.
 
-    chunk: steps per chunk; None takes 8 to 64, so that a chunk has about 1 MB. Differentiable once:
-    for second derivatives take another scan.
+    chunk: steps per chunk; None takes 8 to 64, about 1 MB of states where the sizes allow it. For
+    second derivatives and torch.func take another scan: this one is differentiable once.
     """
     if chunk is None:
-        chunk = min(64, max(8, 2**18 // (x.shape[0] * A.numel())))
+        chunk = min(64, max(8, 2**18 // max(1, x.shape[0] * A.numel())))
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     h = x.new_zeros(x.shape[0], *A.mT.shape) if h0 is None else h0.mT.contiguous()
@@ -955,8 +1010,8 @@ def scan_recompute(
     ys = []
     for x_i, delta_i, B_i, C_i, reset_i in zip(*chunks, resets, strict=True):
         y, h = RecomputedChunk.apply(x_i, delta_i, A, B_i, C_i, h, rule, reset_i)
-        ys.append(y)
-    return torch.cat(ys).transpose(0, 1), h.mT.contiguous()
+        ys.append(y.transpose(0, 1))
+    return torch.cat(ys, dim=1), h.mT.contiguous()
 
 
 ## 5. The fused kernel. ----------------------------------------------------------------------------
@@ -1006,7 +1061,7 @@ def selective_scan(
     x, dt, z (b, l, d), A (d, n), B, C (b, l, n), D, dt_bias (d,), h0 (b, d, n), reset (b, l) bool.
     Returns y (b, l, d) in x's dtype and h_last (b, d, n) in float32 (float64 for float64 inputs).
     scan: a name in SCANS, "triton" (the fused kernel), or "auto": on a CPU recompute, on a GPU
-    triton if it takes these tensors; else, and inside torch.compile on a CPU, chunked.
+    triton if it takes these tensors; else, and under torch.compile and torch.func, chunked.
     Raises ValueError for shapes that do not fit and for unknown names, RuntimeError if "triton" is
     asked for and cannot run.
     """
@@ -1019,9 +1074,9 @@ def selective_scan(
     check_scan_shapes(x, A=A, dt=dt, B=B, C=C, D=D, z=z, h0=h0, dt_bias=dt_bias, reset=reset)
 
     if scan == "auto":
-        # A compiler wants plain operators: it finds its own way to do them in few passes.
-        eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
-        scan = "recompute" if eager_cpu else "chunked"
+        # Compilers, tracers and transformations want plain operators.
+        plain = torch.compiler.is_compiling() or torch.jit.is_tracing() or in_functorch()
+        scan = "recompute" if x.device.type == "cpu" and not plain else "chunked"
     run = SCANS[scan]
     delta = at_least_float32(dt)
     if dt_bias is not None:
@@ -1034,6 +1089,11 @@ def selective_scan(
     if z is not None:
         y = y * F.silu(at_least_float32(z))
     return y.to(x.dtype), h_last
+
+
+def in_functorch() -> bool:
+    """Whether torch.func.grad, vmap or their like are at work."""
+    return torch._C._are_functorch_transforms_active()
 
 
 # Looked for, not imported: `import mamba` must not wait for it.
@@ -1064,7 +1124,10 @@ def triton_takes(rule: str, *tensors: Tensor | None) -> bool:
 
 
 class Linear(nn.Linear):
-    """nn.Linear, but one row on a CPU, as in `step`, is shared out between the threads."""
+    """nn.Linear, but one row on a CPU, as in `step`, is shared out between the threads.
+
+    Tools that look for nn.Linear itself, as torch.ao's quantize_dynamic does, pass it by.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
@@ -1073,16 +1136,18 @@ class Linear(nn.Linear):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear: x (..., columns), weight (rows, columns) -> (..., rows)."""
     rows, columns = weight.shape
-    one_row = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() == columns
+    one_row = x.device.type == "cpu" and x.dtype == torch.float32
+    one_row = one_row and x.shape[-1] == columns == x.numel() > 0
     if not one_row or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     threads = math.gcd(rows, torch.get_num_threads())
     ## A matrix times a vector is a matter of reading the matrix. Libraries do it in one thread,
-    ## which cannot read as fast as memory can deliver. Several products they do side by side.
+    ## which cannot read as fast as memory can deliver. Several products they do side by side: as
+    ## many equal parts of the rows as the threads allow.
     parts = weight.view(threads, rows // threads, columns).mT
     y = torch.bmm(x.view(1, 1, columns).expand(threads, 1, columns), parts)
     y = y.view(*x.shape[:-1], rows)
-    return y if bias is None else y + bias
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 class DeltaProjection(nn.Linear):
@@ -1109,14 +1174,14 @@ def causal_conv(
         out_t = bias + Σ_j weight_j x_{t - (d_conv - 1) + j},   j = 0 ... d_conv - 1
 
     With reset (b, l), no term of the sum reaches back over the start of a document. silu: SiLU of
-    the sum. scan: as in `selective_scan`; where it means triton, a kernel does the same.
+    the sum. scan: with "auto" or "triton" a kernel does the same on a GPU.
     """
     seqlen, reach = x.shape[1], weight.shape[-1] - 1
     past = past.to(x.dtype)
     # Number the documents; the past belongs to number 0.
     document = None if reset is None else F.pad(reset.cumsum(-1), (reach, 0)).unsqueeze(1)
-    # A new tensor: a view would keep all of x in memory for as long as the state lives.
     recent = x[:, max(0, seqlen - reach) :].mT  # (b, d, d_conv - 1)
+    # A new tensor: a view would keep all of x in memory for as long as the state lives.
     next_past = torch.cat([past[..., seqlen:], recent], dim=-1)
     if document is not None:
         next_past = next_past * (document[..., seqlen:] == document[..., -1:])
@@ -1220,6 +1285,24 @@ def check_block_inputs(
             )
 
 
+def check_time_steps(config: MambaConfig, u: Tensor, time_steps: Tensor | None) -> None:
+    if (time_steps is not None) != config.event_time:
+        expected = "time_steps, for its" if config.event_time else "no time_steps, for a"
+        raise ValueError(f"this model takes {expected} config has event_time={config.event_time}")
+    if time_steps is None:
+        return
+    shape = u.shape[:-1]
+    if time_steps.shape != shape or time_steps.is_complex() or time_steps.dtype == torch.bool:
+        raise ValueError(
+            f"time_steps must be real numbers {tuple(shape)}, one for each token, "
+            f"got {time_steps.dtype} {tuple(time_steps.shape)}"
+        )
+    # A look at numbers makes the CPU wait for a GPU, and breaks a compiled graph.
+    if time_steps.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not (time_steps >= 0).all():
+            raise ValueError(f"time_steps must not be negative or NaN, got {time_steps.min()}")
+
+
 def check_left_padding(mask: Tensor, start: MambaState) -> None:
     if torch.compiler.is_compiling():
         return
@@ -1247,11 +1330,11 @@ def check_scan_shapes(x: Tensor, **tensors: Tensor | None) -> None:
 
 ## config.json has one of two layouts. That of the state-spaces/mamba-* repositories has these
 ## fields at the top and those of the SSM inside "ssm_cfg". What the published files do not have
-## (norm_eps, tokenizer, rule) is written only when it differs from the default, so that the files
-## stay readable there.
+## (norm_eps, tokenizer, rule, event_time) is written only when it differs from the default, so that
+## the files stay readable there.
 
 TOP_FIELDS = "d_model n_layer vocab_size residual_in_fp32 pad_vocab_size_multiple tie_embeddings"
-OPTIONAL_FIELDS = "norm_eps tokenizer rule"
+OPTIONAL_FIELDS = "norm_eps tokenizer rule event_time"
 SSM_FIELDS = (
     "d_state d_conv expand dt_rank dt_min dt_max dt_init dt_scale dt_init_floor conv_bias bias"
 )

@@ -812,6 +812,22 @@ def test_recomputation_refuses_a_second_derivative_which_it_does_not_know():
             torch.autograd.grad(loss(y), inputs["x"], create_graph=True)
 
 
+def test_gradients_for_each_sample_by_torch_func_are_those_of_each_alone():
+    model, ids = random_model(), random_ids(3, 7)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters, row):
+        logits = torch.func.functional_call(model, parameters, (row.unsqueeze(0),))
+        return logits.square().mean()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, ids)
+    for i, row in enumerate(ids):
+        model.zero_grad()
+        model(row.unsqueeze(0)).square().mean().backward()
+        for name, parameter in model.named_parameters():
+            assert_close(f"{name}, sample {i}", each[name][i], parameter.grad, 1e-4)
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 def test_a_compiled_model_is_the_model_and_is_compiled_whole(device):
     """fullgraph: a graph break is an error. Forward, training and step."""

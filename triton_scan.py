@@ -366,8 +366,9 @@ def widen_kernel(
     N: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """wide (2, b, l, N): B and C in float32, with zeros for states that only fill up the tile."""
-    i_b, o = tl.program_id(1).to(tl.int64), tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    t, n = tl.cast(o // N, tl.int64), o % N
+    i_b = tl.program_id(1).to(tl.int64)
+    o = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    t, n = o // N, o % N
     mask = (t < seqlen) & (n < d_state)
     b_B = tl.load(B + i_b * B_b + t * B_l + n * B_n, mask=mask, other=0.0)
     b_C = tl.load(C + i_b * C_b + t * C_l + n * C_n, mask=mask, other=0.0)
@@ -1615,12 +1616,12 @@ def causal_conv_triton(
 ## over u gives the product and the sum of squares.
 ##
 ## For a few sequences the product is a matrix times a vector, lane by lane. From five on the tensor
-## cores have enough to do; they want their tiles as they lie in memory, and the norm is a kernel
-## of its own.
+## cores have enough to do. They read tiles straight from memory, so that the norm cannot be applied
+## on the way and is a fifth kernel.
 ##
-## A kernel that waits for the one before need not wait with everything: its weights are there.
-## From Hopper on a GPU can start a kernel while the last one runs (programmatic dependent launch).
-## Ours load their first weights and then wait: 0.22 ms a token in place of 0.33.
+## A kernel need not wait for the one before with everything: it can load its weights already. From
+## Hopper on a GPU can start a kernel while the last one runs (programmatic dependent launch). Ours
+## load their first weights and then wait: 0.26 ms a token in place of 0.34.
 
 
 @triton.jit
@@ -1638,7 +1639,11 @@ def linear_step_kernel(
     W: tl.constexpr, HAS_BIAS: tl.constexpr, NORM: tl.constexpr, CONV: tl.constexpr,
     HAS_CONV_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, FAST: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """out (b, rows) = f(weight norm(x) + bias) + residual: some rows of the weight, some of x."""
+    """out (b, rows) = f(weight norm(x) + bias) + residual: some rows of the weight, some of x.
+
+    A program computes ROWS x BATCH numbers of out and goes through BLOCK columns at a time. x_b and
+    conv_b, conv_d, conv_j are strides.
+    """
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     b = (tl.program_id(1) * BATCH + tl.arange(0, BATCH)).to(tl.int64)
     k = tl.arange(0, BLOCK)
@@ -1794,9 +1799,14 @@ def linear_step(
 
     norm: the weight of the norm, None for no norm. conv: the windows (b, rows / 2, W - 1), which
     move on, and the filters (rows / 2, 1, W) and bias for the first half of the rows, with SiLU.
-    residual: (b, rows). dtype None: the weight's.
+    residual: (b, rows). dtype None: the weight's. x has stride 1 along its columns, and the
+    weight's dtype unless there is a norm; weight and residual are contiguous, else ValueError.
     """
     batch, (rows, columns) = len(x), weight.shape
+    if x.stride(1) != 1 or x.shape[1] < columns or not weight.is_contiguous():
+        raise ValueError(f"need x (b, {columns} or more) in rows, and a contiguous weight")
+    if residual is not None and not residual.is_contiguous():
+        raise ValueError("residual must be contiguous")
     ROWS, BATCH, BLOCK = step_tile(rows, columns, batch, weight.element_size(), conv is not None)
     if BATCH > 1 and norm is not None:
         x = norm_step(x, norm, eps)
@@ -1835,8 +1845,13 @@ def block_step_triton(
     """`step` of mamba.py's ResidualBlock: u (b, d_model) -> u (b, d_model), no gradients.
 
     conv (b, d, W - 1), of any strides, and h (b, d, n) float32 are changed in place. The weights
-    are those of the block, contiguous and of one dtype; rule "mamba" or "dirac".
+    are those of the block and of one dtype; rule "mamba" or "dirac". All but conv are contiguous.
+    Raises ValueError for another rule and for other strides.
     """
+    if rule not in RULES:
+        raise ValueError(f"the step takes the rules {RULES}, got {rule!r}")
+    if not all(tensor.is_contiguous() for tensor in (u, h, dt_proj, A_log)):
+        raise ValueError("u, h and the weights must be contiguous")
     batch, (d_inner, d_state), rank = len(u), A_log.shape, dt_proj.shape[1]
     window = (conv, conv_weight, conv_bias)
     xz = linear_step(u, in_proj, in_bias, norm=norm, eps=eps, conv=window)

@@ -522,7 +522,8 @@ class MambaBlock(nn.Module):
         time_steps: (b, l), not negative: the time since the event before, in any unit. Only with
                    MambaConfig(event_time=True), and then always.
         internals: a list; this call appends {x, dt, delta, A, B, C}. They give the state at every
-                   token: run the loop of `scan_sequential` on them, from the same start state.
+                   token: run the loop of `scan_sequential` on them, from the same start state,
+                   with the same rule and reset.
                    (With event time x is Δ x, delta is Δ_A, and the rule "dirac".)
 
         Raises ValueError for shapes that do not fit and for a mask that is not left padding.
@@ -669,6 +670,16 @@ class MambaBlock(nn.Module):
 ##                   Ā = (1 + ΔA/2) / (1 - ΔA/2)        B̄ = (Δ / (1 - ΔA/2)) B
 ##   "dirac"     x is a train of impulses: each makes the state jump by B x, however long the step:
 ##                   Ā = exp(ΔA)        B̄ = B
+##
+## The same signal under each: x = 1 at every step, A = -1, B = 1. The exact solution of (1a) ends
+## at h = 1.
+##
+##                Δ = 0.1                      Δ = 4
+##                Ā        B̄        last h     Ā        B̄        last h
+##   "zoh"        0.905    0.095     1.000     0.018    0.982    1.000
+##   "mamba"      0.905    0.100     1.051     0.018    4.000    4.075
+##   "bilinear"   0.905    0.095     1.000    -0.333    1.333    1.000
+##   "dirac"      0.905    1.000    10.508     0.018    1.000    1.019
 ##
 ## A departure from the paper. The paper prints zoh (eq. 4), but the code that trained the published
 ## checkpoints runs "mamba"; the authors confirm it (github.com/state-spaces/mamba, issue 114).

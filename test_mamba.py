@@ -763,6 +763,21 @@ def test_gradients_of_every_scan_equal_finite_differences(scan, rule):
     assert gradcheck(lambda *args: SCANS[scan](*args, rule=rule, **options), leaves, atol=1e-7)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_the_table_of_the_rules_says_what_they_do(rule):
+    row = re.search(rf'^##   "{rule}"((?: +-?[\d.]+){{6}})$', SOURCE.read_text(), re.MULTILINE)
+    for delta, expected in zip(
+        (0.1, 4.0), torch.tensor([*map(float, row[1].split())]).view(2, 3), strict=True
+    ):
+        one, steps = torch.ones(1, 500, 1), torch.full((1, 500, 1), delta)
+        A_bar, B_bar = mamba.discretize(
+            torch.tensor([delta]), -torch.ones(1, 1), torch.ones(1), rule
+        )
+        y, _ = mamba.scan_sequential(one, steps, -torch.ones(1, 1), one, one, rule=rule)
+        actual = torch.stack([A_bar.squeeze(), B_bar.squeeze(), y[0, -1, 0]])
+        assert torch.allclose(actual, expected, rtol=0, atol=6e-4)
+
+
 def test_log_space_refuses_the_bilinear_rule_whose_decays_may_be_negative():
     with pytest.raises(ValueError, match="bilinear"):
         mamba.scan_logspace(**scan_inputs(3), rule="bilinear")

@@ -1,0 +1,222 @@
+"""Look inside a layer: its steps Δ, its state at every token, and its hidden attention matrix.
+
+    python examples/look_inside.py "To be, or not to be, that is the question" --layer 2
+
+draws them into look_inside.png, for the model that ships here; --out names another picture, --model
+another model. It needs the project installed, and matplotlib (pip install -e ".[notebook]").
+
+The functions are there to be lifted out. They read what a layer leaves in `internals`:
+
+    internals = []
+    model(input_ids, internals=internals)
+    h = states(internals[2])                                   # (b, l, d, n)
+    alpha = hidden_attention(internals[2], channels=[0, 300])  # (b, 2, l, l)
+    mean = mean_attention(internals[2])                        # (b, l, l)
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from generate import DEFAULT_MODEL, Parser, Tokenizer, load_tokenizer
+from mamba import Mamba, at_least_float32, discretize
+
+## A layer appends the inputs of its scan: x, Δ, A, B, C. They fix the recurrence
+##
+##     h_t = Ā_t h_{t-1} + B̄_t x_t        (2a)        y_t = C_t h_t        (2b)
+##
+## so whatever happens inside can be computed again. All that follows does so, token after token.
+
+
+def steps(
+    inside: dict[str, Tensor], rule: str, reset: Tensor | None, channels: Sequence[int] | slice
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """For every token Ā and B̄ (b, d, n), x (b, d, 1) and C (b, 1, n), for these d channels."""
+    x, delta, A, B, C = (at_least_float32(inside[name]) for name in ("x", "delta", "A", "B", "C"))
+    if reset is not None and reset.shape != x.shape[:2]:
+        raise ValueError(f"reset must be {tuple(x.shape[:2])}, got {tuple(reset.shape)}")
+    x, delta, A = x[..., channels], delta[..., channels], A[channels]
+    for t in range(x.shape[1]):
+        A_bar, B_bar = discretize(delta[:, t], A, B[:, t], rule)
+        if reset is not None:
+            A_bar = A_bar.masked_fill(reset[:, t, None, None], 0)
+        yield A_bar, B_bar, x[:, t].unsqueeze(-1), C[:, t].unsqueeze(-2)
+
+
+## The state. A scan returns y and forgets h: at every token it would be n times larger than x. Here
+## it is wanted, so use it for short texts, or for one layer at a time.
+
+
+def states(
+    inside: dict[str, Tensor], h0: Tensor | None = None, rule: str = "mamba",
+    reset: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """h after every token, (b, l, d, n). The last one is the state that the model returns.
+
+    inside is one layer's entry of `internals`; h0 (b, d, n) is that layer's state before the first
+    token, None for zeros; rule and reset are those of the call. float32, or float64.
+    """
+    h, hs = 0 if h0 is None else h0, []
+    for A_bar, B_bar, x, _ in steps(inside, rule, reset, slice(None)):
+        h = A_bar * h + B_bar * x  # (2a)
+        hs.append(h)
+    return torch.stack(hs, dim=1)
+
+
+## The hidden attention (Ali, Zimerman and Wolf, arXiv 2403.01590). Unroll (2a) from the zero state:
+##
+##     h_t = Σ_{s<=t} Ā_t ... Ā_{s+1} B̄_s x_s
+##     y_t = Σ_{s<=t} alpha[t, s] x_s,    alpha[t, s] = C_t Ā_t ... Ā_{s+1} B̄_s
+##
+## So each channel multiplies its x by a lower triangular matrix, as causal attention does. C_t is
+## the query, B_s the key. Between them stands what attention lacks: a decay, for which every token
+## on the way decides with its Δ how much passes. A softmax is missing: entries may be negative, and
+## rows sum to what they like. And no model computes alpha to run. It has l x l entries for each of
+## d channels, where the scan carries n numbers. It is a way to look at the scan.
+##
+## `weights` holds what is left at t, in each state, of one unit of every x_s so far. A step
+## multiplies all of them by Ā_t and adds one more, B̄_t. (In parallel, exp of a difference of two
+## cumulative sums of ΔA is the same product. But the difference of two large sums has few digits,
+## and "bilinear", whose Ā may be negative, has nothing to sum.)
+
+
+def hidden_attention(
+    inside: dict[str, Tensor], rule: str = "mamba",
+    channels: Sequence[int] | slice | None = None, reset: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """alpha (b, channels, l, l), row t reads column s: alpha @ x is the scan's y from h = 0.
+
+    y is what (2b) gives, without D x and the gate. channels: which, None for all of them.
+    """
+    channels = slice(None) if channels is None else channels
+    weights, rows = None, []
+    for A_bar, B_bar, _, C in steps(inside, rule, reset, channels):
+        new = B_bar.unsqueeze(-1)  # (b, d, n, 1)
+        old = new[..., :0] if weights is None else A_bar.unsqueeze(-1) * weights
+        weights = torch.cat([old, new], dim=-1)  # (b, d, n, t + 1)
+        rows.append((C.unsqueeze(-1) * weights).sum(-2))
+    return torch.stack([F.pad(row, (0, len(rows) - row.shape[-1])) for row in rows], dim=-2)
+
+
+def mean_attention(
+    inside: dict[str, Tensor], rule: str = "mamba", reset: Tensor | None = None, block: int = 16
+) -> Tensor:
+    """The mean of |alpha| over all channels, (b, l, l); `block` of them in memory at a time."""
+    total, d = 0, len(inside["A"])
+    for i in range(0, d, block):
+        total = total + hidden_attention(inside, rule, slice(i, i + block), reset).abs().sum(1)
+    return total / d
+
+
+def token_label(tokenizer: Tokenizer, token_id: int) -> str:
+    """A token as it is drawn: a space and the end of a line as signs, bytes of no text in hex."""
+    text = tokenizer.token_bytes(token_id).decode("utf-8", "backslashreplace")
+    text = text.replace(" ", "␣").replace("\n", "↵")
+    return (text if text.isprintable() else repr(text)[1:-1]).replace("\\x", "")
+
+
+## What the picture shows, with the tokens from left to right in all three parts.
+##
+##   Δ        Over the channel's own (geometric) mean, channels that react alike side by side.
+##            Orange: the token counts for more than others do, it is written in and the past let
+##            go. Purple: for less, it is skipped. Each kind of token has its pattern.
+##   state    The size of all that the layer remembers. It grows while the state fills. Where it
+##            falls, more was forgotten than written.
+##   alpha    Row t reads column s. The diagonal is the token itself. A dark column is a token that
+##            is read for long, a dark row one that reads all it can. Where a row is light to the
+##            left of some column, and all rows below it too, the past was forgotten there.
+##
+## Look with care. The mean of |alpha| does not know how large x is, nor what D x, the gate and the
+## other layers make of y; and x_s has seen, through the convolution, the three tokens before s.
+
+
+def draw(inside: dict[str, Tensor], rule: str, labels: list[str], title: str, out: Path) -> None:
+    """Δ, the norm of the state and the mean hidden attention of one text (b = 1), into a file."""
+    try:
+        from matplotlib.colors import LogNorm
+        from matplotlib.figure import Figure  # no pyplot: nothing global, no window
+    except ImportError as error:
+        raise ImportError(f"to draw needs matplotlib (pip install matplotlib): {error}") from error
+
+    log_delta = inside["delta"][0].log()  # (l, d)
+    ratio = (log_delta - log_delta.mean(0)).T
+    ## Each channel is a point in the plane of the two leading principal components. In the order of
+    ## their angles, channels that react alike are neighbours: 64 bands of them say most of it.
+    plane = torch.linalg.svd(F.pad(ratio, (0, 1)), full_matrices=False).U  # padded: l may be 1
+    ratio = ratio[torch.atan2(plane[:, 1], plane[:, 0]).argsort()]
+    ratio = F.adaptive_avg_pool1d(ratio.T, min(64, len(ratio))).T.exp()
+    norm = states(inside, rule=rule)[0].flatten(1).norm(dim=1)
+    alpha = mean_attention(inside, rule)[0]
+    high = alpha.max().item()
+    # What lies in the future is absent, not small: it gets no colour.
+    alpha = alpha.masked_fill(torch.ones_like(alpha).triu(1).bool(), torch.nan)
+
+    figure = Figure(figsize=(8, 10.5), dpi=150, layout="constrained")
+    figure.suptitle(title, parse_math=False)
+    sizes = {"height_ratios": (2, 1, 7), "width_ratios": (1, 0.025)}
+    (top, top_bar), (middle, nothing), (bottom, bottom_bar) = figure.subplots(3, 2, **sizes)
+    nothing.remove()
+    grid = {"aspect": "auto", "interpolation": "nearest"}
+    image = top.imshow(ratio.numpy(), cmap="PuOr_r", norm=LogNorm(1 / 4, 4), **grid)
+    bar = figure.colorbar(image, cax=top_bar, extend="both", label="Δ / the channel's mean")
+    bar.set_ticks([1 / 4, 1 / 2, 1, 2, 4], labels=["1/4", "1/2", "1", "2", "4"])
+    bar.minorticks_off()
+    top.set(ylabel="channels, sorted", yticks=[])
+    short = len(labels) <= 80
+    middle.plot(norm.numpy(), "o-" if short else "-", color="royalblue", markersize=3)
+    middle.set(ylabel="state, ‖h‖", ylim=(0, None))
+    middle.spines[["top", "right"]].set_visible(False)
+    image = bottom.imshow(alpha.numpy(), cmap="magma_r", norm=LogNorm(high / 1e3, high), **grid)
+    figure.colorbar(image, cax=bottom_bar, extend="min", label="|alpha|, mean over channels")
+    bottom.set(xlabel="s, the token that is read", ylabel="t, the token that reads")
+    bottom.spines[["top", "right"]].set_visible(False)
+    for axis in (top, middle, bottom):
+        axis.set_xlim(-0.5, len(labels) - 0.5)
+    if short:
+        style = {"family": "monospace", "fontsize": min(10, 440 / len(labels)), "parse_math": False}
+        for axis in (top.xaxis, middle.xaxis, bottom.xaxis, bottom.yaxis):
+            axis.set_ticks(range(len(labels)), labels, **style)
+            axis.set_tick_params(length=0)
+    figure.savefig(out)
+
+
+@torch.no_grad()
+def look(options: argparse.Namespace, parser: Parser) -> None:
+    """What the command does: run the model, draw one of its layers."""
+    model = Mamba.from_pretrained(options.model)
+    tokenizer = load_tokenizer(model.config, options.model)
+    ids = tokenizer.encode(options.prompt)
+    if not ids:
+        parser.error("the prompt is empty: there is nothing to look at")
+    if not 0 <= options.layer < model.config.n_layer:
+        last = model.config.n_layer - 1
+        parser.error(f"--layer must be 0 ... {last} for this model, got {options.layer}")
+    internals = []
+    model(torch.tensor([ids]), internals=internals)
+    title = f"Layer {options.layer} of {Path(options.model).name}"
+    labels = [token_label(tokenizer, token_id) for token_id in ids]
+    draw(internals[options.layer], model.config.rule, labels, title, options.out)
+
+
+def main() -> None:
+    parser = Parser("look_inside.py", description=__doc__.split("\n")[0])
+    parser.add_argument("prompt", help="the text to look at")
+    parser.add_argument("--layer", type=int, default=2, help="counted from 0")
+    parser.add_argument("--out", type=Path, default=Path("look_inside.png"))
+    parser.add_argument("--model", default=str(DEFAULT_MODEL), help="a folder, or on the Hub")
+    options = parser.parse_args()
+    try:
+        look(options, parser)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        message = " ".join(str(error).split())
+        raise SystemExit(f"look_inside.py: error: {message}") from error
+
+
+if __name__ == "__main__":
+    main()

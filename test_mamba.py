@@ -734,6 +734,15 @@ def test_scans_stay_exact_for_extreme_step_sizes_and_decays(scan, rule):
             check_scan(scan, inputs, chunk=4, where=where, rule=rule, together=names)
 
 
+@pytest.mark.parametrize("seqlen", [1, 65, 129])
+@pytest.mark.parametrize("scan", ["chunked", "recompute"])
+def test_no_chunk_is_too_long_and_no_last_token_is_lost(scan, seqlen):
+    """Dividing by running products of decays turns to NaN as chunks grow, and codes that take whole
+    chunks only lose what is over. Decays here reach e^-160 in one step."""
+    for chunk in (1, 16, 64, 128, 1000):
+        check_scan(scan, scan_inputs(seqlen, (1e-3, 20.0)), chunk=chunk, where=f"chunk {chunk}: ")
+
+
 @pytest.mark.parametrize("scan", SCANS)
 def test_scans_keep_the_digits_of_tiny_inputs(scan):
     inputs = scan_inputs(20)

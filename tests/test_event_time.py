@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import generate
 import mamba
 from mamba import Mamba, MambaBlock, MambaConfig, MambaState
 
@@ -193,6 +194,13 @@ def test_time_steps_that_do_not_fit_are_refused(changes, time_steps, words):
     if words.startswith("takes") or words == "NaN":
         with pytest.raises(ValueError, match=words):
             model.step(ids[:, 0], model.init_state(2), time_steps=of_step)
+
+
+def test_generation_without_times_is_refused_and_never_fused():
+    model = random_model()
+    assert not generate.can_fuse(model)
+    with pytest.raises(ValueError, match="takes time_steps"):
+        next(generate.stream(model, torch.zeros(1, 2, dtype=torch.long)))
 
 
 def test_event_time_has_a_rule_of_its_own():

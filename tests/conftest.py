@@ -1,4 +1,4 @@
-"""What the tests of the doors share: a Hub on this machine, and no other network.
+"""What the tests of this folder share: one thread, a Hub on this machine and no other network.
 
 And where there is no GPU, the interpreter of Triton, which reads its switch when it is imported.
 """
@@ -35,3 +35,12 @@ def hub(monkeypatch, tmp_path):
     with Hub() as hub:
         use_endpoint(monkeypatch, hub.url, tmp_path / "cache")
         yield hub
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """On tensors as small as these, threads do nothing but wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

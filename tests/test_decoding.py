@@ -52,15 +52,6 @@ def kernels_can_run():
         give_up(message)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On tensors as small as these, threads do nothing but wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(autouse=True)
 def no_gradients():
     with torch.no_grad():

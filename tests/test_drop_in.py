@@ -23,14 +23,6 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
 LAYOUTS = {"constant": 2, "shared": 3, "groups": 4}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def for_every_channel(tensor: Tensor, batch: int, d: int, seqlen: int) -> Tensor:
     """B or C in any layout -> (b, d, n, l)."""
     if tensor.ndim == 2:

@@ -25,12 +25,8 @@ SIZES = {"d_model": 6, "d_state": 3, "dt_rank": 2, "event_time": True}
 
 
 @pytest.fixture(autouse=True)
-def same_random_numbers_and_one_thread():
+def same_random_numbers_in_every_run():
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def random_block(**changes) -> MambaBlock:

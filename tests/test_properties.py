@@ -29,15 +29,6 @@ few, many = (
 VOCABULARY = 11
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On tensors as small as these, threads do nothing but wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @functools.cache
 def random_model(scan: str = "auto") -> Mamba:
     """Random in every parameter, in float64: what differs from its judge by 1e-9 is wrong."""

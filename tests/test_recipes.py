@@ -22,12 +22,8 @@ from mamba import SCANS, Mamba, MambaBlock, MambaConfig
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_one_seed():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def same_random_numbers_in_every_run():
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 def randomised(module: nn.Module) -> nn.Module:

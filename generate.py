@@ -140,6 +140,8 @@ def stream(
         raise ValueError(f"vocab_size must be in [1, {model.config.vocab_size}], got {vocab_size}")
     if eos_token_id is not None and not 0 <= eos_token_id < vocab_size:
         raise ValueError(f"eos_token_id must be None or in [0, {vocab_size}), got {eos_token_id}")
+    if model.config.event_time:
+        raise ValueError("generation knows no times: call model.step, with time_steps, yourself")
     check_prompt(vocab_size, input_ids, mask)
     batch, device = len(input_ids), input_ids.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)

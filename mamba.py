@@ -519,14 +519,17 @@ class MambaBlock(nn.Module):
 
         mask:      (b, l) bool, False on the left padding of a batch of unequal prompts.
         reset:     (b, l) bool, True where a new document starts: nothing crosses that point.
-        time_steps: (b, l), not negative: the time since the event before, in any unit. Only with
-                   MambaConfig(event_time=True), and then always.
+        time_steps: (b, l), finite and not negative: the time since the event before, in a unit in
+                   which a typical one is about 1. Only with MambaConfig(event_time=True), and then
+                   always. The first has no effect without a state; padding may have any.
         internals: a list; this call appends {x, dt, delta, A, B, C}. They give the state at every
                    token: run the loop of `scan_sequential` on them, from the same start state,
                    with the same rule and reset.
                    (With event time x is Δ x, delta is Δ_A, and the rule "dirac".)
 
-        Raises ValueError for shapes that do not fit and for a mask that is not left padding.
+        Raises ValueError for shapes that do not fit, for a mask that is not left padding, and for
+        time_steps that are missing, not wanted, negative or not finite (a look at numbers that is
+        left out on a GPU and under torch.compile).
         """
         check_block_inputs(self.config, u, 3, state, mask=mask, reset=reset)
         check_time_steps(self.config, u, time_steps)
@@ -639,13 +642,15 @@ class MambaBlock(nn.Module):
     ## written. But Δ says both. Event time splits it in two (arXiv 2411.12603): Ā = exp(Δ_A A) with
     ## Δ_A = the time that has passed, times a rate of the channel, softplus(dt_A_bias); and the
     ## event adds Δ_t B_t x_t at once, whatever the interval. That is rule "dirac" on the impulses
-    ## v = Δ x, so every scan can do it. An interval of 0 forgets nothing: two events at one time.
+    ## v = Δ x, so every scan can do it. Δ -> 0 still adds nothing, but no longer keeps the past:
+    ## time alone decides that. An interval of 0 forgets nothing: two events at one time. (Their
+    ## order still shows, because the convolution counts events and not time.)
 
     def at_events(self, x: Tensor, dt: Tensor, time_steps: Tensor) -> tuple[Tensor, Tensor]:
         """x and dt (..., d), time_steps (...) -> Δ x and Δ_A, (..., d)."""
         delta = F.softplus(at_least_float32(dt) + self.dt_proj.bias)
         rate = F.softplus(at_least_float32(self.dt_A_bias))
-        return delta * x, at_least_float32(time_steps).unsqueeze(-1) * rate
+        return delta * x, time_steps.to(rate.dtype).unsqueeze(-1) * rate
 
     def init_state(self, batch: int) -> MambaState:
         """The state before the first token: zeros."""
@@ -1298,8 +1303,8 @@ def check_block_inputs(
 
 def check_time_steps(config: MambaConfig, u: Tensor, time_steps: Tensor | None) -> None:
     if (time_steps is not None) != config.event_time:
-        expected = "time_steps, for its" if config.event_time else "no time_steps, for a"
-        raise ValueError(f"this model takes {expected} config has event_time={config.event_time}")
+        expected = "time_steps" if config.event_time else "no time_steps"
+        raise ValueError(f"this model takes {expected}: its config has {config.event_time=}")
     if time_steps is None:
         return
     shape = u.shape[:-1]
@@ -1310,8 +1315,8 @@ def check_time_steps(config: MambaConfig, u: Tensor, time_steps: Tensor | None) 
         )
     # A look at numbers makes the CPU wait for a GPU, and breaks a compiled graph.
     if time_steps.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not (time_steps >= 0).all():
-            raise ValueError(f"time_steps must not be negative or NaN, got {time_steps.min()}")
+        if not ((time_steps >= 0) & time_steps.isfinite()).all():
+            raise ValueError("time_steps must be finite and not negative: one of them is not")
 
 
 def check_left_padding(mask: Tensor, start: MambaState) -> None:

@@ -41,7 +41,7 @@ def selective_scan_fn(
     (b, n, l), the same for all channels, or (b, g, n, l), the same for d / g channels side by side,
     or (d, n), constant in time. Raises ValueError for shapes that do not fit and for complex A.
     """
-    check(u, delta, A, B, C, z)
+    check(u, delta, A, B, C, D, z, delta_bias)
     x, delta, z = u.mT, delta.mT, None if z is None else z.mT  # (b, l, d) from here on
     if B.ndim == 2 or C.ndim == 2:
         y, h = scan_state_by_state(x, delta, A, B, C, delta_bias, delta_softplus)
@@ -102,16 +102,21 @@ def for_every_state(tensor: Tensor, d: int) -> Tensor:
     return tensor.permute(2, 0, 3, 1).repeat_interleave(d // tensor.shape[1], dim=-1)
 
 
-def check(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> None:
-    """What has other axes here than in `selective_scan`, which checks the rest."""
+def check(u, delta, A, B, C, D, z, delta_bias) -> None:
+    """All shapes, in the layouts of this file; dtypes are left to `selective_scan`."""
     if A.is_complex():
         raise ValueError("A is complex: complex states are not implemented, take a real A")
+    if not u.is_floating_point():
+        raise ValueError(f"u must be real and of a float dtype, got {u.dtype}")
     if u.ndim != 3 or A.ndim != 2 or len(A) != u.shape[1]:
         raise ValueError(f"need u (b, d, l) and A (d, n), got {tuple(u.shape)}, {tuple(A.shape)}")
     for name, tensor in (("delta", delta), ("z", z)):
         if tensor is not None and tensor.shape != u.shape:
             raise ValueError(f"{name} must be {tuple(u.shape)}, as u is, got {tuple(tensor.shape)}")
     (b, d, seqlen), n = u.shape, A.shape[1]
+    for name, tensor in (("D", D), ("delta_bias", delta_bias)):
+        if tensor is not None and tensor.shape != (d,):
+            raise ValueError(f"{name} must be {(d,)}, got {tuple(tensor.shape)}")
     for name, tensor in (("B", B), ("C", C)):
         shape = tuple(tensor.shape)
         groups = shape[1] if len(shape) == 4 and shape[1] > 0 else 1
@@ -125,8 +130,10 @@ def check(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, z: Tensor |
 class Mixer(nn.Module):
     """A MambaBlock where transformers has its MambaMixer, with the weights of that one.
 
-    For training and for prompts, padded on the left or not at all. It keeps no cache: call the
-    model with use_cache=False. Raises ValueError for a cache and for a width that does not fit.
+    For training and for prompts, padded on the left or not at all. (For padding on the right leave
+    the mask out: a causal model does not see it.) It keeps no cache: call the model with
+    use_cache=False. In the host's state_dict the weights stand under "mixer.block". Raises
+    ValueError for a cache, padding on the right, another activation or a width that does not fit.
     """
 
     def __init__(self, mixer: nn.Module) -> None:
@@ -143,6 +150,9 @@ class Mixer(nn.Module):
         )  # fmt: skip
         self.block = MambaBlock(config).to(mixer.in_proj.weight)
         self.block.load_state_dict(mixer.state_dict())
+        for name, parameter in mixer.named_parameters():
+            self.block.get_parameter(name).requires_grad_(parameter.requires_grad)
+        self.train(mixer.training)
 
     def forward(
         self, hidden_states: Tensor, cache_params: object = None,

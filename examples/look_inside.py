@@ -60,7 +60,8 @@ def states(
     """h after every token, (b, l, d, n). The last one is the state that the model returns.
 
     inside is one layer's entry of `internals`; h0 (b, d, n) is that layer's state before the first
-    token, None for zeros; rule and reset are those of the call. float32, or float64.
+    token, None for zeros; rule and reset are those of the call (with event time "dirac", and x is
+    then Δ x). float32, or float64.
     """
     h, hs = 0 if h0 is None else h0, []
     for A_bar, B_bar, x, _ in steps(inside, rule, reset, slice(None)):

@@ -153,13 +153,16 @@ def test_the_output_has_the_dtype_of_u_and_the_state_is_float32(B):
         ({"C": torch.zeros(2, 3, 3, 7)}, r"C must be .*divisor of 4"),
         ({"delta": torch.zeros(2, 7, 4)}, r"delta must be \(2, 4, 7\).*got \(2, 7, 4\)"),
         ({"z": torch.zeros(2, 4, 6)}, r"z must be \(2, 4, 7\)"),
-        ({"D": torch.zeros(3)}, "D must have shape"),
+        ({"D": torch.zeros(5)}, r"D must be \(4,\)"),
+        ({"delta_bias": torch.zeros(8)}, r"delta_bias must be \(4,\)"),
+        ({"u": torch.zeros(2, 4, 7, dtype=torch.int64)}, "float dtype"),
     ],
-    ids=["complex", "A", "B", "groups", "delta", "z", "D"],
+    ids=["complex", "A", "B", "groups", "delta", "z", "D", "bias", "integers"],
 )
 def test_what_does_not_fit_is_named(change, words):
-    with pytest.raises(ValueError, match=words):
-        selective_scan_fn(**(make_inputs(7) | change))
+    for B in ("shared", "constant"):
+        with pytest.raises(ValueError, match=words):
+            selective_scan_fn(**(make_inputs(7, B) | change))
 
 
 ## ================================================================================================
@@ -215,6 +218,15 @@ def test_padding_on_the_left_changes_nothing_with_a_bias_either():
     padded = model(ids, use_cache=False, attention_mask=mask).logits[:, 4:]
     alone = model(ids[:, 4:], use_cache=False).logits
     assert torch.allclose(padded, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_what_was_frozen_stays_frozen_and_the_mode_is_kept():
+    mixer = transformers_model().eval().backbone.layers[0].mixer
+    mixer.A_log.requires_grad_(False)
+    ours = Mixer(mixer)
+    assert not ours.training
+    frozen = [name for name, p in ours.block.named_parameters() if not p.requires_grad]
+    assert frozen == ["A_log"]
 
 
 def test_the_mixer_refuses_what_it_has_not():

@@ -135,6 +135,16 @@ def test_no_time_forgets_nothing_and_a_long_time_everything():
     assert after[1e6].abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.bfloat16])
+def test_times_of_any_dtype_leave_the_state_float32(dtype):
+    model, ids = random_model(), torch.randint(11, (1, 4))
+    times = torch.tensor([[0, 1, 2, 4]])
+    expected, _ = model(ids, model.init_state(1), time_steps=times.float())
+    logits, state = model(ids, model.init_state(1), time_steps=times.to(dtype))
+    assert state.h.dtype == logits.dtype == torch.float32
+    assert torch.equal(logits, expected)
+
+
 def test_two_events_at_one_time_add_up():
     """In an empty interval the state is a sum, whatever the order of what is added."""
     block = random_block(d_conv=1)
@@ -177,9 +187,10 @@ def test_the_internals_give_the_state_under_the_rule_dirac():
         ({}, torch.ones(2, 5), r"\(2, 4\).*got.*\(2, 5\)"),
         ({}, torch.ones(2, 4, dtype=torch.bool), "real numbers.*bool"),
         ({}, torch.tensor([[1.0, 2, -3, 4]] * 2), "negative"),
-        ({}, torch.full((2, 4), torch.nan), "NaN"),
+        ({}, torch.full((2, 4), torch.nan), "finite"),
+        ({}, torch.full((2, 4), torch.inf), "finite"),
     ],
-    ids=["missing", "unwanted", "shape", "bool", "negative", "NaN"],
+    ids=["missing", "unwanted", "shape", "bool", "negative", "NaN", "infinity"],
 )
 def test_time_steps_that_do_not_fit_are_refused(changes, time_steps, words):
     model = Mamba(MambaConfig(**{**SIZES, "vocab_size": 11, **changes}))
@@ -187,7 +198,7 @@ def test_time_steps_that_do_not_fit_are_refused(changes, time_steps, words):
     with pytest.raises(ValueError, match=words):
         model(ids, time_steps=time_steps)
     of_step = None if time_steps is None else time_steps.mT.flatten()[-2:]
-    if words.startswith("takes") or words == "NaN":
+    if words.startswith("takes") or words == "finite":
         with pytest.raises(ValueError, match=words):
             model.step(ids[:, 0], model.init_state(2), time_steps=of_step)
 
@@ -195,7 +206,7 @@ def test_time_steps_that_do_not_fit_are_refused(changes, time_steps, words):
 def test_generation_without_times_is_refused_and_never_fused():
     model = random_model()
     assert not generate.can_fuse(model)
-    with pytest.raises(ValueError, match="takes time_steps"):
+    with pytest.raises(ValueError, match=r"model\.step"):
         next(generate.stream(model, torch.zeros(1, 2, dtype=torch.long)))
 
 

@@ -262,9 +262,9 @@ class Mamba(nn.Module):
     ) -> Tensor | tuple[Tensor, MambaState]:  # fmt: skip
         """(b, l) ids -> logits (b, l, padded_vocab_size); with a state, (logits, next state).
 
-        mask, reset, time_steps, internals: as in `MambaBlock.forward`, for all layers. ValueError:
-        ids of the wrong shape or type; IndexError for an id that has no row, on the CPU only: to
-        look at ids on a GPU would make the CPU wait for it.
+        mask, reset, time_steps, internals: as in `MambaBlock.forward`, for all layers. Raises what
+        that raises; ValueError for ids of the wrong shape or type; IndexError for an id that has no
+        row, on the CPU only: to look at ids on a GPU would make the CPU wait for it.
         """
         start = self.init_state(len(input_ids)) if state is None else state
         options = {"mask": mask, "reset": reset, "time_steps": time_steps, "internals": internals}
@@ -521,7 +521,7 @@ class MambaBlock(nn.Module):
         reset:     (b, l) bool, True where a new document starts: nothing crosses that point.
         time_steps: (b, l), finite and not negative: the time since the event before, in a unit in
                    which a typical one is about 1. Only with MambaConfig(event_time=True), and then
-                   always. The first has no effect without a state; padding may have any.
+                   always. The first has no effect without a state, nor have those of padding.
         internals: a list; this call appends {x, dt, delta, A, B, C}. They give the state at every
                    token: run the loop of `scan_sequential` on them, from the same start state,
                    with the same rule and reset.
@@ -708,7 +708,7 @@ def decay_and_scale(delta: Tensor, A: Tensor, rule: str) -> tuple[Tensor, Tensor
     if rule == "bilinear":
         half = delta * A / 2
         return (1 + half) / (1 - half), delta / (1 - half)
-    # exp(ΔA). PyTorch's exp2 is never slower than its exp, and on some CPUs eight times faster.
+    # exp(ΔA), by exp2: on one CPU that we measured PyTorch's exp took eight times as long.
     A_bar = torch.exp2(delta * (A * LOG2_E))
     if rule == "mamba":
         return A_bar, delta
@@ -932,10 +932,10 @@ def scan_chunked(
 
 ## 4. Recomputation. -------------------------------------------------------------------------------
 ## Training keeps what the backward pass needs. Of the loop or the chunks above, that is several
-## tensors of (b, l, d, n), each n times as large as x. But all of it can
-## be computed again from the state at the start of a chunk. So: one chunk after the other, keep
-## only the h between them, and let the backward pass run each chunk again before it differentiates
-## it (section 3.3.2 does the same on a GPU).
+## tensors of (b, l, d, n), each n times as large as x. But all of it can be computed again from the
+## state at the start of a chunk. So: one chunk after the other, keep only the h between them, and
+## let the backward pass run each chunk again before it differentiates it (section 3.3.2 does the
+## same on a GPU).
 ##
 ## The gradient of (2a) is a recurrence of the same kind, from the end to the start. With G_t the
 ## gradient with respect to h_t, from y_t and from h_{t+1}:

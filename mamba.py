@@ -232,7 +232,7 @@ class Mamba(nn.Module):
                 "norm_f": RMSNorm(config.d_model, config.norm_eps),
             }
         )
-        self.lm_head = Linear(config.d_model, config.padded_vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
         if not embedding.is_meta:  # shapes without numbers have nothing to initialise
             self.reset_parameters()
         self.tie_weights()
@@ -458,16 +458,16 @@ class MambaBlock(nn.Module):
         super().__init__()
         self.config = config
         d, n, rank = config.d_inner, config.d_state, config.dt_rank
-        self.in_proj = Linear(config.d_model, 2 * d, bias=config.bias)
+        self.in_proj = nn.Linear(config.d_model, 2 * d, bias=config.bias)
         # It holds the filters; causal_conv applies them, with the past in the place of padding.
         self.conv1d = nn.Conv1d(d, d, config.d_conv, groups=d, bias=config.conv_bias)
-        self.x_proj = Linear(d, rank + 2 * n, bias=False)
+        self.x_proj = nn.Linear(d, rank + 2 * n, bias=False)
         self.dt_proj = DeltaProjection(rank, d)
         self.A_log = nn.Parameter(torch.empty(d, n))
         self.D = nn.Parameter(torch.empty(d))
         if config.event_time:
             self.dt_A_bias = nn.Parameter(torch.empty(d))
-        self.out_proj = Linear(d, config.d_model, bias=config.bias)
+        self.out_proj = nn.Linear(d, config.d_model, bias=config.bias)
         if not self.D.is_meta:
             self.reset_parameters()
 
@@ -1139,33 +1139,6 @@ def triton_takes(rule: str, *tensors: Tensor | None) -> bool:
 ## ================================================================================================
 
 
-class Linear(nn.Linear):
-    """nn.Linear, but one row on a CPU, as in `step`, is shared out between the threads.
-
-    Tools that look for nn.Linear itself, as torch.ao's quantize_dynamic does, pass it by.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear: x (..., columns), weight (rows, columns) -> (..., rows)."""
-    rows, columns = weight.shape
-    one_row = x.device.type == "cpu" and x.dtype == torch.float32
-    one_row = one_row and x.shape[-1] == columns == x.numel() > 0
-    if not one_row or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return F.linear(x, weight, bias)
-    threads = math.gcd(rows, torch.get_num_threads())
-    ## A matrix times a vector is a matter of reading the matrix. Libraries do it in one thread,
-    ## which cannot read as fast as memory can deliver. Several products they do side by side: as
-    ## many equal parts of the rows as the threads allow.
-    parts = weight.view(threads, rows // threads, columns).mT
-    y = torch.bmm(x.view(1, 1, columns).expand(threads, 1, columns), parts)
-    y = y.view(*x.shape[:-1], rows)
-    return y if bias is None else y + bias.to(y.dtype)
-
-
 class DeltaProjection(nn.Linear):
     """A Linear whose bias is left to the caller, who adds it in float32.
 
@@ -1175,7 +1148,7 @@ class DeltaProjection(nn.Linear):
     """
 
     def forward(self, low_rank: Tensor) -> Tensor:
-        return linear(low_rank, self.weight)
+        return F.linear(low_rank, self.weight)
 
 
 def causal_conv(

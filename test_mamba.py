@@ -875,24 +875,6 @@ def test_a_compiled_model_is_the_model_and_is_compiled_whole(device):
     assert_close("h", after.h, wanted.h, 1e-5)
 
 
-@pytest.mark.parametrize("rows", [6, 7])
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_one_row_on_a_cpu_is_shared_out_between_threads_and_gives_the_same_product(rows, with_bias):
-    weight, bias = torch.randn(rows, 5), torch.randn(rows) if with_bias else None
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)  # rows are divided in two, if they can be
-    try:
-        for shape in ((1, 5), (5,), (1, 1, 5), (2, 5), (0, 5)):
-            x = torch.randn(shape)
-            with torch.no_grad():
-                actual = mamba.linear(x, weight, bias)
-            expected = torch.nn.functional.linear(x, weight, bias)
-            assert actual.shape == expected.shape
-            assert torch.allclose(actual, expected, rtol=1e-6, atol=1e-6)
-    finally:
-        torch.set_num_threads(threads)
-
-
 class BytesWritten(TorchDispatchMode):
     """Counts the bytes of every tensor that any operation returns, in forward and backward."""
 

@@ -127,6 +127,14 @@ def test_without_a_network_the_published_model_is_one_sentence(fresh):
     assert "the Hub is out of reach" in sentence
 
 
+def test_a_model_that_ignores_the_time_between_events_is_far_worse(fresh):
+    (cell,) = (cell for cell in code_cells(fresh) if "trained(kind)(" in cell.source)
+    errors = {kind: float(e) for kind, e in re.findall(r"error, (.+?) +([\d.]+)", printed(cell))}
+    assert set(errors) == {"event time", "gaps as input", "no times"}, printed(cell)
+    assert errors["event time"] < 0.2 * errors["no times"], errors
+    assert errors["gaps as input"] < 0.5 * errors["no times"], errors
+
+
 @pytest.mark.parametrize("which", ["committed", "fresh"])
 def test_the_outputs_say_nothing_about_the_machine(which, request):
     """No warnings, paths, dates or times of day; no metadata but the kernel's name."""

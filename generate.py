@@ -299,7 +299,7 @@ def fused_step(model: Mamba, token_ids: Tensor, state: MambaState) -> Tensor:
             conv_weight=block.conv1d.weight, conv_bias=block.conv1d.bias,
             x_proj=block.x_proj.weight, dt_proj=block.dt_proj.weight, dt_bias=block.dt_proj.bias,
             A_log=block.A_log, D=block.D, out_proj=block.out_proj.weight,
-            out_bias=block.out_proj.bias, rule=model.config.rule,
+            out_bias=block.out_proj.bias, rule=model.config.rule, overlap=True,
         )  # fmt: skip
     norm = model.backbone.norm_f
     return triton_scan.linear_step(u, model.lm_head.weight, norm=norm.weight, eps=norm.eps)
@@ -428,17 +428,20 @@ class ColumnLayer:
 class ColumnStep:
     """`model.step` for one sequence on a CPU: token ids (1,) in, logits (1, padded_vocab_size) out.
 
-    What is the same for all tokens, such as A, it computes once: `is_current` is False when the
-    model has been trained since. It changes its state in place.
+    What is the same for all tokens, such as A, it computes once. `is_current` is False when the
+    weights have changed since, as far as PyTorch notes that: not for what is changed in place
+    through `.data` or by a fused optimizer. It changes its state in place.
     """
 
+    @torch.inference_mode(False)  # its state will be written to outside of that mode as well
+    @torch.no_grad()
     def __init__(self, model: Mamba, state: MambaState) -> None:
         layers = model.backbone.layers
         self.layers = [ColumnLayer(layer, state[i]) for i, layer in enumerate(layers)]
         self.embed, self.norm = model.embed, model.backbone.norm_f
         self.lm_head = Columns(model.lm_head.weight)
-        self.parameters = [p for p in model.parameters() if not p.is_inference()]
-        self.versions = [p._version for p in self.parameters]
+        self.parameters = list(model.parameters())
+        self.versions = self.read_versions()
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         u = self.embed(token_ids).squeeze(0)
@@ -447,7 +450,11 @@ class ColumnStep:
         return self.lm_head(rms_norm(u, self.norm)).unsqueeze(0)
 
     def is_current(self) -> bool:
-        return self.versions == [p._version for p in self.parameters]
+        return self.versions == self.read_versions()
+
+    def read_versions(self) -> list[tuple[int, int]]:
+        parameters = self.parameters
+        return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
 
     def state(self) -> MambaState:
         states = [
@@ -490,11 +497,11 @@ def by_columns(model: Mamba, state: MambaState) -> Iterator[Callable[[Tensor], T
     columns: ColumnStep | None = None
 
     def step(token_ids: Tensor) -> Tensor:
-        nonlocal columns
+        nonlocal columns, state
+        if columns is not None and not columns.is_current():
+            state, columns = columns.state(), None
         if columns is None:
             columns = ColumnStep(model, state)
-        elif not columns.is_current():
-            columns = ColumnStep(model, columns.state())
         return columns(token_ids)
 
     yield step

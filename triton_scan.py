@@ -1619,9 +1619,9 @@ def causal_conv_triton(
 ## cores have enough to do. They read tiles straight from memory, so that the norm cannot be applied
 ## on the way and is a fifth kernel.
 ##
-## A kernel need not wait for the one before with everything: it can load its weights already. From
-## Hopper on a GPU can start a kernel while the last one runs (programmatic dependent launch). Ours
-## load their first weights and then wait: 0.26 ms a token in place of 0.34.
+## A kernel need not wait for the one before with everything. From Hopper on a GPU can start a
+## kernel while the last one runs (programmatic dependent launch). Ours load what no other kernel of
+## this token writes, weights, window and state, and then wait: 0.21 ms a token in place of 0.34.
 
 
 @triton.jit
@@ -1635,57 +1635,72 @@ def wait_for_the_kernel_before(OVERLAP: tl.constexpr):
 def linear_step_kernel(
     x, weight, bias, norm, conv, conv_weight, conv_bias, residual, out,
     batch, rows, d_inner, eps, x_b, conv_b, conv_d, conv_j,
-    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr,
-    W: tl.constexpr, HAS_BIAS: tl.constexpr, NORM: tl.constexpr, CONV: tl.constexpr,
-    HAS_CONV_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, FAST: tl.constexpr, OVERLAP: tl.constexpr,
+    COLUMNS: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    BATCH: tl.constexpr, W: tl.constexpr, HAS_BIAS: tl.constexpr, NORM: tl.constexpr,
+    CONV: tl.constexpr, HAS_CONV_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, FAST: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """out (b, rows) = f(weight norm(x) + bias) + residual: some rows of the weight, some of x.
+    """out (parts, b, rows) = f(weight norm(x) + bias) + residual: some rows of both matrices.
 
-    A program computes ROWS x BATCH numbers of out and goes through BLOCK columns at a time. x_b and
-    conv_b, conv_d, conv_j are strides.
+    A program computes ROWS x BATCH numbers of out, BLOCK columns at a time; if BATCH is above 1,
+    from PART columns only. x_b and conv_b, conv_d, conv_j are strides.
     """
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     b = (tl.program_id(1) * BATCH + tl.arange(0, BATCH)).to(tl.int64)
-    k = tl.arange(0, BLOCK)
+    first = 0
+    if BATCH > 1:
+        first = tl.program_id(2) * PART
+    k = first + tl.arange(0, BLOCK)
     m_r, m_b = r < rows, b < batch
+    m_out = m_b[:, None] & m_r[None, :]
+    o_out = (tl.program_id(2) * batch + b)[:, None] * rows + r[None, :]
+    ## What no other kernel of this token writes is loaded before the wait.
     weight += r.to(tl.int64)[:, None] * COLUMNS + k[None, :]
-    x += b[:, None] * x_b + k[None, :]
     if BATCH == 1:
         b_weight = tl.load(weight, mask=m_r[:, None] & (k < COLUMNS)[None, :], other=0.0)
-    wait_for_the_kernel_before(OVERLAP)
+    if HAS_BIAS:
+        b_bias = tl.load(bias + r, mask=m_r, other=0.0).to(tl.float32)
     if CONV:
         ## The part of the convolution that is known already, and the window moves on.
-        m_x = m_b[:, None] & (r < d_inner)[None, :]
+        m_d = r < d_inner
+        m_x = m_b[:, None] & m_d[None, :]
         window = conv + b[:, None] * conv_b + r[None, :] * conv_d
         pre = tl.zeros([BATCH, ROWS], tl.float32)
         for j in tl.static_range(W - 1):
-            w = tl.load(conv_weight + r * W + j, mask=r < d_inner, other=0.0).to(tl.float32)
+            w = tl.load(conv_weight + r * W + j, mask=m_d, other=0.0).to(tl.float32)
             pre += tl.load(window + j * conv_j, mask=m_x, other=0.0).to(tl.float32) * w[None, :]
+        last_w = tl.load(conv_weight + r * W + W - 1, mask=m_d, other=0.0).to(tl.float32)
         if HAS_CONV_BIAS:
-            pre += tl.load(conv_bias + r, mask=r < d_inner, other=0.0).to(tl.float32)[None, :]
+            pre += tl.load(conv_bias + r, mask=m_d, other=0.0).to(tl.float32)[None, :]
         tl.debug_barrier()  # some lanes have copies of a channel: all have read, then one writes
         for j in tl.static_range(W - 2):
             later = tl.load(window + (j + 1) * conv_j, mask=m_x)
             tl.store(window + j * conv_j, later, mask=m_x)
+    wait_for_the_kernel_before(OVERLAP)
+    if RESIDUAL:
+        b_residual = tl.load(residual + o_out, mask=m_out, other=0.0).to(tl.float32)
+    x += b[:, None] * x_b + k[None, :]
     if BATCH == 1:
-        ## A matrix times a vector: lanes multiply and add, and are summed at the end.
-        products, squares = tl.zeros([ROWS, BLOCK], tl.float32), tl.zeros([1, BLOCK], tl.float32)
+        ## A matrix times a vector: lanes multiply and add, each for the eight numbers that it loads
+        ## at once, and are summed at the end.
+        SUMS: tl.constexpr = BLOCK // 8
+        products, squares = tl.zeros([ROWS, SUMS], tl.float32), tl.zeros([1, SUMS], tl.float32)
         for start in tl.static_range(0, COLUMNS, BLOCK):
             m_k = start + k < COLUMNS
             b_x = tl.load(x + start, mask=m_k[None, :], other=0.0).to(tl.float32)
             if start > 0:
                 b_weight = tl.load(weight + start, mask=m_r[:, None] & m_k[None, :], other=0.0)
             if NORM:
-                squares += b_x * b_x
+                squares += tl.sum(tl.reshape(b_x * b_x, [1, SUMS, 8]), 2)
                 b_x *= tl.load(norm + start + k, mask=m_k, other=0.0).to(tl.float32)[None, :]
-            products += b_weight.to(tl.float32) * b_x
+            products += tl.sum(tl.reshape(b_weight.to(tl.float32) * b_x, [ROWS, SUMS, 8]), 2)
         result = tl.sum(products, 1)[None, :]
         if NORM:
             result = result / tl.sqrt(tl.sum(squares, 1) / COLUMNS + eps)[:, None]
     else:
         ## A matrix times a matrix: tensor cores.
         result = tl.zeros([BATCH, ROWS], tl.float32)
-        for start in tl.range(0, COLUMNS, BLOCK, num_stages=4):
+        for start in tl.range(0, PART, BLOCK, num_stages=4):
             m_k = start + k < COLUMNS
             b_x = tl.load(x + start, mask=m_b[:, None] & m_k[None, :], other=0.0)
             b_weight = tl.load(weight + start, mask=m_r[:, None] & m_k[None, :], other=0.0)
@@ -1693,19 +1708,17 @@ def linear_step_kernel(
                 b_x, b_weight = b_x.to(tl.float32), b_weight.to(tl.float32)
             result = tl.dot(b_x, tl.trans(b_weight), result, input_precision="ieee")
     if HAS_BIAS:
-        result += tl.load(bias + r, mask=m_r, other=0.0).to(tl.float32)[None, :]
+        result += b_bias[None, :]
     if CONV:
         raw = result.to(conv.dtype.element_ty)
-        w = tl.load(conv_weight + r * W + W - 1, mask=r < d_inner, other=0.0).to(tl.float32)
-        pre += raw.to(tl.float32) * w[None, :]
+        pre += raw.to(tl.float32) * last_w[None, :]
         result = tl.where(m_x, pre * sigmoid(pre, FAST), result)
         if W > 1:
             tl.debug_barrier()
             tl.store(window + (W - 2) * conv_j, raw, mask=m_x)
-    o_out, mask = b[:, None] * rows + r[None, :], m_b[:, None] & m_r[None, :]
     if RESIDUAL:
-        result += tl.load(residual + o_out, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + o_out, result.to(out.dtype.element_ty), mask=mask)
+        result += b_residual
+    tl.store(out + o_out, result.to(out.dtype.element_ty), mask=m_out)
 
 
 @triton.jit
@@ -1724,10 +1737,13 @@ def norm_step_kernel(
 @triton.jit
 def state_step_kernel(
     xz, low_rank, dt_weight, dt_bias, A_log, D, h, y, d_inner, d_state, rank,
-    CHANNELS: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr,
+    CHANNELS: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr,
     DIRAC: tl.constexpr, FAST: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """y (b, d) = the gated output; the next h in the place of h. One row, some channels."""
+    """y (b, d) = the gated output; the next h in the place of h. One row, some channels.
+
+    low_rank (parts, b, rank + 2 n): the sum over parts is x_proj's product.
+    """
     i_b = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     n, r, m = tl.arange(0, N), tl.arange(0, RANK), c < d_inner
@@ -1738,16 +1754,19 @@ def state_step_kernel(
     b_A2 = exp2(b_A2 * LOG2E, FAST) * -LOG2E
     b_bias = tl.load(dt_bias + c, mask=m, other=0.0).to(tl.float32)
     b_D = tl.load(D + c, mask=m, other=0.0).to(tl.float32)
-    wait_for_the_kernel_before(OVERLAP)
     h += i_b * d_inner * d_state + o_n
     b_h = tl.load(h, mask=m_n, other=0.0)
+    wait_for_the_kernel_before(OVERLAP)
     xz += i_b * 2 * d_inner + c
     b_x = tl.load(xz, mask=m, other=0.0).to(tl.float32)
     b_z = tl.load(xz + d_inner, mask=m, other=0.0).to(tl.float32)
-    low_rank += i_b * (rank + 2 * d_state)
-    b_low = tl.load(low_rank + r, mask=r < rank, other=0.0)
-    b_B = tl.load(low_rank + rank + n, mask=n < d_state, other=0.0)
-    b_C = tl.load(low_rank + rank + d_state + n, mask=n < d_state, other=0.0)
+    b_low = tl.zeros([RANK], tl.float32)
+    b_B, b_C = tl.zeros([N], tl.float32), tl.zeros([N], tl.float32)
+    for part in tl.static_range(PARTS):
+        low = low_rank + (part * tl.num_programs(1) + i_b) * (rank + 2 * d_state)
+        b_low += tl.load(low + r, mask=r < rank, other=0.0)
+        b_B += tl.load(low + rank + n, mask=n < d_state, other=0.0)
+        b_C += tl.load(low + rank + d_state + n, mask=n < d_state, other=0.0)
     b_dt = tl.sum(b_weight.to(tl.float32) * b_low[None, :], 1) + b_bias
     b_delta, _ = softplus(b_dt, True, FAST)
     b_v = b_x
@@ -1760,10 +1779,13 @@ def state_step_kernel(
 
 
 @functools.cache
-def overlap_options(device: torch.device) -> dict:
-    """Programmatic dependent launch, where the GPU has it."""
+def overlap_options(device: torch.device, overlap: bool = True) -> dict:
+    """Programmatic dependent launch, where the GPU has it.
+
+    overlap False: this kernel starts after the one before, but lets the next one start early.
+    """
     if FAST and torch.cuda.get_device_capability(device) >= (9, 0):
-        return {"OVERLAP": True, "launch_pdl": True}
+        return {"OVERLAP": True, "launch_pdl": overlap}
     return {"OVERLAP": False}
 
 
@@ -1778,14 +1800,12 @@ def step_tile(rows: int, columns: int, batch: int, size: int, epilogue: bool) ->
         while ROWS > 1 and rows * batch < 2 * PROCESSORS * ROWS:
             ROWS //= 2
         numbers = 4096 if columns < 2048 else 8192
-        return ROWS, 1, min(triton.next_power_of_2(columns), numbers // ROWS)
+        return ROWS, 1, min(max(8, triton.next_power_of_2(columns)), numbers // ROWS)
     # One program for a processor if possible; the convolution needs registers.
     ROWS = 32 if epilogue else 64
     BATCH = min(64, max(16, triton.next_power_of_2(batch)))
     while ROWS > 16 and ceil_div(rows, ROWS) * ceil_div(batch, BATCH) < PROCESSORS:
         ROWS //= 2
-    while BATCH > 16 and ceil_div(rows, ROWS) * ceil_div(batch, BATCH) < PROCESSORS // 3:
-        BATCH //= 2
     BLOCK = 64 if ROWS == 64 else 128 if columns < 2048 else 256
     return ROWS, BATCH, min(BLOCK * 2 // size, max(16, triton.next_power_of_2(columns)))
 
@@ -1793,7 +1813,8 @@ def step_tile(rows: int, columns: int, batch: int, size: int, epilogue: bool) ->
 def linear_step(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, norm: Tensor | None = None,
     eps: float = 1e-5, conv: tuple[Tensor, Tensor, Tensor | None] | None = None,
-    residual: Tensor | None = None, dtype: torch.dtype | None = None,
+    residual: Tensor | None = None, dtype: torch.dtype | None = None, parts: int = 1,
+    overlap: bool = True,
 ) -> Tensor:  # fmt: skip
     """conv(weight RMSNorm(x) + bias) + residual: x (b, columns or more) -> (b, rows), in dtype.
 
@@ -1801,28 +1822,37 @@ def linear_step(
     move on, and the filters (rows / 2, 1, W) and bias for the first half of the rows, with SiLU.
     residual: (b, rows). dtype None: the weight's. x has stride 1 along its columns, and the
     weight's dtype unless there is a norm; weight and residual are contiguous, else ValueError.
+
+    parts: more programs where a weight has few rows. Each takes a part of the columns; the result
+    is the sum of the (parts, b, rows) that are returned. Above 4 sequences only, and without the
+    arguments before it.
+
+    overlap: it may start while the kernel before runs. With conv this must then be an ordinary one,
+    or one that started after the windows' last use had ended.
     """
     batch, (rows, columns) = len(x), weight.shape
     if x.stride(1) != 1 or x.shape[1] < columns or not weight.is_contiguous():
         raise ValueError(f"need x (b, {columns} or more) in rows, and a contiguous weight")
     if residual is not None and not residual.is_contiguous():
         raise ValueError("residual must be contiguous")
-    ROWS, BATCH, BLOCK = step_tile(rows, columns, batch, weight.element_size(), conv is not None)
+    part, size = ceil_div(columns, parts), weight.element_size()
+    ROWS, BATCH, BLOCK = step_tile(rows, part, batch, size, conv is not None)
     if BATCH > 1 and norm is not None:
         x = norm_step(x, norm, eps)
-    out = x.new_empty((batch, rows), dtype=dtype or weight.dtype)
+    out = x.new_empty((parts, batch, rows), dtype=dtype or weight.dtype)
     window, conv_weight, conv_bias = conv or (x.new_empty(0, 0, 0), x, None)
     missing = lambda tensor: x if tensor is None else tensor  # noqa: E731
     with device_of(x):
-        linear_step_kernel[(ceil_div(rows, ROWS), ceil_div(batch, BATCH))](
+        linear_step_kernel[(ceil_div(rows, ROWS), ceil_div(batch, BATCH), parts)](
             x, weight, missing(bias), missing(norm), window, conv_weight, missing(conv_bias),
             missing(residual), out, batch, rows, rows // 2, eps, x.stride(0), *window.stride(),
-            COLUMNS=columns, BLOCK=BLOCK, ROWS=ROWS, BATCH=BATCH, W=window.shape[-1] + 1,
+            COLUMNS=columns, PART=BLOCK * ceil_div(part, BLOCK), BLOCK=BLOCK, ROWS=ROWS,
+            BATCH=BATCH, W=window.shape[-1] + 1,
             HAS_BIAS=bias is not None, NORM=norm is not None, CONV=conv is not None,
             HAS_CONV_BIAS=conv_bias is not None, RESIDUAL=residual is not None, FAST=FAST,
-            num_warps=4, **overlap_options(x.device),
+            num_warps=4, **overlap_options(x.device, overlap),
         )  # fmt: skip
-    return out
+    return out if parts > 1 else out[0]
 
 
 def norm_step(u: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -1840,12 +1870,14 @@ def block_step_triton(
     u: Tensor, conv: Tensor, h: Tensor, *, norm: Tensor, eps: float,
     in_proj: Tensor, in_bias: Tensor | None, conv_weight: Tensor, conv_bias: Tensor | None,
     x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor,
-    out_proj: Tensor, out_bias: Tensor | None, rule: str = "mamba",
+    out_proj: Tensor, out_bias: Tensor | None, rule: str = "mamba", overlap: bool = False,
 ) -> Tensor:  # fmt: skip
     """`step` of mamba.py's ResidualBlock: u (b, d_model) -> u (b, d_model), no gradients.
 
     conv (b, d, W - 1), of any strides, and h (b, d, n) float32 are changed in place. The weights
     are those of the block and of one dtype; rule "mamba" or "dirac". All but conv are contiguous.
+    overlap: conv and h are read while the kernel before may still run, so since their last use an
+    ordinary kernel must have run, as the lookup of the embedding does in every step of a model.
     Raises ValueError for another rule and for other strides.
     """
     if rule not in RULES:
@@ -1854,14 +1886,18 @@ def block_step_triton(
         raise ValueError("u, h and the weights must be contiguous")
     batch, (d_inner, d_state), rank = len(u), A_log.shape, dt_proj.shape[1]
     window = (conv, conv_weight, conv_bias)
-    xz = linear_step(u, in_proj, in_bias, norm=norm, eps=eps, conv=window)
-    low_rank = linear_step(xz, x_proj, dtype=torch.float32)
-    y = xz.new_empty(batch, d_inner)
+    xz = linear_step(u, in_proj, in_bias, norm=norm, eps=eps, conv=window, overlap=overlap)
+    small = batch <= SMALL_BATCH
+    parts = 1 if small else 2
+    low_rank = linear_step(xz, x_proj, dtype=torch.float32, parts=parts)
+    y, RANK = xz.new_empty(batch, d_inner), triton.next_power_of_2(rank)
+    CHANNELS = 16 if small or RANK > 64 else 32
+    warps = 2 if small else max(1, CHANNELS * RANK // 2048)
     with device_of(u):
-        state_step_kernel[(ceil_div(d_inner, 16), batch)](
+        state_step_kernel[(ceil_div(d_inner, CHANNELS), batch)](
             xz, low_rank, dt_proj, dt_bias, A_log, D, h, y, d_inner, d_state, rank,
-            CHANNELS=16, N=triton.next_power_of_2(d_state), RANK=triton.next_power_of_2(rank),
-            DIRAC=rule == "dirac", FAST=FAST, num_warps=1, **overlap_options(u.device),
+            CHANNELS=CHANNELS, N=triton.next_power_of_2(d_state), RANK=RANK, PARTS=parts,
+            DIRAC=rule == "dirac", FAST=FAST, num_warps=warps, **overlap_options(u.device),
         )  # fmt: skip
     return linear_step(y, out_proj, out_bias, residual=u, dtype=u.dtype)
 

@@ -228,6 +228,34 @@ def test_every_layer_has_its_own_state():
         assert_close(f"conv of layer {i}", state[i].conv, expected[i].conv, 1e-5)
 
 
+def weights_of(layer: mamba.ResidualBlock) -> dict:
+    block = layer.mixer
+    return {
+        "norm": layer.norm.weight, "eps": layer.norm.eps,
+        "in_proj": block.in_proj.weight, "in_bias": None,
+        "conv_weight": block.conv1d.weight, "conv_bias": block.conv1d.bias,
+        "x_proj": block.x_proj.weight, "dt_proj": block.dt_proj.weight,
+        "dt_bias": block.dt_proj.bias, "A_log": block.A_log, "D": block.D,
+        "out_proj": block.out_proj.weight, "out_bias": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", [1, 6])
+def test_a_block_steps_on_with_nothing_between_the_steps(batch):
+    """A kernel reads the state before the last one has ended: not if that one writes the state."""
+    layer = small_model(rule="mamba").backbone.layers[0]
+    inputs = normal(100 if GPU else 3, batch, 8)
+    state, expected = (layer.mixer.init_state(batch) for _ in range(2))
+    outs = [
+        triton_scan.block_step_triton(u, state.conv, state.h, **weights_of(layer)) for u in inputs
+    ]
+    for u, out in zip(inputs, outs, strict=True):
+        wanted, expected = layer.step(u, expected)
+        assert_close("u", out, wanted, 1e-5)
+    assert_close("h", state.h, expected.h, 1e-5)
+    assert_close("conv", state.conv, expected.conv, 1e-5)
+
+
 @pytest.mark.parametrize("stream_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("batch", [1, 6])
 def test_the_residual_stream_keeps_its_dtype(batch, stream_dtype):
@@ -236,15 +264,7 @@ def test_the_residual_stream_keeps_its_dtype(batch, stream_dtype):
     u = 1000 * torch.randn(batch, 8, generator=torch.Generator().manual_seed(2))
     u = u.to(DEVICE, stream_dtype)
     state = block.init_state(batch)
-    options = {
-        "norm": layer.norm.weight, "eps": layer.norm.eps,
-        "in_proj": block.in_proj.weight, "in_bias": None,
-        "conv_weight": block.conv1d.weight, "conv_bias": block.conv1d.bias,
-        "x_proj": block.x_proj.weight, "dt_proj": block.dt_proj.weight,
-        "dt_bias": block.dt_proj.bias, "A_log": block.A_log, "D": block.D,
-        "out_proj": block.out_proj.weight, "out_bias": None,
-    }  # fmt: skip
-    out = triton_scan.block_step_triton(u, state.conv, state.h, **options)
+    out = triton_scan.block_step_triton(u, state.conv, state.h, **weights_of(layer))
     assert out.dtype == stream_dtype
     if stream_dtype == torch.float32:
         expected, _ = copy.deepcopy(layer).double().step(u.double(), block.init_state(batch))
@@ -305,7 +325,7 @@ def normal(*shape: int, seed: int = 0, dtype=torch.float32) -> Tensor:
 
 
 # Rows of the weight, rows of x, columns: what step_tile chooses, and tiles with borders everywhere.
-ROW_BY_ROW = {"the tile that is chosen": None, "8 rows, 4 columns": (8, 1, 4), "whole": (32, 1, 32)}
+ROW_BY_ROW = {"the tile that is chosen": None, "8 rows, 8 columns": (8, 1, 8), "whole": (32, 1, 32)}
 MATRICES = {"the tile that is chosen": None, "16 rows of x": (16, 16, 16), "32": (32, 32, 32)}
 PRODUCTS = [(batch, tile) for batch in (1, 3) for tile in ROW_BY_ROW.values()]
 PRODUCTS += [(5, tile) for tile in MATRICES.values()] + [(19, (16, 16, 16))]
@@ -349,6 +369,17 @@ def test_a_product_is_of_the_first_columns_of_wider_rows(batch, normed):
     weight = normal(21, 18, seed=1)
     actual = triton_scan.linear_step(both, weight, norm=norm)
     assert_close("out", actual, product(both, weight, norm=norm)[0], 1e-6)
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize("columns", [1, 16, 40, 100])
+def test_the_parts_of_a_product_sum_up_to_it(parts, columns):
+    """Also where the columns end in the middle of a part, or before it."""
+    x, weight = inside_nan(normal(6, columns)), inside_nan(normal(21, columns, seed=1))
+    with poisoned():
+        actual = triton_scan.linear_step(x, weight, parts=parts)
+    assert actual.shape == (parts, 6, 21)
+    assert_close("out", actual.sum(0), product(x, weight)[0], 1e-6)
 
 
 @pytest.mark.parametrize("batch", [1, 6])

@@ -465,7 +465,7 @@ class ColumnStep:
 
 def rms_norm(u: Tensor, norm: mamba.RMSNorm) -> Tensor:
     u = u.float()
-    return u * (u.dot(u) / len(u) + norm.eps).rsqrt() * norm.weight
+    return u * norm.weight / math.sqrt(u.dot(u).item() / len(u) + norm.eps)
 
 
 def add(x: Tensor, bias: Tensor | None) -> Tensor:

@@ -1827,7 +1827,7 @@ def linear_step(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, norm: Tensor | None = None,
     eps: float = 1e-5, conv: tuple[Tensor, Tensor, Tensor | None] | None = None,
     residual: Tensor | None = None, dtype: torch.dtype | None = None, parts: int = 1,
-    overlap: bool = True,
+    overlap: bool | None = None,
 ) -> Tensor:  # fmt: skip
     """conv(weight RMSNorm(x) + bias) + residual: x (b, columns or more) -> (b, rows), in dtype.
 
@@ -1837,21 +1837,25 @@ def linear_step(
     weight's dtype unless there is a norm; weight and residual are contiguous, else ValueError.
 
     parts: more programs where a weight has few rows. Each takes a part of the columns; the result
-    is the sum of the (parts, b, rows) that are returned. Above 4 sequences only, and without the
-    arguments before it.
+    is the sum of the (parts, b, rows) that are returned. For more than 4 sequences, and without
+    bias, norm, conv and residual; else ValueError.
 
-    overlap: it may start while the kernel before runs. With conv this must then be an ordinary one,
-    or one that started after the windows' last use had ended.
+    overlap: it may start while the kernel before runs; None: unless there are windows. With them
+    that kernel must be an ordinary one, or have started after the windows' last use had ended.
     """
     batch, (rows, columns) = len(x), weight.shape
     if x.stride(1) != 1 or x.shape[1] < columns or not weight.is_contiguous():
         raise ValueError(f"need x (b, {columns} or more) in rows, and a contiguous weight")
     if residual is not None and not residual.is_contiguous():
         raise ValueError("residual must be contiguous")
+    alone = all(argument is None for argument in (bias, norm, conv, residual))
+    if parts > 1 and not (batch > SMALL_BATCH and alone):
+        raise ValueError(f"parts are for more than {SMALL_BATCH} sequences, and a product alone")
     part, size = ceil_div(columns, parts), weight.element_size()
     ROWS, BATCH, BLOCK = step_tile(rows, part, batch, size, conv is not None)
     if BATCH > 1 and norm is not None:
         x = norm_step(x, norm, eps)
+    overlap = conv is None if overlap is None else overlap
     out = x.new_empty((parts, batch, rows), dtype=dtype or weight.dtype)
     window, conv_weight, conv_bias = conv or (x.new_empty(0, 0, 0), x, None)
     missing = lambda tensor: x if tensor is None else tensor  # noqa: E731

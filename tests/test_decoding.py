@@ -382,6 +382,13 @@ def test_the_parts_of_a_product_sum_up_to_it(parts, columns):
     assert_close("out", actual.sum(0), product(x, weight)[0], 1e-6)
 
 
+def test_parts_are_refused_where_there_are_none():
+    x, weight = normal(6, 9), normal(21, 9)
+    for rows, given in ((4, {}), (6, {"bias": normal(21)}), (6, {"residual": normal(6, 21)})):
+        with pytest.raises(ValueError, match="parts are for more than 4 sequences"):
+            triton_scan.linear_step(x[:rows], weight, parts=2, **given)
+
+
 @pytest.mark.parametrize("batch", [1, 6])
 @pytest.mark.parametrize("short", [torch.bfloat16, torch.float16])
 def test_a_product_of_short_floats_is_summed_in_float32_and_has_the_dtype_asked_for(batch, short):

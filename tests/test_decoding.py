@@ -371,6 +371,12 @@ def test_a_product_is_of_the_first_columns_of_wider_rows(batch, normed):
     assert_close("out", actual, product(both, weight, norm=norm)[0], 1e-6)
 
 
+@pytest.mark.parametrize("columns", [1, 3, 8, 9])
+def test_a_product_with_few_columns_is_one_as_well(columns):
+    x, weight = inside_nan(normal(2, columns)), inside_nan(normal(21, columns, seed=1))
+    assert_close("out", triton_scan.linear_step(x, weight), product(x, weight)[0], 1e-6)
+
+
 @pytest.mark.parametrize("parts", [2, 3])
 @pytest.mark.parametrize("columns", [1, 16, 40, 100])
 def test_the_parts_of_a_product_sum_up_to_it(parts, columns):
@@ -454,7 +460,7 @@ def test_tiles_are_powers_of_two_within_what_a_processor_has(processors, monkeyp
                     ROWS, BATCH, BLOCK = tile
                     assert BLOCK < 2 * max(columns, 16), f"{case}: columns that are not there"
                     if batch <= 4:
-                        assert BATCH == 1 and ROWS <= 16, case
+                        assert BATCH == 1 and ROWS <= 16 and BLOCK >= 8, case
                         assert ROWS * BLOCK <= 8192, f"{case}: more than the registers hold"
                     else:
                         assert min(tile) >= 16, f"{case}: tensor cores want 16"

@@ -472,10 +472,10 @@ def add(x: Tensor, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias
 
 
-## The copy takes as long as a dozen tokens, and as much memory as the model. So it is made where
-## there is more to come, made for one generation and dropped with it.
+## The copy takes as long as some dozen tokens, most of it to get the memory, as much as the model's.
+## So it is made where there is more to come, made for one generation and dropped with it.
 
-COPY_FOR_TOKENS = 32
+COPY_FOR_TOKENS = 64
 COPY_AT_MOST = 4 * 2**30  # bytes
 
 

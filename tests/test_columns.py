@@ -255,7 +255,7 @@ def test_delta_has_float32_digits_at_every_size(bias):
 ## ================================================================================================
 
 
-def can_copy(model: Mamba, batch: int = 1, tokens: int = 32) -> bool:
+def can_copy(model: Mamba, batch: int = 1, tokens: int = 64) -> bool:
     return generate.can_copy(model, model.init_state(batch), tokens)
 
 
@@ -270,7 +270,7 @@ def test_one_sequence_of_some_length_is(changes, dtype):
 def test_two_sequences_and_short_ones_are_not():
     model = small_model()
     assert can_copy(model, batch=2) is False
-    assert can_copy(model, tokens=31) is False
+    assert can_copy(model, tokens=63) is False
 
 
 def test_other_dtypes_are_not():
@@ -293,7 +293,7 @@ def test_a_model_that_takes_too_much_memory_is_not(changes, monkeypatch):
 
 
 def test_a_model_elsewhere_is_not():
-    assert generate.can_copy(small_model().to("meta"), random_state(small_model()), 32) is False
+    assert generate.can_copy(small_model().to("meta"), random_state(small_model()), 64) is False
 
 
 def test_a_model_with_a_hook_is_not_while_it_has_it():

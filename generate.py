@@ -134,7 +134,8 @@ def stream(
 
     vocab_size: ids from here on are never sampled. The model's rows beyond the tokenizer's last
         token only pad; None trusts the model's configuration to know how many there are.
-    seed: None draws from torch's global generator, an integer from one of this call's own.
+    seed: None draws from torch's global generator, an integer from one of this call's own. The
+        same seed and the same arguments give the same tokens.
     mask: (batch, seqlen) bool, False on left padding.
 
     All arguments are checked when the first token is asked for. Raises ValueError for values out
@@ -181,8 +182,9 @@ def stream(
             logits = step(token_ids)
 
 
-## `model.step` is for every device, and for reading. Where the model is what it seems, the steps of
-## the next two sections compute the same, and faster: on a GPU, and on a CPU for one sequence.
+## `model.step` is for every device, and for reading. For a model of our modules only (`is_our_own`)
+## the steps of the next two sections compute the same, and faster: on a GPU, and on a CPU for one
+## sequence. The same up to rounding: with short floats a seed may lead to another text.
 
 
 def continuing(
@@ -190,7 +192,7 @@ def continuing(
 ) -> contextlib.AbstractContextManager[Callable[[Tensor], Tensor]]:
     """A function that feeds tokens (batch,) to the model and returns logits, from this state on.
 
-    It will be called for so many tokens at most.
+    tokens: how many will be asked for in all; it will be called for fewer.
     """
     if can_record(model):
         return by_graph(model, state)
@@ -213,6 +215,7 @@ def is_our_own(model: Mamba) -> bool:
     """Whether it is made of our modules only, and does nothing else.
 
     A hook, an adapter or a quantised weight may do anything, and other steps would pass it by.
+    (Hooks on all modules at once, such as those that count operations, are not looked for.)
     """
     own = {Mamba, mamba.ResidualBlock, mamba.MambaBlock, mamba.RMSNorm, mamba.DeltaProjection}
     own |= {nn.ModuleDict, nn.ModuleList, nn.Embedding, nn.Conv1d, nn.Linear}
@@ -246,7 +249,8 @@ class StepGraph:
     """`model.step` for one batch size, recorded as a CUDA graph: token ids in, logits out.
 
     It reads the parameters where they lie: changes in place, as optimisers make them, count from
-    the next token on. It does not keep the model.
+    the next token on; parameters put in their place count from the next generation on. It does not
+    keep the model.
     """
 
     @torch.inference_mode(False)  # its buffers will be written to outside of that mode as well
@@ -302,7 +306,9 @@ def fused_step(model: Mamba, token_ids: Tensor, state: MambaState) -> Tensor:
             out_bias=block.out_proj.bias, rule=model.config.rule, overlap=True,
         )  # fmt: skip
     norm = model.backbone.norm_f
-    return triton_scan.linear_step(u, model.lm_head.weight, norm=norm.weight, eps=norm.eps)
+    return triton_scan.linear_step(
+        u, model.lm_head.weight, norm=norm.weight, eps=norm.eps, overlap=True
+    )
 
 
 def can_fuse(model: Mamba) -> bool:
@@ -334,13 +340,14 @@ graphs: weakref.WeakKeyDictionary[Mamba, tuple[Any, StepGraph]] = weakref.WeakKe
 @contextlib.contextmanager
 def by_graph(model: Mamba, state: MambaState) -> Iterator[Callable[[Tensor], Tensor]]:
     batch = state.h.shape[1]
-    weights = [(p.data_ptr(), p.dtype) for p in model.parameters()]
-    key = (batch, repr(model.config), weights)
     graph: StepGraph | None = None
+    key: Any = None
 
     def step(token_ids: Tensor) -> Tensor:
-        nonlocal graph
+        nonlocal graph, key
         if graph is None:
+            weights = [(p.data_ptr(), p.dtype) for p in model.parameters()]
+            key = (batch, repr(model.config), weights)
             last_key, last = graphs.pop(model, (None, None))
             graph = last if last_key == key else StepGraph(model, batch)
             graph.load(state)
@@ -358,22 +365,30 @@ def by_graph(model: Mamba, state: MambaState) -> Iterator[Callable[[Tensor], Ten
 ## ================================================================================================
 ##
 ## On a CPU, too, a token costs the time to read every weight once: 517 MB for 130m in float32, 10
-## ms at 50 GB/s. PyTorch's product of a matrix and one vector takes four times as long. It goes
-## along the rows of the matrix, each a sum of its own, and in one thread. But a product is also
+## ms at 50 GB/s. PyTorch's product of a matrix and one vector takes four times as long in float32,
+## where its routine runs in one thread, and twice as long in bfloat16. That is not the fault of the
+## product. But it is also, with the columns of W,
 ##
 ##     W x  =  x_1 (column 1)  +  x_2 (column 2)  +  ...
 ##
-## the sum of the columns, weighted by x. For weighted sums of the rows of a table PyTorch has a
-## fast function, made for models that look up many embeddings at a time. With the columns of W as
-## the rows of its table it reads them nearly as fast as memory delivers.
+## and for weighted sums of the rows of a table PyTorch has a fast function, made for models that
+## look up many embeddings at a time. With the columns of W as the rows of its table it reads them
+## nearly as fast as memory delivers (on the x86 processors with AVX-512 that we measured).
+##
+## Long columns are cut into pieces, so that the sum of a piece stays in registers and each thread
+## has pieces of its own. For 40 rows, 3 columns and pieces of 16 the table is (3 pieces x 3, 16):
+##
+##     its rows  0 1 2    rows  0-15 of the columns 0 1 2       one bag: y[0:16]
+##               3 4 5    rows 16-31                            one bag: y[16:32]
+##               6 7 8    rows 32-39, filled up with zeros      one bag: y[32:48], cut at 40
+##
+## A bag is what embedding_bag sums up. Its weights are x, the same for every bag.
 
 
 class Columns:
     """A copy of a weight (rows, columns) that is quick to multiply with one vector."""
 
     def __init__(self, weight: Tensor) -> None:
-        # Pieces of the columns, as many for each thread. The first pieces of all columns are one
-        # block of memory, and so on; their sum stays in registers.
         self.rows, columns = weight.shape
         threads = torch.get_num_threads() if weight.numel() >= WORTH_THREADS else 1
         self.pieces = threads * math.ceil(self.rows / (threads * LONGEST_PIECE))
@@ -382,7 +397,7 @@ class Columns:
         for piece, rows in zip(table, weight.split(length), strict=False):
             piece[:, : len(rows)].copy_(rows.T)
         self.table = table.view(-1, length)
-        self.ids = torch.arange(len(self.table), dtype=torch.int32)
+        self.ids = torch.arange(len(self.table), dtype=torch.int32, device=weight.device)
         self.starts = self.ids[::columns].contiguous()
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -392,7 +407,7 @@ class Columns:
         return y.view(-1)[: self.rows].float()
 
 
-LONGEST_PIECE = 448  # 28 vector registers of 16 numbers
+LONGEST_PIECE = 448  # 28 vector registers of 16 numbers (AVX-512)
 WORTH_THREADS = 2**18  # to wake a thread takes as long as to multiply so many numbers
 
 
@@ -428,9 +443,10 @@ class ColumnLayer:
 class ColumnStep:
     """`model.step` for one sequence on a CPU: token ids (1,) in, logits (1, padded_vocab_size) out.
 
-    What is the same for all tokens, such as A, it computes once. `is_current` is False when the
-    weights have changed since, as far as PyTorch notes that: not for what is changed in place
-    through `.data` or by a fused optimizer. It changes its state in place.
+    What is the same for all tokens, such as A, it computes once. It changes its state in place.
+    `is_current` is False when weights have changed since, as far as PyTorch notes that: not for
+    what is changed in place through `.data`, by a fused optimizer or in parameters that were made
+    in inference mode, nor for a module that is replaced.
     """
 
     @torch.inference_mode(False)  # its state will be written to outside of that mode as well
@@ -440,7 +456,7 @@ class ColumnStep:
         self.layers = [ColumnLayer(layer, state[i]) for i, layer in enumerate(layers)]
         self.embed, self.norm = model.embed, model.backbone.norm_f
         self.lm_head = Columns(model.lm_head.weight)
-        self.parameters = list(model.parameters())
+        self.owners = [module._parameters for module in model.modules() if module._parameters]
         self.versions = self.read_versions()
 
     def __call__(self, token_ids: Tensor) -> Tensor:
@@ -453,10 +469,10 @@ class ColumnStep:
         return self.versions == self.read_versions()
 
     def read_versions(self) -> list[tuple[int, int]]:
-        parameters = self.parameters
-        return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
+        weights = (p for owner in self.owners for p in owner.values() if p is not None)
+        return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in weights]
 
-    def state(self) -> MambaState:
+    def read_state(self) -> MambaState:
         states = [
             MambaState(layer.past.T.unsqueeze(0), layer.h.unsqueeze(0)) for layer in self.layers
         ]
@@ -472,11 +488,12 @@ def add(x: Tensor, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias
 
 
-## The copy takes as long as some dozen tokens, most of it to get the memory, as much as the model's.
-## So it is made where there is more to come, made for one generation and dropped with it.
+## The copy takes as long as some dozen tokens, most of it to get the memory, as much as the model
+## has. So it is made where there is more to come. It is not kept: weights change between
+## generations, and a second copy of every model that ever spoke would stay in memory.
 
 COPY_FOR_TOKENS = 64
-COPY_AT_MOST = 4 * 2**30  # bytes
+COPY_AT_MOST = 4 * 2**30  # bytes; larger models take model.step
 
 
 def can_copy(model: Mamba, state: MambaState, tokens: int) -> bool:
@@ -499,7 +516,7 @@ def by_columns(model: Mamba, state: MambaState) -> Iterator[Callable[[Tensor], T
     def step(token_ids: Tensor) -> Tensor:
         nonlocal columns, state
         if columns is not None and not columns.is_current():
-            state, columns = columns.state(), None
+            state, columns = columns.read_state(), None
         if columns is None:
             columns = ColumnStep(model, state)
         return columns(token_ids)
@@ -877,7 +894,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--top-p", type=float, default=0.95, metavar="P", help="1 is off")
     add("--min-p", type=float, default=0.0, metavar="P", help="0 is off")
     add("--repetition-penalty", type=float, default=1.0, metavar="R", help="1 is off")
-    add("--seed", type=int, metavar="S", help="the same seed, the same text")
+    add("--seed", type=int, metavar="S", help="the same seed and options, the same text")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", type=available_device, default=device)
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "float64"))

@@ -188,7 +188,7 @@ def check_step(model: Mamba) -> None:
     for i, token_ids in enumerate(random_ids(model, 5, 1)):
         logits = step(token_ids)
         expected, expected_state = exact.step(token_ids, expected_state)
-        state = step.state()
+        state = step.read_state()
         assert logits.dtype == state.h.dtype == torch.float32
         for name, *pair in (
             ("logits", logits, expected),
@@ -205,7 +205,7 @@ def test_a_state_that_was_asked_for_stays_what_it_is(small_pieces):
     ids = random_ids(model, 3, 1)
     step = generate.ColumnStep(model, random_state(model))
     step(ids[0])
-    state = step.state()
+    state = step.read_state()
     before = state.clone()
     expected, _ = model.step(ids[1], before)
     assert_close("logits", step(ids[1]), expected, 1e-5)
@@ -247,7 +247,7 @@ def test_delta_has_float32_digits_at_every_size(bias):
     step = generate.ColumnStep(model, start)
     step(ids)
     _, expected = copy.deepcopy(model).double().step(ids, start.map(Tensor.double))
-    assert_close("h", step.state().h, expected.h, 1e-5)
+    assert_close("h", step.read_state().h, expected.h, 1e-5)
 
 
 ## ================================================================================================
@@ -454,6 +454,15 @@ def with_other_numbers(model: Mamba) -> None:
     model.lm_head.weight.data = -model.lm_head.weight.data
 
 
+def with_another_matrix(model: Mamba) -> None:
+    model.lm_head.weight = nn.Parameter(-model.lm_head.weight)
+
+
+def assigned(model: Mamba) -> None:
+    weights = {name: -tensor for name, tensor in model.state_dict().items()}
+    model.load_state_dict(weights, assign=True)
+
+
 CHANGES = {
     "a step of SGD": trained_by(torch.optim.SGD, lr=1.0),
     "a step of AdamW": trained_by(torch.optim.AdamW, lr=0.05),
@@ -462,6 +471,8 @@ CHANGES = {
     "neg_ in inference mode": negated_in_inference_mode,
     "load_state_dict": loaded,
     ".data =": with_other_numbers,
+    "another Parameter": with_another_matrix,
+    "load_state_dict, assign": assigned,
 }
 
 

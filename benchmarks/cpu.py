@@ -38,8 +38,8 @@ train    256 x 4, vocabulary 1000, one row, float32: forward, cross-entropy and 
          it, after a warm-up on 16 tokens: what the tensors cost with what malloc cannot reuse.
          Linux only, and eager only, since compiling has a peak of its own.
 context  128 x 4, vocabulary 256: the time of token number t, by `step`, and by running the whole
-         prefix again. All steps are run; a time is the median of the last tenth before t, or of
-         the last five, and of five runs of the prefix. One thread, as in generate.py.
+         prefix again. All tokens are run through; then the states before each t take one step in
+         turns, 1000 times, and the prefixes 5 times: medians. One thread, as in generate.py.
 load     is benchmarks/load.py, which this runs.
 """
 
@@ -482,28 +482,39 @@ def measure_context(options: argparse.Namespace) -> list[dict[str, Any]]:
     ids = random_ids(min(max(points), LONGEST_PREFIX), model)
     state, token_ids = model.init_state(1), ids[:, 0]
     torch.set_num_threads(1)
-    rows, times = [], []
+    kept = {}  # token: what comes before it
     for t in range(1, max(points) + 1):
-        begun = time.perf_counter()
+        if t in points:
+            kept[t] = token_ids, state
         logits, state = model.step(token_ids, state)
         token_ids = logits.argmax(-1)
-        times.append(1000 * (time.perf_counter() - begun))
-        if t not in points:
-            continue
-        row: dict[str, Any] = {
-            "token": t, "step_ms": statistics.median(times[-max(5, t // 10) :]),
-            "state_bytes": sum(x.untyped_storage().nbytes() for x in vars(state).values()),
-        }  # fmt: skip
-        if t <= LONGEST_PREFIX:
-            again = []
-            for _ in range(5):
+
+    def step(t: int) -> None:
+        logits, _ = model.step(*kept[t])
+        logits.argmax(-1)
+
+    def prefix_again(t: int) -> None:
+        u, _ = model.features(ids[:, :t], model.init_state(1))
+        model.lm_head(u[:, -1]).argmax(-1)
+
+    def in_turns(run: Callable[[int], None], tokens: list[int], rounds: int) -> dict[int, float]:
+        """Medians in ms. The machine's speed changes within seconds: it must not favour a token."""
+        times: dict[int, list[float]] = {t: [] for t in tokens}
+        for _ in range(rounds):
+            for t in tokens:
                 begun = time.perf_counter()
-                u, _ = model.features(ids[:, :t], model.init_state(1))
-                model.lm_head(u[:, -1]).argmax(-1)
-                again.append(1000 * (time.perf_counter() - begun))
-            row["prefix_ms"] = statistics.median(again)
-        print(f"token {t:,}: {row['step_ms']:.2f} ms", file=sys.stderr)
-        rows.append(row)
+                run(t)
+                times[t].append(1000 * (time.perf_counter() - begun))
+        return {t: statistics.median(own) for t, own in times.items()}
+
+    steps = in_turns(step, points, 1000)
+    prefixes = in_turns(prefix_again, [t for t in points if t <= LONGEST_PREFIX], 5)
+    rows: list[dict[str, Any]] = []
+    for t in points:
+        size = sum(x.untyped_storage().nbytes() for x in vars(kept[t][1]).values())
+        rows.append({"token": t, "step_ms": steps[t], "state_bytes": size})
+        if t in prefixes:
+            rows[-1]["prefix_ms"] = prefixes[t]
     torch.set_num_threads(options.threads)
     return rows
 

@@ -20,9 +20,10 @@ transformers has a choice of scans: eager it loops over time, compiled it uses P
 associative_scan; both are its defaults.
 
 decode   130m (768 x 24, vocabulary 50280), batch 1: time of a token. Ours is `stream` of
-         generate.py; transformers is its forward with cache_params, which is what its `generate`
-         runs, without what that adds; mambapy is its `step`. All take the most probable token, but
-         for one row of ours, which samples as the command line does by default.
+         generate.py, without the copy of the weights that it makes before its second token;
+         transformers is its forward with cache_params, which is what its `generate` runs, without
+         what that adds; mambapy is its `step`. All take the most probable token, but for one row of
+         ours, which samples as the command line does by default.
          Limit: the bytes of all weights, each read once for a token, over the bandwidth of the
          faster of two reads, the sum and the matrix-vector product of a matrix of 512 MiB.
 prefill  130m, one prompt, float32: until the logits of its last position are there. Ours includes

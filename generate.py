@@ -8,7 +8,8 @@
     print(generate(model, tokenizer, "Mamba is the", temperature=0.7, seed=1))
 
 From the outside in: `generate` (text in, text out) -> `stream` (ids in, ids out, one at a time) ->
-`sample` (logits in, ids out) -> the tokenizers -> the checks -> the command line.
+`prefill` (the prompt) -> the steps on a GPU and on a CPU -> `sample` (logits in, ids out) -> the
+tokenizers -> the checks -> the command line.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from __future__ import annotations
 import argparse
 import codecs
 import contextlib
+import copy
+import functools
 import itertools
 import math
 import os
+import platform
 import re
 import signal
 import sys
@@ -153,7 +157,7 @@ def stream(
     if model.config.event_time:
         raise ValueError("generation knows no times: call model.step, with time_steps, yourself")
     check_prompt(vocab_size, input_ids, mask)
-    batch, device = len(input_ids), input_ids.device
+    batch, device, on_gpu = len(input_ids), input_ids.device, input_ids.is_cuda
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     finished = torch.zeros(batch, dtype=torch.bool, device=device)
     # What the prompt contains. Padding is marked in a column of its own, which is cut off.
@@ -161,12 +165,12 @@ def stream(
     seen = torch.zeros(batch, vocab_size + 1, dtype=torch.bool, device=device)
     seen = seen.scatter_(1, real_ids.long(), True)[:, :vocab_size]
 
-    u, state = model.features(input_ids, model.init_state(batch), mask=mask)
-    # Of a long prompt's logits, (batch, seqlen, vocabulary), only the last are wanted.
-    logits = model.lm_head(u[:, -1])
+    logits, state = prefill(model, input_ids, mask)
     with continuing(model, state, max_new_tokens) as step:
         for count in range(1, max_new_tokens + 1):
             logits = logits[:, :vocab_size]
+            if count == 1 or not on_gpu:  # a GPU would have to be waited for
+                check_logits(logits)
             if repetition_penalty != 1:
                 logits = penalize_repetition(logits, seen, repetition_penalty)
             token_ids = sample(logits, generator=generator, **cuts)
@@ -183,7 +187,7 @@ def stream(
 
 
 ## `model.step` is for every device, and for reading. For a model of our modules only (`is_our_own`)
-## the steps of the next two sections compute the same, and faster: on a GPU, and on a CPU for one
+## two others compute the same, and faster: "The step on a GPU", and "The step on a CPU" for one
 ## sequence. The same up to rounding: with short floats a seed may lead to another text.
 
 
@@ -229,6 +233,98 @@ def is_our_own(model: Mamba) -> bool:
             for module in model.modules()
         )
     )
+
+
+## ================================================================================================
+## The prompt
+## ================================================================================================
+##
+## A part of the prompt leaves a state behind, and the next part goes on from there. So a long
+## prompt is read in parts, and needs the memory of one. (Attention can read in parts as well, but
+## has to keep all that it has read.)
+##
+## The time goes into matrix products, and for those PyTorch has two libraries on a CPU. nn.Linear
+## calls MKL, which keeps its AVX-512 routines for Intel's processors. On AMD's the other, oneDNN,
+## is twice as fast; PyTorch calls it for convolutions. And a Linear is a convolution of width 1,
+## over an image in which each pixel is a token and its colours are the d_in numbers of u. So there
+## the two large products of every layer are computed as convolutions.
+
+
+def prefill(
+    model: Mamba, input_ids: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, MambaState]:
+    """input_ids (batch, seqlen) -> (batch, padded_vocab_size), the last position's logits; state.
+
+    What `model(input_ids, model.init_state(batch), mask=mask)` returns, up to rounding, without
+    the logits of the other positions. mask: as in `stream`.
+    """
+    batch, on_cpu = len(input_ids), input_ids.device.type == "cpu"
+    length = max(1, (CPU_READS if on_cpu else GPU_READS) // batch)
+    parts = input_ids.split(length, dim=1)
+    masks = [None] * len(parts) if mask is None else mask.split(length, dim=1)
+    state = model.init_state(batch)
+    reader = by_convolution(model) if can_convolve(model, batch * input_ids.shape[1]) else model
+    for ids, part_mask in zip(parts, masks, strict=True):
+        u, state = reader.features(ids, state, mask=part_mask)
+    return model.lm_head(u[:, -1]), state
+
+
+CPU_READS, GPU_READS = 1024, 8192  # tokens of all rows in a part; more are not faster
+WORTH_CONVOLUTION = 128  # tokens; oneDNN first copies the weights into an order of its own
+
+
+class Convolution(nn.Module):
+    """An nn.Linear, with the very same parameters, as a convolution of width 1."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, u: Tensor) -> Tensor:
+        image = u.reshape(1, -1, 1, u.shape[-1]).permute(0, 3, 1, 2)  # (1, d_in, tokens, 1)
+        image = F.conv2d(image, self.weight[:, :, None, None], self.bias)
+        return image.permute(0, 2, 3, 1).reshape(*u.shape[:-1], -1)
+
+
+def by_convolution(model: Mamba) -> Mamba:
+    """A model of the same parameters, in which in_proj and out_proj of all layers are convolutions.
+
+    Nothing is copied: to train the one is to train the other.
+    """
+
+    def but_with(module: nn.Module, **children: nn.Module) -> Any:
+        twin = copy.copy(module)
+        twin._modules = module._modules | children
+        return twin
+
+    layers = nn.ModuleList()
+    for layer in model.backbone.layers:
+        block = layer.mixer
+        in_proj, out_proj = Convolution(block.in_proj), Convolution(block.out_proj)
+        layers.append(but_with(layer, mixer=but_with(block, in_proj=in_proj, out_proj=out_proj)))
+    return but_with(model, backbone=but_with(model.backbone, layers=layers))
+
+
+def can_convolve(model: Mamba, tokens: int) -> bool:
+    """Whether that is faster: not everywhere, Intel's processors lose up to two thirds by it."""
+    weights = list(model.parameters())
+    return (
+        all(p.device.type == "cpu" and p.dtype == torch.float32 for p in weights)
+        and tokens >= WORTH_CONVOLUTION
+        and torch.get_num_threads() > 1  # PyTorch gives oneDNN no convolution of one thread
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and is_amd()
+        and is_our_own(model)
+    )
+
+
+@functools.cache
+def is_amd() -> bool:
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:  # not on Linux
+        return "AuthenticAMD" in platform.processor()
 
 
 ## ================================================================================================
@@ -416,7 +512,7 @@ class ColumnLayer:
 
     def __init__(self, layer: mamba.ResidualBlock, state: MambaState) -> None:
         block = layer.mixer
-        self.norm, self.rule, self.A = layer.norm, block.config.rule, block.A
+        self.norm, self.rule = layer.norm, block.config.rule
         self.in_proj, self.in_bias = Columns(block.in_proj.weight), block.in_proj.bias
         self.x_proj, self.dt_proj = Columns(block.x_proj.weight), Columns(block.dt_proj.weight)
         self.out_proj, self.out_bias = Columns(block.out_proj.weight), block.out_proj.bias
@@ -425,7 +521,8 @@ class ColumnLayer:
         self.dt_bias, self.D = block.dt_proj.bias.float(), block.D.float()
         self.widths = [block.config.dt_rank, block.config.d_state, block.config.d_state]
         self.past = state.conv[0].T.float()  # (d_conv - 1, d)
-        self.h = state.h[0].clone()  # (d, n)
+        # Long rows, and copies: the caller keeps its state.
+        self.A, self.h = block.A.T.contiguous(), state.h[0].T.clone().contiguous()  # (n, d)
 
     def __call__(self, u: Tensor) -> Tensor:
         x, z = add(self.in_proj(rms_norm(u, self.norm)), self.in_bias).chunk(2)
@@ -434,9 +531,9 @@ class ColumnLayer:
         x = F.silu(add((window * self.filters).sum(0), self.conv_bias))
         low_rank, B, C = self.x_proj(x).split(self.widths)
         delta = F.softplus(self.dt_proj(low_rank) + self.dt_bias)
-        A_bar, scale = decay_and_scale(delta.unsqueeze(-1), self.A, self.rule)
-        self.h.mul_(A_bar).addcmul_(scale * x.unsqueeze(-1), B)  # (2a)
-        y = (self.h.mv(C) + self.D * x) * F.silu(z)  # (2b)
+        A_bar, scale = decay_and_scale(delta, self.A, self.rule)
+        self.h.mul_(A_bar).addcmul_(B.unsqueeze(-1), scale * x)  # (2a)
+        y = (C @ self.h + self.D * x) * F.silu(z)  # (2b)
         return u + add(self.out_proj(y), self.out_bias).to(u.dtype)
 
 
@@ -474,7 +571,7 @@ class ColumnStep:
 
     def read_state(self) -> MambaState:
         states = [
-            MambaState(layer.past.T.unsqueeze(0), layer.h.unsqueeze(0)) for layer in self.layers
+            MambaState(layer.past.T.unsqueeze(0), layer.h.T.unsqueeze(0)) for layer in self.layers
         ]
         return MambaState.stack(states)
 
@@ -569,26 +666,34 @@ def sample(
     probs = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, dim=-1)
     if top_p < 1:
         if token_ids is None:
-            token_ids = most_probable(logits, probs, top_p)
-            probs = probs.gather(-1, token_ids)
+            probs, token_ids = most_probable(probs, top_p)
         before = probs.cumsum(-1) - probs  # the probability of all better tokens
-        # before > 0: a top_p too small for float32 is 0 here, and the best token must stay.
-        probs = probs.masked_fill((before > 0) & (before >= top_p), 0)
+        # A top_p too small for float32 would be 0, and the best token must stay.
+        probs = probs.masked_fill(before >= max(top_p, 1e-30), 0)
     if min_p > 0:
         probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
-    choice = torch.multinomial(probs, 1, generator=generator)  # it needs no normalised weights
+    choice = draw(probs, generator)
     return (choice if token_ids is None else token_ids.gather(-1, choice)).squeeze(-1)
 
 
-def most_probable(logits: Tensor, probs: Tensor, top_p: float) -> Tensor:
-    """Token ids (batch, some), the most probable first, that together have top_p or more."""
-    # To sort 50,000 logits takes a CPU 4 ms, a quarter of the time of a token of mamba-130m. The
+def most_probable(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """The largest of probs (batch, vocab), in order, with a sum of top_p or more; their tokens."""
+    # To sort 50,000 numbers takes a CPU 4 ms, a quarter of the time of a token of mamba-130m. The
     # first 1024 are nearly always enough. (To ask a GPU that would be to wait for it.)
-    if logits.device.type == "cpu" and logits.shape[-1] > 1024:
-        token_ids = logits.topk(1024).indices
-        if (probs.gather(-1, token_ids).sum(-1) >= top_p).all():
-            return token_ids
-    return logits.argsort(dim=-1, descending=True)
+    if probs.device.type == "cpu" and probs.shape[-1] > 1024:
+        best, token_ids = probs.topk(1024)
+        if (best.sum(-1) >= top_p).all():
+            return best, token_ids
+    return probs.sort(dim=-1, descending=True)
+
+
+def draw(weights: Tensor, generator: torch.Generator | None) -> Tensor:
+    """weights (batch, n), not negative -> a column of each row, as often as its weight says."""
+    ## A race. Each column starts a clock that rings after a random time, exponentially distributed
+    ## with its weight as the rate. The first to ring is column i with probability w_i / Σ w.
+    # torch.multinomial does the same after checks, which take a GPU longer than the race itself.
+    times = torch.empty_like(weights).exponential_(generator=generator)
+    return (weights / times).argmax(-1, keepdim=True)
 
 
 ## A model that has written a phrase twice finds it only more probable the third time. The penalty
@@ -804,6 +909,14 @@ def check_prompt(vocab_size: int, input_ids: Tensor, mask: Tensor | None) -> Non
         raise ValueError(
             f"mask must be bool {tuple(input_ids.shape)}, like input_ids, and True in the last "
             f"column (left padding), got {mask.dtype} {tuple(mask.shape)}"
+        )
+
+
+def check_logits(logits: Tensor) -> None:
+    if not math.isfinite(logits.float().sum()):  # what is not finite makes the sum so
+        raise RuntimeError(
+            "the model's logits are not finite: weights are damaged, or its numbers are too large "
+            "for float16 (try bfloat16 or float32)"
         )
 
 

@@ -26,9 +26,10 @@ decode   130m (768 x 24, vocabulary 50280), batch 1: time of a token. Ours is `s
          ours, which samples as the command line does by default.
          Limit: the bytes of all weights, each read once for a token, over the bandwidth of the
          faster of two reads, the sum and the matrix-vector product of a matrix of 512 MiB.
-prefill  130m, one prompt, float32: until the logits of its last position are there. Ours includes
-         the state that decoding starts from, the peers need not compute one.
-         Limit: all matrix products alone, F.linear with the same weights.
+prefill  130m, one prompt, float32: until the logits of its last position are there. Ours is
+         `prefill` of generate.py and includes the state that decoding starts from, the peers need
+         not compute one. Compiled, ours has the products that `prefill` would choose.
+         Limit: all matrix products alone, with the same weights and computed the same way.
 train    256 x 4, vocabulary 1000, one row, float32: forward, cross-entropy and backward, no
          optimizer. The loop of transformers takes quadratic time backward, because each index
          makes a gradient of full length: it runs on a shorter row, beside ours on the same row.
@@ -72,7 +73,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from load import memory
 from scan import number, rounded, table
 
-from generate import stream
+from generate import by_convolution, can_convolve, prefill, stream
 from mamba import Mamba, MambaConfig
 
 HERE = Path(__file__).resolve().parent
@@ -107,8 +108,14 @@ class Ours:
         return self.model(ids)
 
     def last_logits(self, ids: Tensor) -> Tensor:
-        u, _ = self.model.features(ids, self.model.init_state(len(ids)))
-        return self.model.lm_head(u[:, -1])
+        logits, _ = prefill(self.model, ids)
+        return logits
+
+    def choose_products(self, tokens: int) -> None:
+        """Do now what `prefill` would do, so that the layers can be compiled."""
+        if can_convolve(self.model, tokens):
+            self.model = by_convolution(self.model)
+            self.layers = self.model.backbone.layers
 
     def stream(self, ids: Tensor, **sampling: Any) -> Iterator[Tensor]:
         sampling = sampling or {"temperature": 0.0}
@@ -288,18 +295,18 @@ def matrix_products(
 ) -> Callable[[], None]:
     """A function that multiplies as the model does for seqlen tokens and logits of positions."""
     pairs = [
-        (torch.randn(seqlen, linear.in_features), linear.weight)
+        (torch.randn(1, seqlen, product.weight.shape[1]), product)
         for layer in model.backbone.layers
         for mixer in [layer.mixer]
-        for linear in (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)
+        for product in (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)
     ]
-    pairs.append((torch.randn(positions, model.config.d_model), model.lm_head.weight))
+    pairs.append((torch.randn(1, positions, model.config.d_model), model.lm_head))
 
     def run() -> None:
-        for x, weight in pairs:
-            y = F.linear(x.requires_grad_(backward), weight)
+        for x, product in pairs:
+            y = product(x.requires_grad_(backward))
             if backward:
-                torch.autograd.grad(y, (x, weight), y.detach())
+                torch.autograd.grad(y, (x, product.weight), y.detach())
 
     return run
 
@@ -398,13 +405,17 @@ def measure_prefill(options: argparse.Namespace) -> dict[str, Any]:
         runs[f"{name}, eager"] = functools.partial(system.last_logits, ids)
         if system.compiles and options.compile:
             system = SYSTEMS[name](reference)
+            if isinstance(system, Ours):
+                system.choose_products(seqlen)
             run = functools.partial(system.last_logits, ids)
             seconds = compile_layers(system, run, options)
             if seconds is not None:
                 key = f"{name}, compiled"
                 runs[key], compile_seconds[key] = run, seconds
     check_agreement({name: run() for name, run in runs.items()})
-    runs["limit"] = matrix_products(reference, seqlen, positions=1)
+    ours = Ours(reference)
+    ours.choose_products(seqlen)
+    runs["limit"] = matrix_products(ours.model, seqlen, positions=1)
     times = interleaved(runs, options)
     limit = times.pop("limit")["ms"]
     rows = [

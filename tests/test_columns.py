@@ -583,11 +583,11 @@ def weights_drawn_from(logits: Tensor, **options) -> Tensor:
     """The weight that `sample` gives to each token, normalised, (batch, vocab) float64."""
     drawn = []
 
-    def all_of_them(weights: Tensor, count: int, *, generator: torch.Generator | None) -> Tensor:
+    def all_of_them(weights: Tensor, generator: torch.Generator | None) -> Tensor:
         drawn.append(weights)
         return torch.arange(weights.shape[-1]).expand_as(weights)
 
-    with mock.patch.object(torch, "multinomial", all_of_them):
+    with mock.patch.object(generate, "draw", all_of_them):
         token_ids = generate.sample(logits, **options)
     (weights,) = drawn
     assert all(len(row.unique()) == len(row) for row in token_ids), "a token is there twice"
@@ -646,10 +646,10 @@ def test_the_best_token_passes_every_top_p(vocab, top_p):
     [(SHORT, 700, SHORT), (3000, 1, SHORT), (3000, SHORT, SHORT), (3000, SHORT + 1, 3000)],
 )
 def test_all_tokens_are_sorted_only_where_the_first_are_not_enough(vocab, kept, looked_at):
-    logits = normal(1, vocab)
-    probs = logits.softmax(-1)
-    token_ids = generate.most_probable(logits, probs, top_p_that_keeps(kept, probs.double()))
-    assert torch.equal(token_ids, logits.sort(-1, descending=True).indices[:, :looked_at])
+    probs = normal(1, vocab).softmax(-1)
+    found = generate.most_probable(probs, top_p_that_keeps(kept, probs.double()))
+    for actual, expected in zip(found, probs.sort(-1, descending=True), strict=True):
+        assert torch.equal(actual, expected[:, :looked_at])
 
 
 @pytest.mark.parametrize(
@@ -659,7 +659,7 @@ def test_every_row_of_a_batch_has_its_own_nucleus(scales, looked_at):
     """One that is peaked, for which 1024 tokens are enough, and one that is flat."""
     logits = normal(2, 3000) * torch.tensor(scales).unsqueeze(-1)
     probs = logits.softmax(-1)
-    assert generate.most_probable(logits, probs, 0.9).shape == (2, looked_at)
+    assert generate.most_probable(probs, 0.9)[1].shape == (2, looked_at)
     weights = weights_drawn_from(logits, top_p=0.9)
     assert_same_weights(weights, nucleus(logits.double().softmax(-1), 0.9))
 
@@ -689,6 +689,16 @@ def test_the_cuts_follow_each_other_in_a_large_vocabulary():
         expected = normalized(expected * (expected >= min_p * expected.amax(-1, keepdim=True)))
         options = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         assert_same_weights(weights_drawn_from(logits, **options), expected)
+
+
+def test_the_race_is_the_one_that_multinomial_runs():
+    """The same tokens from the same random numbers; a weight of 0 never wins."""
+    weights = normal(200, 50).square() * (normal(200, 50, seed=1) > 0)
+    for seed in range(3):
+        mine, theirs = (torch.Generator().manual_seed(seed) for _ in range(2))
+        drawn = generate.draw(weights, mine)
+        assert torch.equal(drawn, torch.multinomial(weights, 1, generator=theirs))
+        assert (weights.gather(-1, drawn) > 0).all()
 
 
 def test_tokens_of_a_large_vocabulary_are_drawn_as_often_as_their_probability_says():

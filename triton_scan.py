@@ -1810,20 +1810,22 @@ PROCESSORS = 132  # of an H100
 
 
 def step_tile(rows: int, columns: int, batch: int, size: int, epilogue: bool) -> tuple:
-    """Rows of the weight, rows of x and columns for one program of linear_step_kernel."""
+    """For one program of linear_step_kernel: rows of the weight, rows of x, columns, warps."""
     if batch <= SMALL_BATCH:  # two programs for a processor, up to 16 rows each
-        ROWS = 16
+        ROWS, warps = 16, 4
         while ROWS > 1 and rows * batch < 2 * PROCESSORS * ROWS:
             ROWS //= 2
+        if rows < columns and columns > 2048 and ROWS >= 4:  # out_proj of the larger models
+            ROWS, warps = 4, 8
         numbers = 4096 if columns < 2048 else 8192
-        return ROWS, 1, min(max(8, triton.next_power_of_2(columns)), numbers // ROWS)
+        return ROWS, 1, min(max(8, triton.next_power_of_2(columns)), numbers // ROWS), warps
     # One program for a processor if possible; the convolution needs registers.
     ROWS = 32 if epilogue else 64
     BATCH = min(64, max(16, triton.next_power_of_2(batch)))
     while ROWS > 16 and ceil_div(rows, ROWS) * ceil_div(batch, BATCH) < PROCESSORS:
         ROWS //= 2
     BLOCK = 64 if ROWS == 64 else 128 if columns < 1536 else 256
-    return ROWS, BATCH, min(BLOCK * 2 // size, max(16, triton.next_power_of_2(columns)))
+    return ROWS, BATCH, min(BLOCK * 2 // size, max(16, triton.next_power_of_2(columns))), 4
 
 
 def linear_step(
@@ -1855,7 +1857,7 @@ def linear_step(
     if parts > 1 and not (batch > SMALL_BATCH and alone):
         raise ValueError(f"parts are for more than {SMALL_BATCH} sequences, and a product alone")
     part, size = ceil_div(columns, parts), weight.element_size()
-    ROWS, BATCH, BLOCK = step_tile(rows, part, batch, size, conv is not None)
+    ROWS, BATCH, BLOCK, warps = step_tile(rows, part, batch, size, conv is not None)
     if BATCH > 1 and norm is not None:
         x = norm_step(x, norm, eps, overlap)  # and the kernel does not look at norm
     out = x.new_empty((parts, batch, rows), dtype=dtype or weight.dtype)
@@ -1869,7 +1871,7 @@ def linear_step(
             BATCH=BATCH, W=window.shape[-1] + 1,
             HAS_BIAS=bias is not None, NORM=norm is not None, CONV=conv is not None,
             HAS_CONV_BIAS=conv_bias is not None, RESIDUAL=residual is not None, FAST=FAST,
-            num_warps=4, **overlap_options(x.device, overlap),
+            num_warps=warps, **overlap_options(x.device, overlap),
         )  # fmt: skip
     return out if parts > 1 else out[0]
 

@@ -17,10 +17,11 @@ prefill  130m and 2.8b (2560 x 64), one prompt of 2048 tokens, bfloat16 paramete
          its last position. Eager, and replayed from a CUDA graph.
 
 decode   130m at batch 1, 64 and 256, 2.8b at batch 1 and 64, bfloat16 parameters: `stream` of
-         generate.py, the most probable token, after a prompt of 100 tokens, and once after 100,000
-         tokens more. ms a token: five times the mean of 256 tokens, the median. first: seconds for
-         the first eight, compiling and recording included. limit: the bytes of the weights over
-         3.02 TB/s. The official implementation replays a CUDA graph as well.
+         generate.py after a prompt of 100 tokens, the most probable token, and sampled, as the
+         command line does by default; and once after 100,000 tokens more. ms a token: five times
+         the mean of 256 tokens, the median. first: seconds for the first eight, compiling and
+         recording included. limit: the bytes of the weights over 3.02 TB/s. The official
+         implementation replays a CUDA graph as well; it takes the most probable token.
 
 ms: the median of --runs runs between CUDA events. peak: the most that was allocated, parameters and
 gradients included. --profile adds the ten kernels that take the longest in one run of each case.
@@ -55,6 +56,9 @@ SIZES = {"130m": (768, 24), "370m": (1024, 48), "2.8b": (2560, 64)}  # d_model, 
 TRAIN = {"130m": 8, "370m": 4}  # batch
 PREFILL = ("130m", "2.8b")
 DECODE = {"130m": (1, 64, 256), "2.8b": (1, 64)}  # batches
+SAMPLING = {  # how tokens are chosen; "sampled" are the defaults of the command line
+    "greedy": {"temperature": 0.0}, "sampled": {"temperature": 0.8, "top_p": 0.95},
+}  # fmt: skip
 SEQLEN, VOCABULARY = 2048, 50280
 
 
@@ -245,9 +249,10 @@ def measure_prefill(name: str, graph: bool, options: argparse.Namespace) -> dict
 
 
 def measure_decoding(
-    name: str, batch: int, skipped: int, options: argparse.Namespace
+    name: str, batch: int, how: str, skipped: int, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Time of a token after a prompt and `skipped` more tokens."""
+    sampling = SAMPLING[how]
     model = make_model(name, options).to(torch.bfloat16)
     prompt = torch.randint(options.vocabulary, (batch, 100), device=options.device)
     few, many = (2, 4) if options.dry_run else (8, 256)
@@ -258,12 +263,12 @@ def measure_decoding(
         return time.perf_counter()
 
     begun = wait()
-    for _ in stream(model, prompt, max_new_tokens=few, temperature=0.0):
+    for _ in stream(model, prompt, max_new_tokens=few, **sampling):
         pass
     first = wait() - begun
     reset_peak(options)
     times = []
-    tokens = stream(model, prompt, max_new_tokens=sys.maxsize, temperature=0.0)
+    tokens = stream(model, prompt, max_new_tokens=sys.maxsize, **sampling)
     for _ in range(few + skipped):
         next(tokens)
     for _ in range(5):
@@ -273,8 +278,9 @@ def measure_decoding(
         times.append(1000 * (wait() - begun) / many)
     weights = sum(p.nbytes for p in model.parameters())
     return {
-        "model": name, "batch": batch, "after": 100 + skipped, "ms": statistics.median(times),
-        "first_s": first, "limit_ms": max(weights / 3.02e9, 0.001), "peak_GiB": peak_GiB(options),
+        "model": name, "batch": batch, "how": how, "after": 100 + skipped,
+        "ms": statistics.median(times), "first_s": first,
+        "limit_ms": max(weights / 3.02e9, 0.001), "peak_GiB": peak_GiB(options),
     }  # fmt: skip
 
 
@@ -324,9 +330,9 @@ def decoding_table(rows: list[dict[str, Any]]) -> str:
     official = {(r["model"], r["batch"]): r["ms"] for r in recorded if r["cuda_graph"]}
     lines = []
     for row in rows:
-        theirs = official.get((row["model"], row["batch"]))
+        theirs = official.get((row["model"], row["batch"])) if row["how"] == "greedy" else None
         lines.append(
-            [f"{row['model']}, batch {row['batch']}, after {row['after']:,} tokens",
+            [f"{row['model']}, batch {row['batch']}, {row['how']}, after {row['after']:,} tokens",
              f"{row['ms']:.3f}", f"{theirs:.3f}" if theirs else "",
              f"{theirs / row['ms']:.2f}" if theirs else "", f"{row['limit_ms']:.3f}",
              f"{row['ms'] / row['limit_ms']:.2f}", f"{row['first_s']:.1f}"]
@@ -376,6 +382,7 @@ def main() -> None:
         print("no triton: the scan is scan_chunked", file=sys.stderr)
     else:
         measured["triton"] = triton.__version__
+    far = 4 if options.dry_run else 100_000
     cases: dict[str, list[tuple]] = {
         "train": [
             (measure_training, name, how, loss)
@@ -391,11 +398,13 @@ def main() -> None:
             for graph in (False, True)
         ],
         "decode": [
-            (measure_decoding, name, batch, skipped)
+            (measure_decoding, name, batch, how, skipped)
             for name in options.models
             for batch in DECODE.get(name, ())
-            for skipped in (
-                (0, 4 if options.dry_run else 100_000) if (name, batch) == ("130m", 1) else (0,)
+            for how, skipped in (
+                ("greedy", 0),
+                ("sampled", 0),
+                *([("greedy", far)] if (name, batch) == ("130m", 1) else []),
             )
         ],
     }

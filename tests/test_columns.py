@@ -668,6 +668,8 @@ def test_of_tokens_that_are_equally_probable_as_many_are_kept_as_make_it_up():
     for top_p, kept in ((0.25, 500), (0.5, 1000), (0.75, 1500)):
         weights = weights_drawn_from(torch.zeros(2, 2000), top_p=top_p - 1e-4)
         assert (weights > 0).sum(-1).tolist() == [kept, kept]
+    weights = weights_drawn_from(torch.zeros(1, 4), top_p=0.5)
+    assert (weights > 0).sum() == 2, "two of four make up a half exactly"
 
 
 def test_the_cuts_follow_each_other_in_a_large_vocabulary():

@@ -211,6 +211,13 @@ def test_on_the_right_machine_the_two_large_products_of_a_layer_are_convolutions
     assert convolved(model, random_ids(1, 1)) == 2 * 2
 
 
+def test_the_tokens_of_all_rows_count(right_machine, monkeypatch):
+    monkeypatch.setattr(generate, "WORTH_CONVOLUTION", 12)
+    model = small_model(torch.float32)
+    assert convolved(model, random_ids(2, 5)) == 0
+    assert convolved(model, random_ids(2, 6)) > 0
+
+
 @pytest.mark.parametrize(
     ("owner", "name", "value"),
     [

@@ -16,7 +16,7 @@ train    130m (768 x 24), batch 8, and 370m (1024 x 48), batch 4, 2048 tokens a 
 prefill  130m and 2.8b (2560 x 64), one prompt of 2048 tokens, bfloat16 parameters: the logits of
          its last position. Eager, and replayed from a CUDA graph.
 
-decode   130m at batch 1, 64 and 256, 2.8b at batch 1 and 64, bfloat16 parameters: `stream` of
+decode   130m at batch 1, 4, 64 and 256, 2.8b at 1, 4 and 64, bfloat16 parameters: `stream` of
          generate.py after a prompt of 100 tokens, the most probable token, and sampled, as the
          command line does by default; and once after 100,000 tokens more. ms a token: five times
          the mean of 256 tokens, the median. first: seconds for the first eight, compiling and
@@ -55,7 +55,7 @@ HERE = Path(__file__).resolve().parent
 SIZES = {"130m": (768, 24), "370m": (1024, 48), "2.8b": (2560, 64)}  # d_model, n_layer
 TRAIN = {"130m": 8, "370m": 4}  # batch
 PREFILL = ("130m", "2.8b")
-DECODE = {"130m": (1, 64, 256), "2.8b": (1, 64)}  # batches
+DECODE = {"130m": (1, 4, 64, 256), "2.8b": (1, 4, 64)}  # batches
 SAMPLING = {  # how tokens are chosen; "sampled" are the defaults of the command line
     "greedy": {"temperature": 0.0}, "sampled": {"temperature": 0.8, "top_p": 0.95},
 }  # fmt: skip

@@ -139,7 +139,7 @@ def stream(
     vocab_size: ids from here on are never sampled. The model's rows beyond the tokenizer's last
         token only pad; None trusts the model's configuration to know how many there are.
     seed: None draws from torch's global generator, an integer from one of this call's own. The
-        same seed and the same arguments give the same tokens.
+        same seed and the same arguments, max_new_tokens among them, give the same tokens.
     mask: (batch, seqlen) bool, False on left padding.
 
     All arguments are checked when the first token is asked for. Raises ValueError for values out
@@ -256,20 +256,25 @@ def prefill(
     """input_ids (batch, seqlen) -> (batch, padded_vocab_size), the last position's logits; state.
 
     What `model(input_ids, model.init_state(batch), mask=mask)` returns, up to rounding, without
-    the logits of the other positions. mask: as in `stream`.
+    the logits of the other positions. mask: as in `stream`, which checks both (`check_prompt`).
+    A model that is not of our modules only gets the prompt in one piece.
     """
-    batch, on_cpu = len(input_ids), input_ids.device.type == "cpu"
-    length = max(1, (CPU_READS if on_cpu else GPU_READS) // batch)
+    (batch, length), on_cpu = input_ids.shape, input_ids.device.type == "cpu"
+    reader = by_convolution(model) if can_convolve(model, batch * length) else model
+    if is_our_own(model):
+        length = max(1, (CPU_READS if on_cpu else GPU_READS) // batch)
     parts = input_ids.split(length, dim=1)
     masks = [None] * len(parts) if mask is None else mask.split(length, dim=1)
     state = model.init_state(batch)
-    reader = by_convolution(model) if can_convolve(model, batch * input_ids.shape[1]) else model
     for ids, part_mask in zip(parts, masks, strict=True):
         u, state = reader.features(ids, state, mask=part_mask)
     return model.lm_head(u[:, -1]), state
 
 
-CPU_READS, GPU_READS = 1024, 8192  # tokens of all rows in a part; more are not faster
+CPU_READS, GPU_READS = (
+    1024,
+    8192,
+)  # tokens in a part, of all rows: more take memory and no less time
 WORTH_CONVOLUTION = 128  # tokens; oneDNN first copies the weights into an order of its own
 
 
@@ -281,6 +286,8 @@ class Convolution(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, u: Tensor) -> Tensor:
+        ## One pixel wide and as high as there are tokens. No number moves: with the colours of a
+        ## pixel side by side ("channels last") the image lies in memory as u does.
         image = u.reshape(1, -1, 1, u.shape[-1]).permute(0, 3, 1, 2)  # (1, d_in, tokens, 1)
         image = F.conv2d(image, self.weight[:, :, None, None], self.bias)
         return image.permute(0, 2, 3, 1).reshape(*u.shape[:-1], -1)
@@ -289,7 +296,8 @@ class Convolution(nn.Module):
 def by_convolution(model: Mamba) -> Mamba:
     """A model of the same parameters, in which in_proj and out_proj of all layers are convolutions.
 
-    Nothing is copied: to train the one is to train the other.
+    Nothing is copied, so gradients reach the parameters of the model. Hooks and buffers are shared
+    as well: call it, but change the model and not the twin.
     """
 
     def but_with(module: nn.Module, **children: nn.Module) -> Any:
@@ -306,13 +314,17 @@ def by_convolution(model: Mamba) -> Mamba:
 
 
 def can_convolve(model: Mamba, tokens: int) -> bool:
-    """Whether that is faster: not everywhere, Intel's processors lose up to two thirds by it."""
+    """Whether that is faster: many tokens, in float32, on a processor of AMD with AVX-512.
+
+    (Short floats go to oneDNN anyway. Intel's processors lose, up to two thirds of their speed.)
+    """
     weights = list(model.parameters())
     return (
         all(p.device.type == "cpu" and p.dtype == torch.float32 for p in weights)
         and tokens >= WORTH_CONVOLUTION
-        and torch.get_num_threads() > 1  # PyTorch gives oneDNN no convolution of one thread
+        and torch.get_num_threads() > 1  # with one thread PyTorch convolves a single image itself
         and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and is_amd()
         and is_our_own(model)
@@ -689,11 +701,12 @@ def most_probable(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
 
 def draw(weights: Tensor, generator: torch.Generator | None) -> Tensor:
     """weights (batch, n), not negative -> a column of each row, as often as its weight says."""
-    ## A race. Each column starts a clock that rings after a random time, exponentially distributed
-    ## with its weight as the rate. The first to ring is column i with probability w_i / Σ w.
+    ## A race of clocks. One with rate w rings after a random time t / w, where t is exponentially
+    ## distributed with rate 1. The first to ring is clock i with probability w_i / Σ w. It has the
+    ## smallest t / w, which is the largest w / t; a clock with w = 0 never rings.
     # torch.multinomial does the same after checks, which take a GPU longer than the race itself.
-    times = torch.empty_like(weights).exponential_(generator=generator)
-    return (weights / times).argmax(-1, keepdim=True)
+    t = torch.empty_like(weights).exponential_(generator=generator)
+    return (weights / t).argmax(-1, keepdim=True)
 
 
 ## A model that has written a phrase twice finds it only more probable the third time. The penalty
@@ -894,9 +907,10 @@ def check_sampling(**arguments: float | None) -> None:
 
 
 def check_prompt(vocab_size: int, input_ids: Tensor, mask: Tensor | None) -> None:
-    if input_ids.ndim != 2 or input_ids.numel() == 0 or input_ids.is_floating_point():
+    is_integer = input_ids.dtype in (torch.int64, torch.int32)
+    if input_ids.ndim != 2 or input_ids.numel() == 0 or not is_integer:
         raise ValueError(
-            "input_ids must be integers (batch, seqlen), at least one, "
+            "input_ids must be int64 or int32, (batch, seqlen), at least one, "
             f"got {input_ids.dtype} {tuple(input_ids.shape)}"
         )
     # This waits for a GPU: once per prompt it may, per token it must not.
@@ -910,10 +924,13 @@ def check_prompt(vocab_size: int, input_ids: Tensor, mask: Tensor | None) -> Non
             f"mask must be bool {tuple(input_ids.shape)}, like input_ids, and True in the last "
             f"column (left padding), got {mask.dtype} {tuple(mask.shape)}"
         )
+    if (mask[:, :-1] & ~mask[:, 1:]).any():
+        raise ValueError("mask must be left padding: False before the first token, then only True")
 
 
 def check_logits(logits: Tensor) -> None:
-    if not math.isfinite(logits.float().sum()):  # what is not finite makes the sum so
+    # -inf is allowed: it forbids a token. NaN is larger than everything for amax.
+    if not logits.amax(-1).isfinite().all():
         raise RuntimeError(
             "the model's logits are not finite: weights are damaged, or its numbers are too large "
             "for float16 (try bfloat16 or float32)"

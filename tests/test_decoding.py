@@ -395,6 +395,12 @@ def test_parts_are_refused_where_there_are_none():
             triton_scan.linear_step(x[:rows], weight, parts=2, **given)
 
 
+@pytest.mark.parametrize("residual", [normal(1, 21), normal(6, 20), normal(21, 6).T])
+def test_a_residual_of_another_shape_or_layout_is_refused(residual):
+    with pytest.raises(ValueError, match=r"residual must be \(6, 21\) and contiguous"):
+        triton_scan.linear_step(normal(6, 9), normal(21, 9), residual=residual)
+
+
 @pytest.mark.parametrize("batch", [1, 6])
 @pytest.mark.parametrize("short", [torch.bfloat16, torch.float16])
 def test_a_product_of_short_floats_is_summed_in_float32_and_has_the_dtype_asked_for(batch, short):

@@ -113,24 +113,78 @@ def test_only_the_last_logits_are_computed(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_no_numbers_are_an_error_and_no_text(temperature, value, dtype):
+@pytest.mark.parametrize("batch", [1, 2])
+def test_logits_that_are_no_numbers_are_an_error_and_no_text(batch, temperature, dtype):
     """After the prompt, and on a CPU after every token."""
     for broken_from in (0, 2):
         model = small_model(dtype, tie_embeddings=False)
-        steps = generate.stream(model, random_ids(1, 4), temperature=temperature, seed=0)
+        steps = generate.stream(model, random_ids(batch, 4), temperature=temperature, seed=0)
         with pytest.raises(RuntimeError, match="not finite"):
             for i in itertools.count():
                 if i == broken_from:
-                    model.lm_head.weight[3, 5] = value
+                    model.lm_head.weight[3, 5] = math.nan
                 next(steps)
         assert i == broken_from
 
 
-def test_large_logits_of_float16_are_numbers():
-    """Their sum would not be a float16."""
-    generate.check_logits(torch.full((1, 50_000), 6e4, dtype=torch.float16))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("row", [0, 1])
+def test_one_number_that_is_none_is_enough(row, value, dtype):
+    logits = torch.randn(2, 7).to(dtype)
+    generate.check_logits(logits)
+    logits[row, 3] = value
+    with pytest.raises(RuntimeError, match="not finite"):
+        generate.check_logits(logits)
+
+
+def test_a_token_may_be_forbidden_but_not_all_of_them():
+    logits = torch.randn(2, 7)
+    logits[1, 1:] = -math.inf
+    generate.check_logits(logits)
+    assert generate.sample(logits)[1] == 0
+    logits[1, 0] = -math.inf
+    with pytest.raises(RuntimeError, match="not finite"):
+        generate.check_logits(logits)
+
+
+@pytest.mark.parametrize(("dtype", "large"), [(torch.float16, 6e4), (torch.float64, 1e300)])
+def test_large_logits_are_numbers(dtype, large):
+    generate.check_logits(torch.full((1, 50_000), large, dtype=dtype))
+
+
+def test_a_mask_with_a_hole_is_refused_wherever_the_hole_is(monkeypatch):
+    monkeypatch.setattr(generate, "CPU_READS", 4)
+    model, ids = small_model(), random_ids(1, 12)
+    for start in range(1, 11):
+        mask = torch.ones(1, 12, dtype=torch.bool)
+        mask[:, start] = False
+        with pytest.raises(ValueError, match="mask must be left padding"):
+            next(generate.stream(model, ids, mask=mask))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.float32, torch.complex64])
+def test_ids_that_no_embedding_takes_are_refused(dtype):
+    with pytest.raises(ValueError, match="input_ids must be int64 or int32"):
+        next(generate.stream(small_model(), random_ids(1, 4).to(dtype)))
+
+
+def test_a_model_that_is_not_our_own_gets_the_prompt_in_one_piece(monkeypatch):
+    """What it does with a prompt may not be what it does with parts of one."""
+    monkeypatch.setattr(generate, "CPU_READS", 4)
+    seen = []
+
+    class Own(Mamba):
+        def features(self, ids, state, **options):
+            seen.append(ids.shape)
+            return super().features(ids, state, **options)
+
+    model = small_model()
+    own = Own(model.config).double()
+    own.load_state_dict(model.state_dict())
+    assert_reads_as_the_model_does(own, random_ids(2, 9))
+    assert seen[-1] == (2, 9)
 
 
 ## ================================================================================================
@@ -224,6 +278,7 @@ def test_the_tokens_of_all_rows_count(right_machine, monkeypatch):
         (generate, "is_amd", lambda: False),
         (torch, "get_num_threads", lambda: 1),
         (torch.backends.mkldnn, "is_available", lambda: False),
+        (torch.backends.mkldnn, "enabled", False),
         (torch.backends.cpu, "get_cpu_capability", lambda: "AVX2"),
         (generate, "WORTH_CONVOLUTION", 11),
     ],
@@ -240,6 +295,13 @@ def test_on_another_machine_and_for_short_prompts_they_are_products(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes_have_their_products(dtype, right_machine):
     assert convolved(small_model(dtype), random_ids(2, 5)) == 0
+
+
+def test_so_does_a_model_with_a_weight_of_another_dtype(right_machine):
+    model = small_model(torch.float32)
+    assert convolved(model, random_ids(2, 5)) > 0
+    model.backbone.norm_f.weight = nn.Parameter(model.backbone.norm_f.weight.double())
+    assert not generate.can_convolve(model, 10)
 
 
 def test_a_model_in_which_something_is_not_our_own_has_its_products(right_machine):

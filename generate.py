@@ -271,10 +271,8 @@ def prefill(
     return model.lm_head(u[:, -1]), state
 
 
-CPU_READS, GPU_READS = (
-    1024,
-    8192,
-)  # tokens in a part, of all rows: more take memory and no less time
+# Tokens of all rows in a part. More of them take more memory and no less time.
+CPU_READS, GPU_READS = 1024, 8192
 WORTH_CONVOLUTION = 128  # tokens; oneDNN first copies the weights into an order of its own
 
 

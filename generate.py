@@ -143,7 +143,8 @@ def stream(
     mask: (batch, seqlen) bool, False on left padding.
 
     All arguments are checked when the first token is asked for. Raises ValueError for values out
-    of range and shapes that do not fit, IndexError for an id that is not in the vocabulary.
+    of range and shapes that do not fit, IndexError for an id that is not in the vocabulary. Raises
+    RuntimeError for logits that are not finite; on a GPU only those after the prompt are looked at.
     """
     cuts = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     check_sampling(

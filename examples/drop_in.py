@@ -155,10 +155,17 @@ class Mixer(nn.Module):
         self.train(mixer.training)
 
     def forward(
-        self, hidden_states: Tensor, cache_params: object = None,
-        attention_mask: Tensor | None = None, **_: object,
-    ) -> Tensor:  # fmt: skip
-        if cache_params is not None:
-            raise ValueError("Mixer keeps no cache: call the model with use_cache=False")
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **others: object
+    ) -> Tensor:
+        # The host names its cache as its version likes: refuse whatever is not known.
+        if unknown := [name for name, value in others.items() if value is not None]:
+            raise ValueError(
+                f"Mixer knows no {', '.join(unknown)}; it keeps no cache: use_cache=False"
+            )
+        if attention_mask is not None and attention_mask.shape != hidden_states.shape[:2]:
+            raise ValueError(
+                f"attention_mask must be {tuple(hidden_states.shape[:2])}, one number a token, "
+                f"got {tuple(attention_mask.shape)}"
+            )
         mask = None if attention_mask is None else attention_mask.bool()
         return self.block(hidden_states, mask=mask)

@@ -229,11 +229,27 @@ def test_what_was_frozen_stays_frozen_and_the_mode_is_kept():
     assert frozen == ["A_log"]
 
 
-def test_the_mixer_refuses_what_it_has_not():
+def test_the_mixer_refuses_whatever_the_host_gives_it_and_it_does_not_know():
     model = transformers_model()
-    model.backbone.layers[0].mixer = Mixer(model.backbone.layers[0].mixer)
+    ids = torch.zeros(1, 3, dtype=torch.long)
+    mixer = Mixer(model.backbone.layers[0].mixer)
+    model.backbone.layers[0].mixer = mixer
+    model(ids, use_cache=False)
     with pytest.raises(ValueError, match="use_cache=False"):
-        model(torch.zeros(1, 3, dtype=torch.long), use_cache=True)
+        model(ids, use_cache=True)
+    with pytest.raises(ValueError, match="use_cache=False"):
+        model.generate(ids, max_new_tokens=2, do_sample=False)
+    u = torch.zeros(1, 3, 12)
+    for name in ("cache", "cache_params", "seq_idx", "cu_seq_lens_q", "a_name_of_tomorrow"):
+        assert mixer(u, **{name: None}).shape == u.shape
+        with pytest.raises(ValueError, match=name):
+            mixer(u, **{name: torch.zeros(1)})
+    for mask in (torch.ones(3), torch.ones(1, 1, 3, 3), torch.ones(1, 4)):
+        with pytest.raises(ValueError, match=r"attention_mask must be \(1, 3\)"):
+            mixer(u, attention_mask=mask)
+
+
+def test_a_mixer_with_an_activation_that_ours_has_not_is_refused():
     other = transformers_model(hidden_act="gelu")
     with pytest.raises(ValueError, match="gelu"):
         Mixer(other.backbone.layers[0].mixer)

@@ -19,6 +19,7 @@ import codecs
 import contextlib
 import copy
 import functools
+import importlib.util
 import itertools
 import math
 import os
@@ -52,8 +53,9 @@ from mamba import (
     MambaConfig,
     MambaState,
     at_least_float32,
-    decay_and_scale,
+    discretize,
     file_finder,
+    is_our_own,
 )
 
 ## ================================================================================================
@@ -155,8 +157,6 @@ def stream(
         raise ValueError(f"vocab_size must be in [1, {model.config.vocab_size}], got {vocab_size}")
     if eos_token_id is not None and not 0 <= eos_token_id < vocab_size:
         raise ValueError(f"eos_token_id must be None or in [0, {vocab_size}), got {eos_token_id}")
-    if model.config.event_time:
-        raise ValueError("generation knows no times: call model.step, with time_steps, yourself")
     check_prompt(vocab_size, input_ids, mask)
     batch, device, on_gpu = len(input_ids), input_ids.device, input_ids.is_cuda
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
@@ -216,26 +216,6 @@ def by_step(model: Mamba, state: MambaState) -> Iterator[Callable[[Tensor], Tens
     yield step
 
 
-def is_our_own(model: Mamba) -> bool:
-    """Whether it is made of our modules only, and does nothing else.
-
-    A hook, an adapter or a quantised weight may do anything, and other steps would pass it by.
-    (Hooks on all modules at once, such as those that count operations, are not looked for.)
-    """
-    own = {Mamba, mamba.ResidualBlock, mamba.MambaBlock, mamba.RMSNorm, mamba.DeltaProjection}
-    own |= {nn.ModuleDict, nn.ModuleList, nn.Embedding, nn.Conv1d, nn.Linear}
-    return (
-        not any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
-        and all(type(parameter) is nn.Parameter for parameter in model.parameters())
-        and all(
-            type(module) in own
-            and not {"forward", "step", "select", "embed"} & vars(module).keys()
-            and not (module._forward_hooks or module._forward_pre_hooks)
-            for module in model.modules()
-        )
-    )
-
-
 ## ================================================================================================
 ## The prompt
 ## ================================================================================================
@@ -265,11 +245,16 @@ def prefill(
     if is_our_own(model):
         length = max(1, (CPU_READS if on_cpu else GPU_READS) // batch)
     parts = input_ids.split(length, dim=1)
-    masks = [None] * len(parts) if mask is None else mask.split(length, dim=1)
+    resets = [None] * len(parts) if mask is None else starts(mask).split(length, dim=1)
     state = model.init_state(batch)
-    for ids, part_mask in zip(parts, masks, strict=True):
-        u, state = reader.features(ids, state, mask=part_mask)
+    for ids, reset in zip(parts, resets, strict=True):
+        u, state = reader.features(ids, state, reset=reset)
     return model.lm_head(u[:, -1]), state
+
+
+def starts(mask: Tensor) -> Tensor:
+    """Left padding (b, l) bool -> True at a row's first token where padding stands before it."""
+    return mask & ~F.pad(mask, (1, 0), value=True)[:, :-1]
 
 
 # Tokens of all rows in a part. More of them take more memory and no less time.
@@ -422,10 +407,9 @@ def can_fuse(model: Mamba) -> bool:
     """Whether the kernels have this rule, these dtypes and sizes, and may be used."""
     weights = list(model.parameters())
     return (
-        mamba.HAS_TRITON
+        importlib.util.find_spec("triton") is not None
         and model.config.scan in ("auto", "triton")
         and model.config.rule in ("mamba", "dirac")
-        and not model.config.event_time
         and model.config.d_state <= 256
         and weights[0].dtype in (torch.float32, torch.bfloat16, torch.float16)
         and all(p.dtype == weights[0].dtype and p.is_contiguous() for p in weights)
@@ -542,8 +526,8 @@ class ColumnLayer:
         x = F.silu(add((window * self.filters).sum(0), self.conv_bias))
         low_rank, B, C = self.x_proj(x).split(self.widths)
         delta = F.softplus(self.dt_proj(low_rank) + self.dt_bias)
-        A_bar, scale = decay_and_scale(delta, self.A, self.rule)
-        self.h.mul_(A_bar).addcmul_(B.unsqueeze(-1), scale * x)  # (2a)
+        A_bar, B_bar = discretize(delta, self.A.T, B, self.rule)
+        self.h.mul_(A_bar.T).addcmul_(B_bar.T, x)  # (2a)
         y = (C @ self.h + self.D * x) * F.silu(z)  # (2b)
         return u + add(self.out_proj(y), self.out_bias).to(u.dtype)
 

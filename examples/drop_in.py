@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from generate import check_prompt, starts
 from mamba import MambaBlock, MambaConfig, at_least_float32, selective_scan
 
 
@@ -167,5 +168,8 @@ class Mixer(nn.Module):
                 f"attention_mask must be {tuple(hidden_states.shape[:2])}, one number a token, "
                 f"got {tuple(attention_mask.shape)}"
             )
-        mask = None if attention_mask is None else attention_mask.bool()
-        return self.block(hidden_states, mask=mask)
+        if attention_mask is None:
+            return self.block(hidden_states)
+        mask = attention_mask.bool()
+        check_prompt(sys.maxsize, attention_mask.long(), mask)
+        return self.block(hidden_states, reset=starts(mask))

@@ -9,8 +9,14 @@ carries a number, +1 or -1. To predict, after every event, is what a leaky bucke
 
 How much of an old event is left depends on the time that has passed, not on how many events came
 between. So a model that does not see the times cannot know, however long it trains. Three models
-of the same size: one is given the gaps as event time (`MambaConfig(event_time=True)`), where they
-say how much the state forgets; one reads them as a second input; one sees the numbers alone.
+of the same size: one is given the gaps as event time (`EventBlock`), where they say how much the
+state forgets; one reads them as a second input; one sees the numbers alone.
+
+`EventBlock` is a layer for your own network. In a stack, the times go to every layer:
+
+    layers = [ResidualBlock(config, EventBlock(config)) for _ in range(4)]
+    for i, layer in enumerate(layers):
+        stream, states[i] = layer(stream, states[i], time_steps=gaps)
 """
 
 from __future__ import annotations
@@ -26,7 +32,104 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mamba import MambaBlock, MambaConfig, RMSNorm
+from mamba import (
+    MambaBlock,
+    MambaConfig,
+    MambaState,
+    RMSNorm,
+    at_least_float32,
+    causal_conv,
+    check_block,
+    selective_scan,
+)
+
+## Words come one after the other; heartbeats, purchases and spikes come when they come. There the
+## time between two events should say how much is forgotten, and the event how much is written. But
+## Mamba's Δ says both. Event time splits it in two (arXiv 2411.12603):
+##
+##     Ā = exp(Δ_A A)    Δ_A = time_step · softplus(dt_A_bias)     the time that has passed, times a
+##                                                                 rate that the channel learns
+##     B̄ = Δ_B B         Δ_B = softplus(dt + dt_bias)              as in Mamba, whatever the time
+##
+## That is rule "dirac" on the impulses Δ_B x, so every scan can do it. Δ_B -> 0 still adds nothing,
+## but no longer keeps the past: time alone decides that. An interval of 0 forgets nothing: two
+## events at one time. (Their order still shows: the convolution counts events and not time.)
+
+
+class EventBlock(MambaBlock):
+    """A MambaBlock that is told the time between events.
+
+    y = block(u, time_steps=gaps)                    u (b, l, d_model), gaps (b, l)
+    y, state = block(u, state, time_steps=gaps)      the same, continuing from a state
+    y, state = block.step(u, state, time_steps=gap)  one event: u (b, d_model), gap (b,)
+
+    time_steps: the time since the event before, finite and not negative, in a unit in which a
+    typical one is about 1. The first has no effect without a state. reset as in MambaBlock. Raises
+    ValueError for times that do not fit (negative ones are not looked for on a GPU or under
+    torch.compile), and for a config with another rule: this block brings its own.
+    """
+
+    def __init__(self, config: MambaConfig) -> None:
+        if config.rule != "mamba":
+            raise ValueError(f"EventBlock brings its own rule: leave rule out, got {config.rule!r}")
+        super().__init__(config)
+        ## The rates start spread as Δ is, but not in step with it.
+        shuffled = torch.randperm(config.d_inner)
+        self.dt_A_bias = nn.Parameter(self.dt_proj.bias.detach()[shuffled])
+
+    def forward(
+        self, u: Tensor, state: MambaState | None = None, *, time_steps: Tensor,
+        reset: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, MambaState]:  # fmt: skip
+        check_block(self.config, u, 3, state, reset)
+        start = self.init_state(len(u)) if state is None else state
+        raw, z = self.in_proj(u).chunk(2, dim=-1)  # (b, l, d) each
+        x, conv = causal_conv(
+            raw, self.conv1d.weight, self.conv1d.bias, start.conv, reset, scan=self.config.scan
+        )
+        y, h = self.scan_events(x, z, time_steps, start.h, reset)
+        out = self.out_proj(y)
+        return out if state is None else (out, MambaState(conv, h))
+
+    def step(
+        self, u: Tensor, state: MambaState, *, time_steps: Tensor
+    ) -> tuple[Tensor, MambaState]:
+        check_block(self.config, u, 2, state)
+        raw, z = self.in_proj(u).chunk(2, dim=-1)  # (b, d) each
+        x, conv = causal_conv(raw.unsqueeze(1), self.conv1d.weight, self.conv1d.bias, state.conv)
+        y, h = self.scan_events(x.squeeze(1), z, time_steps, state.h)
+        return self.out_proj(y), MambaState(conv, h)
+
+    def scan_events(
+        self, x: Tensor, z: Tensor, time_steps: Tensor, h: Tensor, reset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x, z (..., d), time_steps (...) -> y (..., d) and the last h."""
+        check_time_steps(time_steps, x)
+        dt, B, C = self.select(x)
+        delta_B = F.softplus(at_least_float32(dt) + self.dt_proj.bias)
+        rate = F.softplus(at_least_float32(self.dt_A_bias))
+        delta_A = time_steps.to(rate.dtype).unsqueeze(-1) * rate
+        y, h = selective_scan(
+            delta_B * x, delta_A, self.A, B, C, h0=h, dt_softplus=False, rule="dirac",
+            reset=reset, scan=self.config.scan,
+        )  # fmt: skip
+        ## D x and the gate take x itself, not the impulse.
+        y = (y + at_least_float32(self.D) * x) * F.silu(at_least_float32(z))
+        return y.to(x.dtype), h
+
+
+def check_time_steps(time_steps: Tensor, x: Tensor) -> None:
+    shape = tuple(x.shape[:-1])
+    if time_steps.shape != shape or time_steps.is_complex() or time_steps.dtype == torch.bool:
+        raise ValueError(
+            f"time_steps must be real numbers {shape}, one for each event, "
+            f"got {time_steps.dtype} {tuple(time_steps.shape)}"
+        )
+    # A look at numbers makes the CPU wait for a GPU, and breaks a compiled graph.
+    if time_steps.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not ((time_steps >= 0) & time_steps.isfinite()).all():
+            raise ValueError("time_steps must be finite and not negative: one of them is not")
+
 
 MEMORY = 3.0  # the time in which the bucket loses all but 1/e
 KINDS = ("event time", "gaps as input", "no times")
@@ -52,15 +155,16 @@ class EventModel(nn.Module):
         self.kind = kind
         self.read = nn.Linear(2 if kind == "gaps as input" else 1, d_model)
         self.norm = RMSNorm(d_model)
-        self.block = MambaBlock(MambaConfig(d_model, event_time=kind == "event time"))
+        block = EventBlock if kind == "event time" else MambaBlock
+        self.block = block(MambaConfig(d_model))
         self.write = nn.Linear(d_model, 1)
 
     def forward(self, numbers: Tensor, gaps: Tensor) -> Tensor:
         features = [numbers, gaps.log()] if self.kind == "gaps as input" else [numbers]
-        u = self.read(torch.stack(features, dim=-1))
-        time_steps = gaps if self.kind == "event time" else None
-        u = u + self.block(self.norm(u), time_steps=time_steps)
-        return self.write(u).squeeze(-1)
+        stream = self.read(torch.stack(features, dim=-1))
+        options = {"time_steps": gaps} if self.kind == "event time" else {}
+        stream = stream + self.block(self.norm(stream), **options)
+        return self.write(stream).squeeze(-1)
 
 
 def train(kind: str, steps: int, seqlen: int = 40, batch: int = 64, seed: int = 0) -> float:

@@ -5,29 +5,59 @@
 draws them into look_inside.png, for the model that ships here; --out names another picture, --model
 another model. It needs the project installed, and matplotlib (pip install -e ".[notebook]").
 
-The functions are there to be lifted out. They read what a layer leaves in `internals`:
+The functions are there to be lifted out. They read what `watch` sees in a layer:
 
-    internals = []
-    model(input_ids, internals=internals)
-    h = states(internals[2])                                   # (b, l, d, n)
-    alpha = hidden_attention(internals[2], channels=[0, 300])  # (b, 2, l, l)
-    mean = mean_attention(internals[2])                        # (b, l, l)
+    with watch(model) as layers:
+        model(input_ids)
+    h = states(layers[2])                                   # (b, l, d, n)
+    alpha = hidden_attention(layers[2], channels=[0, 300])  # (b, 2, l, l)
+    mean = mean_attention(layers[2])                        # (b, l, l)
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from generate import DEFAULT_MODEL, Parser, Tokenizer, load_tokenizer
-from mamba import Mamba, at_least_float32, discretize
+from mamba import Mamba, MambaBlock, at_least_float32, discretize
 
-## A layer appends the inputs of its scan: x, Δ, A, B, C. They fix the recurrence
+## x_proj reads x and gives B and C, dt_proj gives dt: hooks on these two see all that a scan reads.
+
+
+@contextlib.contextmanager
+def watch(model: nn.Module) -> Iterator[list[dict[str, Tensor]]]:
+    """What goes into the scan of every MambaBlock of a model, in their order, at its last call.
+
+    Of each layer x (b, l, d), dt (b, l, d) without its bias, delta (b, l, d), A (d, n), B and C
+    (b, l, n); without the axis l after a `step`. They carry gradients where the call does. With an
+    EventBlock delta is Δ_B.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, MambaBlock)]
+    layers: list[dict[str, Tensor]] = [{} for _ in blocks]
+    with contextlib.ExitStack() as hooks:
+        for block, layer in zip(blocks, layers, strict=True):
+
+            def see_x(_, inputs, output, block=block, layer=layer) -> None:
+                n = block.config.d_state
+                layer["x"], (layer["B"], layer["C"]) = inputs[0], output[..., -2 * n :].split(n, -1)
+
+            def see_dt(_, inputs, dt, block=block, layer=layer) -> None:
+                delta = F.softplus(at_least_float32(dt) + block.dt_proj.bias)
+                layer["dt"], layer["delta"], layer["A"] = dt, delta, block.A
+
+            for module, see in ((block.x_proj, see_x), (block.dt_proj, see_dt)):
+                hooks.callback(module.register_forward_hook(see).remove)
+        yield layers
+
+
+## These fix the recurrence
 ##
 ##     h_t = Ā_t h_{t-1} + B̄_t x_t        (2a)        y_t = C_t h_t        (2b)
 ##
@@ -59,9 +89,8 @@ def states(
 ) -> Tensor:  # fmt: skip
     """h after every token, (b, l, d, n). The last one is the state that the model returns.
 
-    inside is one layer's entry of `internals`; h0 (b, d, n) is that layer's state before the first
-    token, None for zeros; rule and reset are those of the call (with event time "dirac", and x is
-    then Δ x). float32, or float64.
+    inside is one layer of `watch`; h0 (b, d, n) is that layer's state before the first
+    token, None for zeros; rule and reset are those of the call. float32, or float64.
     """
     h, hs = 0 if h0 is None else h0, []
     for A_bar, B_bar, x, _ in steps(inside, rule, reset, slice(None)):
@@ -198,11 +227,11 @@ def look(options: argparse.Namespace, parser: Parser) -> None:
     if not 0 <= options.layer < model.config.n_layer:
         last = model.config.n_layer - 1
         parser.error(f"--layer must be 0 ... {last} for this model, got {options.layer}")
-    internals = []
-    model(torch.tensor([ids]), internals=internals)
+    with watch(model) as layers:
+        model(torch.tensor([ids]))
     title = f"Layer {options.layer} of {Path(options.model).name}"
     labels = [token_label(tokenizer, token_id) for token_id in ids]
-    draw(internals[options.layer], model.config.rule, labels, title, options.out)
+    draw(layers[options.layer], model.config.rule, labels, title, options.out)
 
 
 def main() -> None:

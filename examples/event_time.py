@@ -106,11 +106,11 @@ class EventBlock(MambaBlock):
         """x, z (..., d), time_steps (...) -> y (..., d) and the last h."""
         check_time_steps(time_steps, x)
         dt, B, C = self.select(x)
-        delta_B = F.softplus(at_least_float32(dt) + self.dt_proj.bias)
+        delta_write = F.softplus(at_least_float32(dt) + self.dt_proj.bias)
         rate = F.softplus(at_least_float32(self.dt_A_bias))
-        delta_A = time_steps.to(rate.dtype).unsqueeze(-1) * rate
+        delta_forget = time_steps.to(rate.dtype).unsqueeze(-1) * rate
         y, h = selective_scan(
-            delta_B * x, delta_A, self.A, B, C, h0=h, dt_softplus=False, rule="dirac",
+            delta_write * x, delta_forget, self.A, B, C, h0=h, dt_softplus=False, rule="dirac",
             reset=reset, scan=self.config.scan,
         )  # fmt: skip
         ## D x and the gate take x itself, not the impulse.

@@ -183,9 +183,8 @@ class Mamba(nn.Module):
         self.config = config
         self.backbone = nn.ModuleDict()
         self.backbone["embedding"] = nn.Embedding(config.padded_vocab_size, config.d_model)
-        self.backbone["layers"] = nn.ModuleList(
-            ResidualBlock(config) for _ in range(config.n_layer)
-        )
+        layers = (ResidualBlock(config) for _ in range(config.n_layer))
+        self.backbone["layers"] = nn.ModuleList(layers)
         self.backbone["norm_f"] = RMSNorm(config.d_model, config.norm_eps)
         self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
         nn.init.normal_(self.backbone.embedding.weight, std=0.02)  # each block initialises itself
@@ -254,13 +253,11 @@ class ResidualBlock(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.mixer = MambaBlock(config) if mixer is None else mixer
 
-    def forward(
-        self, stream: Tensor, state: MambaState, **options: Any
-    ) -> tuple[Tensor, MambaState]:
+    def forward(self, stream: Tensor, state: MambaState, **options) -> tuple[Tensor, MambaState]:
         correction, state = self.mixer(self.norm(stream), state, **options)
         return stream + correction, state
 
-    def step(self, stream: Tensor, state: MambaState, **options: Any) -> tuple[Tensor, MambaState]:
+    def step(self, stream: Tensor, state: MambaState, **options) -> tuple[Tensor, MambaState]:
         correction, state = self.mixer.step(self.norm(stream), state, **options)
         return stream + correction, state
 

@@ -3,7 +3,7 @@
     with Hub({"someone/model": {"config.json": b"{}", "model.safetensors": b"..."}}) as hub:
         hub.faults["config.json"] = "gated"  # see FAULTS
         subprocess.run(command, env=hub.environment(cache))
-        hub.requests  # [("HEAD", "someone/model", "config.json")]
+        hub.requests  # [("GET", "someone/model", LIST), ("HEAD", "someone/model", "config.json")]
 
 The client reads HF_ENDPOINT when it is imported: a subprocess gets it from `environment`, this
 process from the `hub` fixture (conftest.py), which sets the client's constants.
@@ -12,6 +12,7 @@ process from the `hub` fixture (conftest.py), which sets the client's constants.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import threading
@@ -20,8 +21,10 @@ from urllib.parse import unquote
 
 COMMIT = "5eed" * 10  # the one revision, also called "main"
 REMOTE = "somewhere-else"  # the path under which large files are served, as from a CDN
+LARGE = (".bin", ".safetensors")
+LIST = "(list of files)"  # stands for a file's name in `faults` and `requests`
 
-# What can be wrong with a file. Faults with a "-once" repair themselves after the first time.
+# What can be wrong with a file or the list. Faults with a "-once" repair themselves after the first time.
 FAULTS = {
     "gated": "403, the terms are not accepted",
     "private": "401, as for a repository that does not exist",
@@ -43,6 +46,7 @@ class Hub:
         self.repositories = repositories or {}
         self.faults: dict[str, str] = {}  # file name -> one of FAULTS
         self.requests: list[tuple[str, str, str]] = []  # (method, repository, file name)
+        self.others: list[str] = []  # the paths of requests for anything else
         self.ranges: list[str] = []  # the Range headers of all requests
         self.over = threading.Event()
         self.server = ThreadingHTTPServer(
@@ -86,10 +90,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(self.path.split("?")[0])
-        match = re.fullmatch(rf"/({REMOTE}/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
-        if match is None:
+        if match := re.fullmatch(rf"/({REMOTE}/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            remote, repository, revision, name = match.groups()
+        elif match := re.fullmatch(
+            r"/api/models/([^/]+/[^/]+?)(/tree|/revision)?(?(2)/(.+))", path
+        ):
+            repository, kind, revision = match.groups()
+            name = LIST
+        else:
+            self.hub.others.append(path)
             return self.refuse(404, "EntryNotFound")
-        remote, repository, revision, name = match.groups()
         self.hub.requests.append((self.command, repository, name))
         fault, files = self.hub.faults.get(name), self.hub.repositories.get(repository)
         if fault == "slow":
@@ -102,12 +112,14 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(403, "GatedRepo")
         if files is None or fault == "private":
             return self.refuse(401, "RepoNotFound")
-        if revision not in ("main", COMMIT):
+        if revision not in (None, "main", COMMIT):
             return self.refuse(404, "RevisionNotFound")
+        if name == LIST:
+            return self.send_list(files, with_checksums=kind == "/tree")
         if name not in files:
             return self.refuse(404, "EntryNotFound")
         data = files[name]
-        large = name.endswith((".bin", ".safetensors"))
+        large = name.endswith(LARGE)
         if large and not remote:
             # Another origin than 127.0.0.1. The checksum stands here, not where the bytes are.
             location = f"http://localhost:{self.hub.port}/{REMOTE}{self.path}"
@@ -117,6 +129,17 @@ class Handler(BaseHTTPRequestHandler):
         self.send_file(name, data, fault, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
 
     do_HEAD = do_GET
+
+    def send_list(self, files: dict[str, bytes], with_checksums: bool) -> None:
+        names = [{"rfilename": name} for name in files]
+        content: object = {"id": "", "sha": COMMIT, "siblings": names}
+        if with_checksums:
+            content = [
+                {"type": "file", "path": name, "size": len(data), "oid": git_sha1(data)}
+                | ({"lfs": large_file(data)} if name.endswith(LARGE) else {})
+                for name, data in files.items()
+            ]
+        self.answer(200, {"Content-Type": "application/json"}, json.dumps(content).encode())
 
     def send_file(self, name: str, data: bytes, fault: str | None, headers: dict) -> None:
         getting = self.command == "GET"
@@ -149,6 +172,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def refuse(self, status: int, code: str) -> None:
         self.answer(status, {"X-Error-Code": code, "X-Error-Message": code})
+
+
+def large_file(data: bytes) -> dict[str, object]:
+    return {"oid": sha256(data), "size": len(data), "pointerSize": 0}
 
 
 def sha256(data: bytes) -> str:

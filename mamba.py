@@ -1313,6 +1313,25 @@ def check_scan_shapes(x: Tensor, **tensors: Tensor | None) -> None:
         raise ValueError(f"reset must be bool, got {tensors['reset'].dtype}")
 
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+Device = torch.device | str | None
+
+
+def check_target(device: Device, dtype: torch.dtype) -> None:
+    """For `from_pretrained`, before anything is downloaded."""
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype!r}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        why = first_sentence(error)
+        raise ValueError(f"device {str(device)!r} cannot be used: {why}") from error
+
+
+def first_sentence(error: BaseException) -> str:
+    return re.split(r"\n|\. ", str(error).strip() or type(error).__name__)[0][:200]
+
+
 ## config.json has one of two layouts. That of the state-spaces/mamba-* repositories keeps the
 ## fields of the SSM in "ssm_cfg" and all others at the top. That of transformers has everything at
 ## the top, under other names, with defaults of its own, and ignores what it does not know.
@@ -1345,12 +1364,10 @@ def read_config(path: Path) -> MambaConfig:
     try:
         if found.pop("event_time", False) is not False:
             raise ValueError("event_time belongs to the block of examples/event_time.py")
-        if from_hf:
-            found = HF_DEFAULTS | found
-        elif isinstance(ssm := found.pop("ssm_cfg", {}), dict) and not ssm.keys() & found:
-            found |= ssm
-        else:
+        ssm = {} if from_hf else found.pop("ssm_cfg", {})
+        if not isinstance(ssm, dict) or ssm.keys() & found:
             raise ValueError(f"ssm_cfg must hold fields that stand nowhere else, got {ssm!r}")
+        found = HF_DEFAULTS | found if from_hf else found | ssm
         known = {ours: found.pop(theirs) for theirs, ours in names.items() if theirs in found}
         for name, value in fixed.items():
             if (other := found.pop(name, value)) != value:
@@ -1385,8 +1402,8 @@ def read_json(path: Path) -> dict[str, Any]:
 ## What the Hub's client raises, by the name of the class or of its nearest base class here, and
 ## what is said instead. By name, because the client is imported only when it is needed.
 
-UNDELIVERED = "{files} not in the cache, and the Hub did not deliver ({why}): check the network, "
-UNDELIVERED += "try again later, or wait longer with HF_HUB_ETAG_TIMEOUT=10"
+UNDELIVERED = "{files} is not in the cache and the Hub did not deliver it ({why}): check the "
+UNDELIVERED += "network, try again later, or wait longer with HF_HUB_ETAG_TIMEOUT=10"
 # fmt: off
 HUB_FAULTS = {
     "GatedRepoError": (RuntimeError,
@@ -1395,10 +1412,9 @@ HUB_FAULTS = {
         "the Hub has no such repository, or it is private: check the name or run `hf auth login`"),
     "RevisionNotFoundError": (FileNotFoundError,
         "no revision {revision!r}: choose one of https://huggingface.co/{name}/commits"),
-    "EntryNotFoundError": (FileNotFoundError, "the repository has no {files}"),
     "HFValidationError": (ValueError, "this cannot be the name of a Hub repository ({why})"),
     "OfflineModeIsEnabled": (FileNotFoundError,
-        "{files} not in the cache: load once without HF_HUB_OFFLINE and local_files_only"),
+        "{files} is not in the cache: load once without HF_HUB_OFFLINE and local_files_only"),
     "HfHubHTTPError": (RuntimeError, UNDELIVERED),
     "Exception": (FileNotFoundError, UNDELIVERED),
 }
@@ -1415,60 +1431,58 @@ def file_finder(
     not answer (no network, HF_HUB_OFFLINE, an expired login), its cache is looked through.
     """
     folder, name = Path(name_or_path).expanduser(), str(name_or_path).rstrip("/")
-    if name and folder.is_dir():
-
-        def find_in_folder(*files: str) -> Path:
-            for path in (folder / file for file in files):
-                if path.is_file():
-                    return path
-            raise FileNotFoundError(f"{folder} has no file {' or '.join(files)}")
-
-        return find_in_folder
-    # "checkpoints/typo" looks like a repository: a folder "checkpoints" here says that it is none.
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or folder.parent.is_dir():
-        raise FileNotFoundError(f"{name!r} is neither a folder nor the name of a Hub repository")
-    from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
-
     where, listed, failure = {"revision": revision, "cache_dir": cache_dir}, set(), None
-    try:
-        if local_files_only:
-            raise errors.OfflineModeIsEnabled
-        listed = list_repository(name, revision)
-    except Exception as error:
-        failure = error
-
-    def find_on_hub(*files: str) -> Path:
+    is_folder = name != "" and folder.is_dir()
+    # "checkpoints/typo" looks like a repository: a folder "checkpoints" here says that it is none.
+    is_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not folder.parent.is_dir()
+    if is_folder:
+        listed = {path.name for path in folder.iterdir() if path.is_file()}
+    elif is_name:
         try:
-            for file in files:
-                if file in listed:
-                    # Not snapshot_download: it shows a bar even for what is there.
-                    path = Path(hf_hub_download(name, file, **where))
-                    where["revision"] = path.parent.name  # its commit: all files are of the same
-                    return path
-                if failure and isinstance(path := try_to_load_from_cache(name, file, **where), str):
-                    return Path(path)
-            raise failure or errors.EntryNotFoundError
+            listed = list_repository(name, revision, local_files_only)
         except Exception as error:
-            cause = error  # or, if the client has then looked into its cache, why it did
-            if isinstance(error, errors.LocalEntryNotFoundError):
-                cause = error.__cause__ or error
-            kind, sentence = next(
-                HUB_FAULTS[c.__name__] for c in type(cause).__mro__ if c.__name__ in HUB_FAULTS
-            )
+            failure = error
+    else:
+        raise FileNotFoundError(f"{name!r} is neither a folder nor the name of a Hub repository")
+
+    def find(*files: str) -> Path:
+        file = next((file for file in files if file in listed), None)
+        if file is None and failure is None:
+            raise FileNotFoundError(f"{name} has no file {' or '.join(files)}")
+        if is_folder:
+            return folder / file
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+        try:
+            if failure is None:
+                # Not snapshot_download: it shows a bar even for what is there.
+                path = hf_hub_download(name, file, **where)
+                where["revision"] = Path(path).parent.name  # its commit: all files are of the same
+                return Path(path)
+            for file in files:
+                if isinstance(path := try_to_load_from_cache(name, file, **where), str):
+                    return Path(path)
+            raise failure
+        except Exception as error:
+            # LocalEntryNotFoundError: another error made the client look into its cache.
+            local = type(error).__name__ == "LocalEntryNotFoundError"
+            cause = (local and error.__cause__) or error
+            fault = next(c.__name__ for c in type(cause).__mro__ if c.__name__ in HUB_FAULTS)
+            kind, sentence = HUB_FAULTS[fault]
             words = {"name": name, "files": " or ".join(files), "revision": revision}
             sentence = sentence.format(**words, why=first_sentence(cause))
             raise kind(f"{name}: {sentence}") from error
 
-    return find_on_hub
+    return find
 
 
-def list_repository(name: str, revision: str | None) -> set[str]:
+def list_repository(name: str, revision: str | None, local_files_only: bool) -> set[str]:
     """The names of a repository's files; raises what the client raises, or TimeoutError.
 
     The client's downloads try for 23 seconds, and to look up an address may take as long as it
     likes: hence a thread, which is left alone when its time is over.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, errors
 
     seconds, answer = float(os.environ.get("HF_HUB_ETAG_TIMEOUT", 1.5)), Future()
 
@@ -1479,52 +1493,35 @@ def list_repository(name: str, revision: str | None) -> set[str]:
         except Exception as error:
             answer.set_exception(error)
 
+    if local_files_only:
+        raise errors.OfflineModeIsEnabled
     threading.Thread(target=ask, daemon=True).start()
     return answer.result(seconds)
-
-
-def first_sentence(error: BaseException) -> str:
-    return re.split(r"\n|\. ", str(error).strip() or type(error).__name__)[0][:200]
 
 
 WEIGHT_FILES = "model.safetensors", "model.safetensors.index.json"
 WEIGHT_FILES += "pytorch_model.bin", "pytorch_model.bin.index.json"
 EMBEDDING, HF_EMBEDDING = "backbone.embedding.weight", "backbone.embeddings.weight"
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def check_target(device: torch.device | str | None, dtype: torch.dtype) -> None:
-    """Before anything is downloaded."""
-    if dtype not in FLOATS:
-        raise ValueError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype!r}")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        why = first_sentence(error)
-        raise ValueError(f"device {str(device)!r} cannot be used: {why}") from error
 
 
 def load_weights(
-    model: Mamba, find: Callable[..., Path], device: torch.device | str | None, dtype: torch.dtype
+    model: Mamba, find: Callable[..., Path], device: Device, dtype: torch.dtype
 ) -> None:
     """Give the model, so far without numbers, those of its files: every weight and no other."""
     path = find(*WEIGHT_FILES)
-    index, paths = None, [path]
+    paths, weights, found, promised = [path], {}, set(), None
     if path.suffix == ".json":
-        index, suffix = (
-            read_json(path).get("weight_map"),
-            ".bin" if ".bin" in path.name else ".safetensors",
-        )
+        index, kind = read_json(path).get("weight_map"), path.name.split(".")[1]
+        shards = {str(shard) for shard in index.values()} if isinstance(index, dict) else set()
         # A name with a slash could lead out of the folder.
-        names = index.values() if isinstance(index, dict) else ()
-        if not names or not all(re.fullmatch(rf"[\w.-]+\{suffix}", str(name)) for name in names):
-            raise ValueError(f"{path}: weight_map must name the {suffix} file of each weight")
-        paths = [find(name) for name in sorted(set(names))]
-    weights, places = {}, {}
-    for shard in paths:
-        weights |= (tensors := read_tensors(shard, device, dtype))
-        places |= dict.fromkeys(tensors, shard.name)
-    if index and (torn := sorted({name for name, _ in index.items() ^ places.items()})):
+        if not shards or not all(re.fullmatch(rf"[\w.-]+\.{kind}", shard) for shard in shards):
+            raise ValueError(f"{path}: weight_map must name the .{kind} file of each weight")
+        paths, promised = [find(shard) for shard in sorted(shards)], set(index.items())
+    for file in paths:
+        tensors = read_tensors(file, device, dtype)
+        weights |= tensors
+        found |= {(name, file.name) for name in tensors}
+    if promised and (torn := sorted({name for name, _ in promised ^ found})):
         raise RuntimeError(f"{path} and its files disagree on {len(torn)} weights, first {torn[0]}")
     if HF_EMBEDDING in weights and EMBEDDING not in weights:
         weights[EMBEDDING] = weights.pop(HF_EMBEDDING)
@@ -1540,9 +1537,7 @@ def load_weights(
         model.tie_weights()
 
 
-def read_tensors(
-    path: Path, device: torch.device | str | None, dtype: torch.dtype
-) -> dict[str, Tensor]:
+def read_tensors(path: Path, device: Device, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of one file, cast. If they have this dtype, the file is mapped into memory.
 
     A mapped file stays there until its last tensor is gone: with the copies of another dtype, one

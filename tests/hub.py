@@ -19,12 +19,12 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
-COMMIT = "5eed" * 10  # the one revision, also called "main"
+COMMIT = "5eed" * 10  # the first revision; the last one is also called "main"
 REMOTE = "somewhere-else"  # the path under which large files are served, as from a CDN
 LARGE = (".bin", ".safetensors")
 LIST = "(list of files)"  # stands for a file's name in `faults` and `requests`
 
-# What can be wrong with a file or the list. Faults with a "-once" repair themselves after the first time.
+# What can be wrong with a file or the list. Those with "-once" repair themselves after one time.
 FAULTS = {
     "gated": "403, the terms are not accepted",
     "private": "401, as for a repository that does not exist",
@@ -44,6 +44,8 @@ class Hub:
 
     def __init__(self, repositories: dict[str, dict[str, bytes]] | None = None) -> None:
         self.repositories = repositories or {}
+        self.commit = COMMIT
+        self.earlier: dict[str, dict[str, dict[str, bytes]]] = {}  # commit -> repositories
         self.faults: dict[str, str] = {}  # file name -> one of FAULTS
         self.requests: list[tuple[str, str, str]] = []  # (method, repository, file name)
         self.others: list[str] = []  # the paths of requests for anything else
@@ -62,6 +64,12 @@ class Hub:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    def push(self, repository: str, files: dict[str, bytes]) -> None:
+        """A new commit with other files; the earlier one stays there under its own name."""
+        self.earlier[self.commit] = dict(self.repositories)
+        self.repositories[repository] = files
+        self.commit = git_sha1(self.commit.encode())
 
     def stop(self) -> None:
         """From now on nothing listens: the network is gone."""
@@ -101,6 +109,9 @@ class Handler(BaseHTTPRequestHandler):
             self.hub.others.append(path)
             return self.refuse(404, "EntryNotFound")
         self.hub.requests.append((self.command, repository, name))
+        if revision in (None, "main"):
+            revision = self.hub.commit
+        commits = {**self.hub.earlier, self.hub.commit: self.hub.repositories}
         fault, files = self.hub.faults.get(name), self.hub.repositories.get(repository)
         if fault == "slow":
             return self.hub.over.wait(30)
@@ -112,10 +123,11 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(403, "GatedRepo")
         if files is None or fault == "private":
             return self.refuse(401, "RepoNotFound")
-        if revision not in (None, "main", COMMIT):
+        if revision not in commits:
             return self.refuse(404, "RevisionNotFound")
+        files = commits[revision][repository]
         if name == LIST:
-            return self.send_list(files, with_checksums=kind == "/tree")
+            return self.send_list(revision, files, with_checksums=kind == "/tree")
         if name not in files:
             return self.refuse(404, "EntryNotFound")
         data = files[name]
@@ -124,15 +136,15 @@ class Handler(BaseHTTPRequestHandler):
             # Another origin than 127.0.0.1. The checksum stands here, not where the bytes are.
             location = f"http://localhost:{self.hub.port}/{REMOTE}{self.path}"
             linked = {"X-Linked-Size": str(len(data)), "X-Linked-ETag": f'"{sha256(data)}"'}
-            return self.answer(302, {"Location": location, "X-Repo-Commit": COMMIT, **linked})
+            return self.answer(302, {"Location": location, "X-Repo-Commit": revision, **linked})
         etag = sha256(data) if large else git_sha1(data)
-        self.send_file(name, data, fault, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
+        self.send_file(name, data, fault, {"ETag": f'"{etag}"', "X-Repo-Commit": revision})
 
     do_HEAD = do_GET
 
-    def send_list(self, files: dict[str, bytes], with_checksums: bool) -> None:
+    def send_list(self, commit: str, files: dict[str, bytes], with_checksums: bool) -> None:
         names = [{"rfilename": name} for name in files]
-        content: object = {"id": "", "sha": COMMIT, "siblings": names}
+        content: object = {"id": "", "sha": commit, "siblings": names}
         if with_checksums:
             content = [
                 {"type": "file", "path": name, "size": len(data), "oid": git_sha1(data)}

@@ -72,7 +72,7 @@ def write_shards(folder: Path, tensors: dict[str, torch.Tensor], shards: list[st
 
 
 def write(folder: Path, layout: str) -> Path:
-    """A whole folder: "hf" and the shards in the layout of transformers, the others as originals."""
+    """A whole folder: "hf" and the shards as transformers has them, the others as originals."""
     folder.mkdir(exist_ok=True)
     config = HF_CONFIG if layout in ("hf", "shards", "bin shards") else CONFIG
     (folder / "config.json").write_text(json.dumps(config))
@@ -100,7 +100,7 @@ def assert_loads(name_or_path: str | Path, dtype: torch.dtype = torch.float32, *
 
 
 def error_of(function) -> tuple[type, str]:
-    """The exception's type and message, which is one sentence: perhaps with torch's list of keys."""
+    """The exception's type and message: one sentence, perhaps with torch's list of keys."""
     with pytest.raises(Exception) as info:
         function()
     message = str(info.value)
@@ -557,7 +557,7 @@ HUB_FAULTS = {
 @pytest.mark.parametrize(
     ("fault", "file"),
     [(fault, LIST) for fault in ("gated", "private", "500", "portal", "slow")]
-    + [(fault, BIN) for fault in ("gated", "500-body", "cut", "short")],
+    + [(fault, BIN) for fault in ("gated", "500", "500-body", "cut", "short")],
 )
 def test_a_fault_of_the_hub_is_one_sentence_with_a_remedy(fault, file, hub, monkeypatch, tmp_path):
     publish(hub, tmp_path / "source")
@@ -639,6 +639,39 @@ def test_what_is_in_the_cache_loads_whatever_the_hub_says(fault, hub, tmp_path):
     assert_loads(NAME)
     hub.faults.update(dict.fromkeys([LIST, "config.json", BIN], fault))
     assert_loads(NAME)
+
+
+@pytest.mark.parametrize("fault", ["500", "private", "gated", "portal"])
+def test_what_is_in_the_cache_loads_if_the_hub_lists_but_does_not_give_it(fault, hub, tmp_path):
+    publish(hub, tmp_path / "source")
+    assert_loads(NAME)
+    hub.faults.update(dict.fromkeys(["config.json", BIN], fault))
+    assert_loads(NAME)
+
+
+def test_all_files_come_from_one_commit_though_another_is_pushed_meanwhile(
+    hub, monkeypatch, tmp_path
+):
+    publish(hub, tmp_path / "source")
+    read_config = mamba.read_config
+
+    def push(path):
+        """As soon as config.json is there."""
+        hub.push(NAME, hub.repositories[NAME] | {BIN: b"for another config.json"})
+        return read_config(path)
+
+    monkeypatch.setattr(mamba, "read_config", push)
+    assert_loads(NAME)
+
+
+def test_a_new_commit_is_downloaded_where_it_differs(hub, tmp_path):
+    publish(hub, tmp_path / "source")
+    assert_loads(NAME)
+    hub.push(NAME, hub.repositories[NAME] | {"config.json": json.dumps(HF_CONFIG).encode()})
+    hub.requests.clear()
+    assert_loads(NAME)
+    assert downloads(hub) == ["config.json"]
+    assert_loads(NAME, revision=COMMIT)
 
 
 @pytest.mark.parametrize("way", ["local_files_only", "HF_HUB_OFFLINE"])

@@ -39,15 +39,14 @@ own Δ, which gives Ā = exp(ΔA) and B̄ = ΔB. Then h_t = Ā h_{t-1} + B̄ x_t
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import math
 import os
-import pickle
 import re
 import threading
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
@@ -181,13 +180,15 @@ class Mamba(nn.Module):
     def __init__(self, config: MambaConfig) -> None:
         super().__init__()
         self.config = config
+        embedding = torch.empty(config.padded_vocab_size, config.d_model)
+        if not embedding.is_meta:  # shapes without numbers have nothing to initialise
+            nn.init.normal_(embedding, std=0.02)
         self.backbone = nn.ModuleDict()
-        self.backbone["embedding"] = nn.Embedding(config.padded_vocab_size, config.d_model)
+        self.backbone["embedding"] = nn.Embedding.from_pretrained(embedding, freeze=False)
         layers = (ResidualBlock(config) for _ in range(config.n_layer))
         self.backbone["layers"] = nn.ModuleList(layers)
         self.backbone["norm_f"] = RMSNorm(config.d_model, config.norm_eps)
         self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
-        nn.init.normal_(self.backbone.embedding.weight, std=0.02)  # each block initialises itself
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -322,7 +323,8 @@ class MambaBlock(nn.Module):
         self.A_log = nn.Parameter(torch.empty(d, n))
         self.D = nn.Parameter(torch.empty(d))
         self.out_proj = nn.Linear(d, config.d_model, bias=config.bias)
-        self.reset_parameters()
+        if not self.D.is_meta:
+            self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -1076,134 +1078,136 @@ def param_groups(model: Mamba, weight_decay: float) -> list[dict[str, Any]]:
     ]
 
 
-## config.json has one of two layouts. That of the state-spaces/mamba-* repositories has these
-## fields at the top and those of the SSM inside "ssm_cfg". What the published files do not have
-## (norm_eps, tokenizer, rule) is written only when it differs from the default, so that
-## the files stay readable there.
+## Files. A folder or a repository of the Hub holds config.json and the weights, in the layout of
+## state-spaces/mamba-* or in that of transformers (mamba-*-hf).
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+Device = torch.device | str | None
+
+
+def check_target(device: Device, dtype: torch.dtype) -> None:
+    """For `from_pretrained`, before anything is downloaded."""
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype!r}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        why = first_sentence(error)
+        raise ValueError(f"device {str(device)!r} cannot be used: {why}") from error
+
+
+def first_sentence(error: BaseException) -> str:
+    return re.split(r"\n|\. ", str(error).strip() or type(error).__name__)[0][:200]
+
+
+def load(
+    cls: type[Mamba], name_or_path: str | os.PathLike, *, revision: str | None = None,
+    device: Device = None, dtype: torch.dtype | None = None, scan: str = "auto",
+    cache_dir: str | os.PathLike | None = None, local_files_only: bool = False,
+) -> Mamba:  # fmt: skip
+    """A model with the weights of a local folder, or of a repository: "state-spaces/mamba-130m".
+
+    dtype None means float32, whatever the file holds. Every weight must be there with its own
+    shape, and nothing else. Raises FileNotFoundError for a folder, repository or file that is not
+    there or not within reach, ValueError for a config.json of another kind of model or a wrong
+    argument, RuntimeError for weights that are damaged or do not fit, and for a Hub that refuses.
+    """
+    dtype = dtype or torch.float32
+    check_target(device, dtype)
+    find = file_finder(name_or_path, revision, cache_dir, local_files_only)
+    config = replace(read_config(find("config.json")), scan=scan)
+    with torch.device("meta"):  # the shapes without the numbers: these come from the file
+        model = cls(config)
+    load_weights(model, find, device, dtype)
+    return model
+
+
+## config.json has one of two layouts. That of the state-spaces/mamba-* repositories keeps the
+## fields of the SSM in "ssm_cfg" and all others at the top. That of transformers has everything at
+## the top, under other names, with defaults of its own, and ignores what it does not know.
 
 TOP_FIELDS = "d_model n_layer vocab_size residual_in_fp32 pad_vocab_size_multiple tie_embeddings"
-OPTIONAL_FIELDS = "norm_eps tokenizer rule"
-SSM_FIELDS = (
-    "d_state d_conv expand dt_rank dt_min dt_max dt_init dt_scale dt_init_floor conv_bias bias"
-)
-# Fields of other code that may stand here with exactly this value, since no other is implemented.
+SSM_FIELDS = "d_state d_conv expand dt_rank dt_min dt_max dt_init dt_scale dt_init_floor"
+TOP_FIELDS, SSM_FIELDS = TOP_FIELDS.split(), f"{SSM_FIELDS} conv_bias bias".split()
+EXTRA_FIELDS = ["norm_eps", "tokenizer", "rule"]  # written only when they are not the default
+FIELDS = {name: name for name in TOP_FIELDS + EXTRA_FIELDS + SSM_FIELDS}
+HF_FIELDS = dict(
+    hidden_size="d_model", num_hidden_layers="n_layer", vocab_size="vocab_size",
+    state_size="d_state", conv_kernel="d_conv", expand="expand", time_step_rank="dt_rank",
+    use_bias="bias", use_conv_bias="conv_bias", residual_in_fp32="residual_in_fp32",
+    layer_norm_epsilon="norm_eps", tie_word_embeddings="tie_embeddings",
+)  # fmt: skip
+HF_DEFAULTS = {"hidden_size": 768, "num_hidden_layers": 32, "vocab_size": 50280, "model_type": None}
+# Fields that may stand there with exactly this value, since no other is implemented.
 FIXED_FIELDS = {"rms_norm": True, "d_intermediate": 0, "attn_layer_idx": [], "attn_cfg": {}}
-FIXED_FIELDS |= {"layer": "Mamba1", "model_type": "mamba", "event_time": False}
-# Fields of other code that do not change what is computed.
-IGNORED_FIELDS = {"fused_add_norm", "use_fast_path", "architectures", "torch_dtype", "dtype"}
-
-## The other layout is that of transformers: all fields at the top, under other names. An absent
-## field means transformers' default. Others are ignored, as they are there.
-
-HF_FIELDS = {
-    **{"hidden_size": "d_model", "num_hidden_layers": "n_layer", "vocab_size": "vocab_size"},
-    **{"state_size": "d_state", "conv_kernel": "d_conv", "expand": "expand"},
-    **{"time_step_rank": "dt_rank", "layer_norm_epsilon": "norm_eps", "use_bias": "bias"},
-    **{"use_conv_bias": "conv_bias", "residual_in_fp32": "residual_in_fp32"},
-    **{"tie_word_embeddings": "tie_embeddings"},
-}
-HF_DEFAULTS = {"hidden_size": 768, "num_hidden_layers": 32, "vocab_size": 50280}
+FIXED_FIELDS |= {"layer": "Mamba1", "model_type": "mamba"}
 HF_FIXED_FIELDS = {"model_type": "mamba", "hidden_act": "silu", "quantization_config": None}
-EMBEDDING, HF_EMBEDDING = "backbone.embedding.weight", "backbone.embeddings.weight"
+# Fields that do not change what is computed.
+IGNORED_FIELDS = {"fused_add_norm", "use_fast_path", "architectures", "torch_dtype", "dtype"}
 
 
 def read_config(path: Path) -> MambaConfig:
     """config.json -> MambaConfig. Raises ValueError for a field that would change the model."""
-    entries = read_json(path)
-    from_hf = "hidden_size" in entries or ("model_type" in entries and "d_model" not in entries)
+    found = read_json(path)
+    from_hf = "hidden_size" in found or ("model_type" in found and "d_model" not in found)
+    names, fixed = (HF_FIELDS, HF_FIXED_FIELDS) if from_hf else (FIELDS, FIXED_FIELDS)
     try:
-        config = config_from_hf(entries) if from_hf else config_from_original(entries)
-    except (ValueError, TypeError) as error:
-        # MambaConfig begins with its own name of the field.
-        names = {ours: theirs for theirs, ours in HF_FIELDS.items()} if from_hf else {}
-        message = re.sub(r"^\w+", lambda name: names.get(name[0], name[0]), str(error))
+        if found.pop("event_time", False) is not False:
+            raise ValueError("event_time belongs to the block of examples/event_time.py")
+        ssm = {} if from_hf else found.pop("ssm_cfg", {})
+        if not isinstance(ssm, dict) or ssm.keys() & found:
+            raise ValueError(f"ssm_cfg must hold fields that stand nowhere else, got {ssm!r}")
+        found = HF_DEFAULTS | found if from_hf else found | ssm
+        known = {ours: found.pop(theirs) for theirs, ours in names.items() if theirs in found}
+        for name, value in fixed.items():
+            if (other := found.pop(name, value)) != value:
+                raise ValueError(f"{name} = {other!r} is another architecture, Mamba has {value!r}")
+        if not from_hf and (unknown := found.keys() - IGNORED_FIELDS):
+            raise ValueError(f"unknown fields {', '.join(sorted(unknown))}")
+        if missing := {"d_model", "n_layer", "vocab_size"} - known.keys():
+            raise ValueError(f"no {', '.join(sorted(missing))}: not the config of a Mamba")
+        config = MambaConfig(**known, **({"pad_vocab_size_multiple": 1} if from_hf else {}))
+        if from_hf and (size := found.get("intermediate_size", config.d_inner)) != config.d_inner:
+            raise ValueError(f"intermediate_size must be {config.d_inner}, got {size!r}")
+        # A slip of the finger must not become an hour of building layers.
+        largest = max(value for value in vars(config).values() if type(value) is int)
+        if config.n_layer > 10_000 or config.d_inner * largest > 2**40:
+            raise ValueError(f"these sizes are too large to be meant: {known}")
+        return config
+    except (TypeError, ValueError) as error:
+        theirs = {ours: name for name, ours in names.items()}  # MambaConfig begins with our name
+        message = re.sub(r"^\w+", lambda word: theirs.get(word[0], word[0]), str(error))
         raise ValueError(f"{path}: {message}") from error
-    # A slip of the finger must not become an hour of building layers.
-    largest = max(value for value in vars(config).values() if type(value) is int)
-    if config.n_layer > 10_000 or config.d_inner * largest > 2**40:
-        raise ValueError(f"{path}: these sizes are too large to be meant: {entries}")
-    return config
-
-
-def config_from_original(entries: dict[str, Any]) -> MambaConfig:
-    known, ssm_entries = {}, dict(entries.pop("ssm_cfg", {}))
-    check_fixed_fields(entries | ssm_entries, FIXED_FIELDS)
-    top_names = [*TOP_FIELDS.split(), *OPTIONAL_FIELDS.split()]
-    for found, names in ((entries, top_names), (ssm_entries, SSM_FIELDS.split())):
-        for name, value in found.items():
-            if name in names:
-                known[name] = value
-            elif name not in IGNORED_FIELDS | FIXED_FIELDS.keys():
-                raise ValueError(f"unknown field {name} = {value!r}")
-    if missing := {"d_model", "n_layer", "vocab_size"} - known.keys():
-        raise ValueError(f"no {', '.join(sorted(missing))}: not the config of a Mamba")
-    return MambaConfig(**known)
-
-
-def config_from_hf(entries: dict[str, Any]) -> MambaConfig:
-    entries = {**HF_DEFAULTS, "model_type": None, **entries}
-    check_fixed_fields(entries, HF_FIXED_FIELDS)
-    known = {ours: entries[theirs] for theirs, ours in HF_FIELDS.items() if theirs in entries}
-    config = MambaConfig(**known, pad_vocab_size_multiple=1)
-    if (size := entries.get("intermediate_size", config.d_inner)) != config.d_inner:
-        product = f"expand * hidden_size = {config.d_inner}"
-        raise ValueError(f"intermediate_size must be {product}, got {size!r}")
-    return config
-
-
-def check_fixed_fields(entries: dict[str, Any], fixed: dict[str, Any]) -> None:
-    for name, value in fixed.items():
-        if (found := entries.get(name, value)) != value:
-            raise ValueError(f"{name} = {found!r} is another architecture; Mamba has {value!r}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        entries = json.loads(path.read_bytes())
+        if not isinstance(entries := json.loads(path.read_bytes()), dict):
+            raise ValueError(f"a {type(entries).__name__}, not an object")
+        return entries
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(entries, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(entries).__name__}")
-    return entries
+        raise ValueError(f"{path} is not a JSON object: {error}") from error
 
 
-def config_entries(config: MambaConfig) -> dict[str, Any]:
-    """MambaConfig -> the entries of config.json."""
-    changed = {
-        item.name: value
-        for item in fields(config)
-        if (value := getattr(config, item.name)) != item.default
-    }
-    return {
-        **{name: getattr(config, name) for name in TOP_FIELDS.split()},
-        **{name: changed[name] for name in OPTIONAL_FIELDS.split() if name in changed},
-        "ssm_cfg": {name: changed[name] for name in SSM_FIELDS.split() if name in changed},
-        "rms_norm": True,
-        "fused_add_norm": True,
-    }
+## What the Hub's client raises, by the name of the class or of its nearest base class here, and
+## what is said instead. By name, because the client is imported only when it is needed.
 
-
-## What the Hub's client may raise, by the name of the class or its nearest base class here, and
-## what is said instead. By name: the client is imported only when it is needed, and errors of the
-## network belong to httpx or httpx2, depending on its version.
-
-OUT_OF_REACH = "{file} is not in the cache and the Hub is out of reach ({why}): check the network"
+UNDELIVERED = "{files} is not in the cache and the Hub did not deliver it ({why}): check the "
+UNDELIVERED += "network, try again later, or wait longer with HF_HUB_ETAG_TIMEOUT=10"
 # fmt: off
 HUB_FAULTS = {
     "GatedRepoError": (RuntimeError,
-        "accept its terms at https://huggingface.co/{repository}, then run `hf auth login`"),
+        "accept its terms at https://huggingface.co/{name}, then run `hf auth login`"),
     "RepositoryNotFoundError": (FileNotFoundError,
         "the Hub has no such repository, or it is private: check the name or run `hf auth login`"),
-    "RevisionNotFoundError": (FileNotFoundError, "there is no revision {revision!r}: choose one of "
-        "https://huggingface.co/{repository}/commits"),
-    "RemoteEntryNotFoundError": (FileNotFoundError, "the repository has no file {file}"),
-    "LocalEntryNotFoundError": (FileNotFoundError, "{file} is not in the cache and the Hub was not "
-        "asked or did not answer: load it once without HF_HUB_OFFLINE and local_files_only"),
+    "RevisionNotFoundError": (FileNotFoundError,
+        "no revision {revision!r}: choose one of https://huggingface.co/{name}/commits"),
     "HFValidationError": (ValueError, "this cannot be the name of a Hub repository ({why})"),
-    "ConnectError": (FileNotFoundError, OUT_OF_REACH),
-    "TimeoutException": (FileNotFoundError, OUT_OF_REACH),
-    "TimeoutError": (FileNotFoundError, OUT_OF_REACH + " or set HF_HUB_ETAG_TIMEOUT=10"),
-    "Exception": (RuntimeError, "{file} could not be downloaded ({why}): try again later"),
+    "OfflineModeIsEnabled": (FileNotFoundError,
+        "{files} is not in the cache: load once without HF_HUB_OFFLINE and local_files_only"),
+    "HfHubHTTPError": (RuntimeError, UNDELIVERED),
+    "Exception": (FileNotFoundError, UNDELIVERED),
 }
 # fmt: on
 
@@ -1211,259 +1215,175 @@ HUB_FAULTS = {
 def file_finder(
     name_or_path: str | os.PathLike, revision: str | None = None,
     cache_dir: str | os.PathLike | None = None, local_files_only: bool = False,
-) -> Callable[[str], Path]:  # fmt: skip
-    """A function from a file's name to its path, in a folder or, downloaded, in the Hub's cache."""
-    folder, repository = Path(name_or_path).expanduser(), str(name_or_path).rstrip("/")
-    failure: Exception | None = None  # why the Hub is not asked a second time
+) -> Callable[..., Path]:  # fmt: skip
+    """find(*files): the path of the first of these files that a folder or repository has.
 
-    def find_in_folder(filename: str) -> Path:
-        if (folder / filename).is_file():
-            return folder / filename
-        raise FileNotFoundError(f"{folder} has no file {filename}")
-
-    def find_on_hub(filename: str) -> Path:
-        nonlocal failure
-        from huggingface_hub import constants, errors, hf_hub_download, hf_hub_url
-        from huggingface_hub import try_to_load_from_cache as find_in_cache
-
-        options = {"revision": revision, "cache_dir": cache_dir}
-        try:
-            if not (failure or local_files_only or constants.HF_HUB_OFFLINE):
-                try:
-                    probe(hf_hub_url(repository, filename, revision=revision))
-                    return Path(hf_hub_download(repository, filename, **options))
-                except (errors.RemoteEntryNotFoundError, errors.RevisionNotFoundError):
-                    raise
-                except Exception as error:
-                    failure = error
-            # No network, a broken Hub, an expired login: what was downloaded once is still here.
-            # Not hf_hub_download(local_files_only=True): even that may ask the Hub for something.
-            if isinstance(path := find_in_cache(repository, filename, **options), str):
-                return Path(path)
-            raise errors.LocalEntryNotFoundError(filename)
-        except Exception as error:
-            cause = failure or error
-            name = next(c.__name__ for c in type(cause).__mro__ if c.__name__ in HUB_FAULTS)
-            kind, sentence = HUB_FAULTS[name]
-            words = {"repository": repository, "file": filename, "revision": revision}
-            sentence = sentence.format(**words, why=first_sentence(cause))
-            raise kind(f"{repository}: {sentence}") from cause
-
-    if folder.is_dir() and repository:
-        return find_in_folder
+    The Hub is asked once for its list of files; what is found is downloaded if need be. If it does
+    not answer (no network, HF_HUB_OFFLINE, an expired login), its cache is looked through.
+    """
+    folder, name = Path(name_or_path).expanduser(), str(name_or_path).rstrip("/")
+    where, listed, failure = {"revision": revision, "cache_dir": cache_dir}, set(), None
+    is_folder = name != "" and folder.is_dir()
     # "checkpoints/typo" looks like a repository: a folder "checkpoints" here says that it is none.
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository) and not folder.parent.is_dir():
-        return find_on_hub
-    raise FileNotFoundError(f"{repository!r} is neither a folder nor the name of a Hub repository")
+    is_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not folder.parent.is_dir()
+    if is_folder:
+        listed = {path.name for path in folder.iterdir() if path.is_file()}
+    elif is_name:
+        try:
+            listed = list_repository(name, revision, local_files_only)
+        except Exception as error:
+            failure = error
+    else:
+        raise FileNotFoundError(f"{name!r} is neither a folder nor the name of a Hub repository")
+
+    def find(*files: str) -> Path:
+        file = next((file for file in files if file in listed), None)
+        if file is None and failure is None:
+            raise FileNotFoundError(f"{name} has no file {' or '.join(files)}")
+        if is_folder:
+            return folder / file
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+        try:
+            if failure is None:
+                # Not snapshot_download: it shows a bar even for what is there.
+                path = hf_hub_download(name, file, **where)
+                where["revision"] = Path(path).parent.name  # its commit: all files are of the same
+                return Path(path)
+            for file in files:
+                if isinstance(path := try_to_load_from_cache(name, file, **where), str):
+                    return Path(path)
+            raise failure
+        except Exception as error:
+            # LocalEntryNotFoundError: another error made the client look into its cache.
+            local = type(error).__name__ == "LocalEntryNotFoundError"
+            cause = (local and error.__cause__) or error
+            fault = next(c.__name__ for c in type(cause).__mro__ if c.__name__ in HUB_FAULTS)
+            kind, sentence = HUB_FAULTS[fault]
+            words = {"name": name, "files": " or ".join(files), "revision": revision}
+            sentence = sentence.format(**words, why=first_sentence(cause))
+            raise kind(f"{name}: {sentence}") from error
+
+    return find
 
 
-def probe(url: str) -> None:
-    """Ask for the header of a file on the Hub and raise what is wrong, within two seconds.
+def list_repository(name: str, revision: str | None, local_files_only: bool) -> set[str]:
+    """The names of a repository's files; raises what the client raises, or TimeoutError.
 
-    The client's download tries for 23 seconds, and to look up an address may take as long as it
+    The client's downloads try for 23 seconds, and to look up an address may take as long as it
     likes: hence a thread, which is left alone when its time is over.
     """
-    from huggingface_hub import get_hf_file_metadata
+    from huggingface_hub import HfApi, errors
 
-    seconds, failures = float(os.environ.get("HF_HUB_ETAG_TIMEOUT", 1.5)), []
+    seconds, answer = float(os.environ.get("HF_HUB_ETAG_TIMEOUT", 1.5)), Future()
 
     def ask() -> None:
         try:
-            get_hf_file_metadata(url, timeout=seconds)
+            info = HfApi().model_info(name, revision=revision, timeout=seconds)
+            answer.set_result({file.rfilename for file in info.siblings or ()})
         except Exception as error:
-            failures.append(error)
+            answer.set_exception(error)
 
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        raise TimeoutError(f"no answer within {seconds} s")
-    if failures:
-        raise failures[0]
+    if local_files_only:
+        raise errors.OfflineModeIsEnabled
+    threading.Thread(target=ask, daemon=True).start()
+    return answer.result(seconds)
 
 
-def first_sentence(error: Exception) -> str:
-    return re.split(r"\n|\. ", str(error).strip() or type(error).__name__)[0][:200]
+WEIGHT_FILES = "model.safetensors", "model.safetensors.index.json"
+WEIGHT_FILES += "pytorch_model.bin", "pytorch_model.bin.index.json"
+EMBEDDING, HF_EMBEDDING = "backbone.embedding.weight", "backbone.embeddings.weight"
 
 
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def check_target(device: torch.device | str | None, dtype: torch.dtype) -> None:
-    """Before anything is downloaded."""
-    if dtype not in FLOATS:
-        raise ValueError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype!r}")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device {str(device)!r} cannot be used: {first_sentence(error)}"
-        ) from error
-
-
-def find_weights(find: Callable[[str], Path], verify: bool) -> dict[Path, set[str] | None]:
-    """The files with the weights, each with the names that an index promises to be in it."""
-    for filename in WEIGHT_FILES:
-        try:
-            path = find(filename)
-            break
-        except (FileNotFoundError, RuntimeError) as error:  # the cache may have another
-            failure = error
-    else:
-        message = f"{failure} (looked for {', '.join(WEIGHT_FILES)})"
-        raise type(failure)(message) from failure
-    files: dict[Path, set[str] | None] = {path: None}
+def load_weights(
+    model: Mamba, find: Callable[..., Path], device: Device, dtype: torch.dtype
+) -> None:
+    """Give the model, so far without numbers, those of its files: every weight and no other."""
+    path = find(*WEIGHT_FILES)
+    paths, weights, found, promised = [path], {}, set(), None
     if path.suffix == ".json":
-        places, shards = read_json(path).get("weight_map"), {}
-        for name, shard in places.items() if isinstance(places, dict) else ():
-            shards.setdefault(str(shard), set()).add(name)
+        index, kind = read_json(path).get("weight_map"), path.name.split(".")[1]
+        shards = {str(shard) for shard in index.values()} if isinstance(index, dict) else set()
         # A name with a slash could lead out of the folder.
-        if not shards or not all(re.fullmatch(r"[\w.-]+\.safetensors", name) for name in shards):
-            raise ValueError(f"{path}: weight_map must name the .safetensors file of each weight")
-        try:
-            files = {find(shard): names for shard, names in sorted(shards.items())}
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error}, which {path.name} promises") from error
-    for path in files if verify else ():
-        check_sha256(path)
-    return files
-
-
-def check_sha256(path: Path) -> None:
-    """Raise unless a file in the Hub's cache is, bit by bit, what was uploaded.
-
-    The cache links to blobs, and a large blob's name is its sha256. A file without one is refused:
-    who asks for a check must not be told that all is well when nothing was compared.
-    """
-    # One link only: the blob may link on, to a store of the client where names mean something else.
-    name = Path(os.readlink(path)).name if path.is_symlink() else ""
-    if not re.fullmatch(r"[0-9a-f]{64}", name):
-        raise ValueError(f"{path} has no checksum to verify: only downloads from the Hub have one")
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != name:
-            remedy = f"delete {path.resolve()} and load again"
-            raise RuntimeError(f"{path} is damaged, its sha256 is wrong: {remedy}")
-
-
-def read_weights(
-    files: dict[Path, set[str] | None], model: Mamba,
-    device: torch.device | str | None, dtype: torch.dtype,
-) -> dict[str, Tensor]:  # fmt: skip
-    """The tensors of all files, checked, cast, with the tied weight under both names."""
-    weights: dict[str, Tensor] = {}
-    for path, promised in files.items():
-        tensors = read_tensors(path, dtype)
-        if promised is not None and (torn := promised ^ tensors.keys()):
-            names = "\n  ".join(["", *sorted(torn)])
-            raise RuntimeError(f"{path} and its index do not agree about:{names}")
+        if not shards or not all(re.fullmatch(rf"[\w.-]+\.{kind}", shard) for shard in shards):
+            raise ValueError(f"{path}: weight_map must name the .{kind} file of each weight")
+        paths, promised = [find(shard) for shard in sorted(shards)], set(index.items())
+    for file in paths:
+        tensors = read_tensors(file, device, dtype)
         weights |= tensors
-    del tensors  # so that each is freed as soon as it is cast
-    where, tied = path.parent, model.config.tie_embeddings
+        found |= {(name, file.name) for name in tensors}
+    if promised and (torn := sorted({name for name, _ in promised ^ found})):
+        raise RuntimeError(f"{path} and its files disagree on {len(torn)} weights, first {torn[0]}")
     if HF_EMBEDDING in weights and EMBEDDING not in weights:
         weights[EMBEDDING] = weights.pop(HF_EMBEDDING)
-    if tied and EMBEDDING in weights:
+    if model.config.tie_embeddings and EMBEDDING in weights:
         weights.setdefault("lm_head.weight", weights[EMBEDDING])
-    check_weights(where, model.state_dict(), weights)
-    if tied and not torch.equal(weights[EMBEDDING], weights.pop("lm_head.weight")):
-        raise ValueError(f"{where}: the embeddings are tied, but lm_head is not the embedding")
-    for name in list(weights):
-        weights[name] = weights.pop(name).to(device, dtype).contiguous()
-    return weights | {"lm_head.weight": weights[EMBEDDING]} if tied else weights
+    try:
+        model.load_state_dict(weights, strict=True, assign=True)
+    except RuntimeError as error:
+        raise RuntimeError(f"{path} and config.json do not fit together: {error}") from error
+    if model.config.tie_embeddings:
+        if not torch.equal(model.lm_head.weight, model.backbone.embedding.weight):
+            raise ValueError(f"{path}: the embeddings are tied, but lm_head is not the embedding")
+        model.tie_weights()
 
 
-def check_weights(where: Path, expected: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
-    """Name every weight that is missing, too many, of another shape or not made of numbers."""
-    faults = []
-    for name in sorted(expected.keys() | weights.keys()):
-        want, found = expected.get(name), weights.get(name)
-        if want is None or found is None or want.shape != found.shape:
-            shapes = ("none" if t is None else tuple(t.shape) for t in (want, found))
-            faults.append("\n  {}: expected {}, found {}".format(name, *shapes))
-        elif found.dtype not in FLOATS or found.layout != torch.strided or found.is_meta:
-            faults.append(f"\n  {name}: expected real numbers, found {found.dtype}")
-    if faults:
-        raise RuntimeError(f"{where}: the weights do not fit config.json:{''.join(faults)}")
-
-
-def read_tensors(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of one file. If they have this dtype, the file is mapped into memory.
+def read_tensors(path: Path, device: Device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of one file, cast. If they have this dtype, the file is mapped into memory.
 
     A mapped file stays there until its last tensor is gone: with the copies of another dtype, one
     and a half files. To be cast, each tensor gets memory of its own.
     """
-    with path.open("rb") as file:
-        head = file.read(64)
-    for pattern, verdict in (
-        (rb"$", "is empty: download it again"),
-        (rb"version https://git-lfs", "is a git-lfs pointer: run `git lfs pull` in its folder"),
-        (rb"\s*<(!doctype|html|\?xml)", "is a web page in place of the file: download it again"),
-    ):
-        if re.match(pattern, head, re.IGNORECASE):
-            raise RuntimeError(f"{path} {verdict}")
+    from safetensors import safe_open
+    from safetensors.torch import load_file
 
     def read(mapped: bool) -> Any:
-        if path.suffix != ".safetensors":
-            # weights_only: a pickle from the internet may contain tensors, never code to run.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        from safetensors import safe_open
-        from safetensors.torch import load_file
-
-        tensors = load_file(path)
-        return tensors if mapped else {n: safe_open(path, "pt").get_tensor(n) for n in tensors}
+        if path.suffix == ".safetensors":
+            tensors = load_file(path)
+            return tensors if mapped else {n: safe_open(path, "pt").get_tensor(n) for n in tensors}
+        # weights_only: a pickle from the internet may contain tensors, never code to run.
+        # A file from before torch 1.6 is no zip file and cannot be mapped.
+        mapped = mapped and zipfile.is_zipfile(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
     try:
-        # A .bin from before torch 1.6 is no zip file and cannot be mapped.
-        tensors = read(mapped=path.suffix == ".safetensors" or zipfile.is_zipfile(path))
+        tensors = read(mapped=True)
     except Exception as error:
-        # torch's own words on a refused pickle suggest to run it.
-        refused = isinstance(error, pickle.UnpicklingError)
-        why = "it may hold code, which was not run" if refused else first_sentence(error)
-        message = f"{path} is damaged or no file of tensors ({why}): download it again"
-        raise RuntimeError(message) from error
+        with path.open("rb") as file:
+            why = f"{first_sentence(error)}; it begins with {file.read(24)!r}"
+        message = f"{path} is damaged or holds more than tensors, of which nothing was run ({why})"
+        remedy = "get it again, a git-lfs pointer by `git lfs pull`"
+        raise RuntimeError(f"{message}: {remedy}") from error
     if not isinstance(tensors, dict):
         raise RuntimeError(f"{path} must hold a dict of tensors, got {type(tensors).__name__}")
     for name, tensor in tensors.items():
-        if not (isinstance(name, str) and isinstance(tensor, Tensor)):
-            raise RuntimeError(f"{path} must hold a dict of tensors, but {name!r} has none")
-    same_dtype = all(tensor.dtype == dtype for tensor in tensors.values())
-    return tensors if same_dtype else read(mapped=False)
+        kind = getattr(tensor, "dtype", type(tensor).__name__)
+        numbers = kind in FLOATS and tensor.layout == torch.strided and not tensor.is_meta
+        if not (isinstance(name, str) and numbers):
+            raise RuntimeError(f"{path} must hold tensors of real numbers, but {name!r} is {kind}")
+    if any(tensor.dtype != dtype for tensor in tensors.values()):
+        tensors = read(mapped=False)
+    return {name: tensors.pop(name).to(device, dtype).contiguous() for name in list(tensors)}
 
 
-def load(
-    cls: type[Mamba], name_or_path: str | os.PathLike, *, revision: str | None = None,
-    device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-    scan: str = "auto", cache_dir: str | os.PathLike | None = None,
-    local_files_only: bool = False, verify: bool = False,
-) -> Mamba:  # fmt: skip
-    dtype = dtype or torch.float32
-    check_target(device, dtype)
-    find = file_finder(name_or_path, revision, cache_dir, local_files_only)
-    config = replace(read_config(find("config.json")), scan=scan)
-    with torch.device("meta"):  # the shapes without the numbers: these come from the file
-        model = cls(config)
-    files = find_weights(find, verify)
-    weights = read_weights(files, model, device, dtype)
-    model.load_state_dict(weights, strict=True, assign=True)
-    model.tie_weights()
-    return model
-
-
-def write_checkpoint(folder: Path, model: Mamba) -> None:
-    """config.json and model.safetensors, in the layout of the state-spaces/mamba-* repositories."""
+def save(model: Mamba, path: str | os.PathLike) -> None:
+    """Write a folder that `from_pretrained` loads, in the layout of state-spaces/mamba-*."""
     from safetensors.torch import save_file
 
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    folder, values, weights = Path(path), vars(model.config), dict(model.state_dict())
+    extra = [name for name in EXTRA_FIELDS if values[name] != getattr(MambaConfig, name)]
+    entries = {name: values[name] for name in (*TOP_FIELDS, *extra)}
+    entries["ssm_cfg"] = {name: values[name] for name in SSM_FIELDS}
+    entries |= {"rms_norm": True, "fused_add_norm": True}
     if model.config.tie_embeddings:
         del weights["lm_head.weight"]  # the same tensor as the embedding; loading ties it again
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config_entries(model.config), indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(entries, indent=2) + "\n")
     # Written aside and moved: the old file may be the one that the model's weights are mapped from.
     temporary = folder / "model.safetensors.partial"
-    save_file(weights, temporary, metadata={"format": "pt"})
+    save_file({k: v.contiguous() for k, v in weights.items()}, temporary, metadata={"format": "pt"})
     temporary.replace(folder / "model.safetensors")
 
 
+Mamba.from_pretrained, Mamba.save_pretrained = classmethod(load), save
 Mamba.param_groups = param_groups
-Mamba.from_pretrained = classmethod(load)
-Mamba.save_pretrained = lambda self, path: write_checkpoint(Path(path), self)

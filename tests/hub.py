@@ -3,7 +3,7 @@
     with Hub({"someone/model": {"config.json": b"{}", "model.safetensors": b"..."}}) as hub:
         hub.faults["config.json"] = "gated"  # see FAULTS
         subprocess.run(command, env=hub.environment(cache))
-        hub.requests  # [("HEAD", "someone/model", "config.json")]
+        hub.requests  # [("GET", "someone/model", LIST), ("HEAD", "someone/model", "config.json")]
 
 The client reads HF_ENDPOINT when it is imported: a subprocess gets it from `environment`, this
 process from the `hub` fixture (conftest.py), which sets the client's constants.
@@ -12,16 +12,19 @@ process from the `hub` fixture (conftest.py), which sets the client's constants.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
-COMMIT = "5eed" * 10  # the one revision, also called "main"
+COMMIT = "5eed" * 10  # the first revision; the last one is also called "main"
 REMOTE = "somewhere-else"  # the path under which large files are served, as from a CDN
+LARGE = (".bin", ".safetensors")
+LIST = "(list of files)"  # stands for a file's name in `faults` and `requests`
 
-# What can be wrong with a file. Faults with a "-once" repair themselves after the first time.
+# What can be wrong with a file or the list. Those with "-once" repair themselves after one time.
 FAULTS = {
     "gated": "403, the terms are not accepted",
     "private": "401, as for a repository that does not exist",
@@ -41,8 +44,11 @@ class Hub:
 
     def __init__(self, repositories: dict[str, dict[str, bytes]] | None = None) -> None:
         self.repositories = repositories or {}
+        self.commit = COMMIT
+        self.earlier: dict[str, dict[str, dict[str, bytes]]] = {}  # commit -> repositories
         self.faults: dict[str, str] = {}  # file name -> one of FAULTS
         self.requests: list[tuple[str, str, str]] = []  # (method, repository, file name)
+        self.others: list[str] = []  # the paths of requests for anything else
         self.ranges: list[str] = []  # the Range headers of all requests
         self.over = threading.Event()
         self.server = ThreadingHTTPServer(
@@ -58,6 +64,12 @@ class Hub:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    def push(self, repository: str, files: dict[str, bytes]) -> None:
+        """A new commit with other files; the earlier one stays there under its own name."""
+        self.earlier[self.commit] = dict(self.repositories)
+        self.repositories[repository] = files
+        self.commit = git_sha1(self.commit.encode())
 
     def stop(self) -> None:
         """From now on nothing listens: the network is gone."""
@@ -86,11 +98,20 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(self.path.split("?")[0])
-        match = re.fullmatch(rf"/({REMOTE}/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
-        if match is None:
+        if match := re.fullmatch(rf"/({REMOTE}/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            remote, repository, revision, name = match.groups()
+        elif match := re.fullmatch(
+            r"/api/models/([^/]+/[^/]+?)(/tree|/revision)?(?(2)/(.+))", path
+        ):
+            repository, kind, revision = match.groups()
+            name = LIST
+        else:
+            self.hub.others.append(path)
             return self.refuse(404, "EntryNotFound")
-        remote, repository, revision, name = match.groups()
         self.hub.requests.append((self.command, repository, name))
+        if revision in (None, "main"):
+            revision = self.hub.commit
+        commits = {**self.hub.earlier, self.hub.commit: self.hub.repositories}
         fault, files = self.hub.faults.get(name), self.hub.repositories.get(repository)
         if fault == "slow":
             return self.hub.over.wait(30)
@@ -102,21 +123,35 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(403, "GatedRepo")
         if files is None or fault == "private":
             return self.refuse(401, "RepoNotFound")
-        if revision not in ("main", COMMIT):
+        if revision not in commits:
             return self.refuse(404, "RevisionNotFound")
+        files = commits[revision][repository]
+        if name == LIST:
+            return self.send_list(revision, files, with_checksums=kind == "/tree")
         if name not in files:
             return self.refuse(404, "EntryNotFound")
         data = files[name]
-        large = name.endswith((".bin", ".safetensors"))
+        large = name.endswith(LARGE)
         if large and not remote:
             # Another origin than 127.0.0.1. The checksum stands here, not where the bytes are.
             location = f"http://localhost:{self.hub.port}/{REMOTE}{self.path}"
             linked = {"X-Linked-Size": str(len(data)), "X-Linked-ETag": f'"{sha256(data)}"'}
-            return self.answer(302, {"Location": location, "X-Repo-Commit": COMMIT, **linked})
+            return self.answer(302, {"Location": location, "X-Repo-Commit": revision, **linked})
         etag = sha256(data) if large else git_sha1(data)
-        self.send_file(name, data, fault, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
+        self.send_file(name, data, fault, {"ETag": f'"{etag}"', "X-Repo-Commit": revision})
 
     do_HEAD = do_GET
+
+    def send_list(self, commit: str, files: dict[str, bytes], with_checksums: bool) -> None:
+        names = [{"rfilename": name} for name in files]
+        content: object = {"id": "", "sha": commit, "siblings": names}
+        if with_checksums:
+            content = [
+                {"type": "file", "path": name, "size": len(data), "oid": git_sha1(data)}
+                | ({"lfs": large_file(data)} if name.endswith(LARGE) else {})
+                for name, data in files.items()
+            ]
+        self.answer(200, {"Content-Type": "application/json"}, json.dumps(content).encode())
 
     def send_file(self, name: str, data: bytes, fault: str | None, headers: dict) -> None:
         getting = self.command == "GET"
@@ -149,6 +184,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def refuse(self, status: int, code: str) -> None:
         self.answer(status, {"X-Error-Code": code, "X-Error-Message": code})
+
+
+def large_file(data: bytes) -> dict[str, object]:
+    return {"oid": sha256(data), "size": len(data), "pointerSize": 0}
 
 
 def sha256(data: bytes) -> str:

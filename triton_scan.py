@@ -1239,9 +1239,9 @@ class SelectiveScan(torch.autograd.Function):
 
 
 ## ================================================================================================
-## The public function
+## The public function, and what it takes
 ## ================================================================================================
-
+##
 ## What the kernels take is said here and nowhere else. `takes` answers with yes or no, for a caller
 ## who has another way; the functions that are called raise an error that says what does not fit.
 
@@ -1272,11 +1272,11 @@ def takes(*tensors: Tensor | None, rule: str = "mamba", d_state: int = 1, d_conv
     x, *others = [tensor for tensor in tensors if tensor is not None]
     return (
         x.is_cuda
-        and all(tensor.device == x.device for tensor in others)
-        and len(x) <= MAX_BATCH
-        and fits((x, *others), rule, d_state, d_conv)
         and not torch._C._are_functorch_transforms_active()
         and not torch.jit.is_tracing()
+        and all(tensor.device == x.device for tensor in others)
+        and fits((x, *others), rule, d_state, d_conv)
+        and len(x) <= MAX_BATCH
     )
 
 

@@ -375,7 +375,7 @@ def axes(i_d, M: tl.constexpr, J: tl.constexpr, CHANNELS: tl.constexpr, T: tl.co
 
 
 @triton.jit
-def place(tensor, i_b, i_d, t, c, step_b, step_l, step_d):
+def start_of(tensor, i_b, i_d, t, c, step_b, step_l, step_d):
     """Where a program's channels begin in a tensor (b, l, d), and the offsets (t, c) in a tile.
 
     All that may be far goes into the pointer, so that the offsets need 32 bits.
@@ -437,8 +437,8 @@ def forward_summary_kernel(
     t, c, n, d = axes(i_d, M, J, CHANNELS, T)
     b_A2 = load_A(A, d, d_inner, d_state, M, J)
     b_bias = load_channels(dt_bias, d, d_inner, HAS_BIAS)
-    x, o_x = place(x, i_b, i_d, t, c, x_b, x_l, x_d)
-    dt, o_dt = place(dt, i_b, i_d, t, c, dt_b, dt_l, dt_d)
+    x, o_x = start_of(x, i_b, i_d, t, c, x_b, x_l, x_d)
+    dt, o_dt = start_of(dt, i_b, i_d, t, c, dt_b, dt_l, dt_d)
     B, o_B = B + i_b * seqlen * N, t[:, None, None] * N + n[None, :, :]
     reset += i_b * seqlen
 
@@ -519,10 +519,10 @@ def forward_kernel(
 
     start = i_s * segment
     stop = min(seqlen, start + segment)
-    x, o_x = place(x, i_b, i_d, t, c, x_b, x_l, x_d)
-    dt, o_dt = place(dt, i_b, i_d, t, c, dt_b, dt_l, dt_d)
-    z, o_z = place(z, i_b, i_d, t, c, z_b, z_l, z_d)
-    y, o_y = place(y, i_b * seqlen, i_d, t, c, d_inner, d_inner, 1)
+    x, o_x = start_of(x, i_b, i_d, t, c, x_b, x_l, x_d)
+    dt, o_dt = start_of(dt, i_b, i_d, t, c, dt_b, dt_l, dt_d)
+    z, o_z = start_of(z, i_b, i_d, t, c, z_b, z_l, z_d)
+    y, o_y = start_of(y, i_b * seqlen, i_d, t, c, d_inner, d_inner, 1)
     B, C, o_B = B + i_b * seqlen * N, C + i_b * seqlen * N, t[:, None, None] * N + n[None, :, :]
     reset += i_b * seqlen
     borders += ((i_b * tl.cdiv(seqlen, K) + start // K) * blocks + i_d) * state_step
@@ -655,9 +655,9 @@ def backward_summary_kernel(
     t, c, n, d = axes(i_d, M, J, CHANNELS, T)
     b_A2 = load_A(A, d, d_inner, d_state, M, J)
     b_bias = load_channels(dt_bias, d, d_inner, HAS_BIAS)
-    dt, o_dt = place(dt, i_b, i_d, t, c, dt_b, dt_l, dt_d)
-    z, o_z = place(z, i_b, i_d, t, c, z_b, z_l, z_d)
-    dy, o_dy = place(dy, i_b, i_d, t, c, dy_b, dy_l, dy_d)
+    dt, o_dt = start_of(dt, i_b, i_d, t, c, dt_b, dt_l, dt_d)
+    z, o_z = start_of(z, i_b, i_d, t, c, z_b, z_l, z_d)
+    dy, o_dy = start_of(dy, i_b, i_d, t, c, dy_b, dy_l, dy_d)
     C, o_C = C + i_b * seqlen * N, t[:, None, None] * N + n[None, :, :]
     reset += i_b * seqlen
 
@@ -727,13 +727,13 @@ def backward_kernel(
         where = (i_b * segments + segments - 1 - k) * blocks + i_d
         b_w = chain(b_w, ends, sums, where, state_step, b_A2, o_h, M, J, CHANNELS, FAST)
 
-    x, o_x = place(x, i_b, i_d, t, c, x_b, x_l, x_d)
-    dt, o_dt = place(dt, i_b, i_d, t, c, dt_b, dt_l, dt_d)
-    z, o_z = place(z, i_b, i_d, t, c, z_b, z_l, z_d)
-    dy, o_dy = place(dy, i_b, i_d, t, c, dy_b, dy_l, dy_d)
-    dx, o_dx = place(dx, i_b * seqlen, i_d, t, c, d_inner, d_inner, 1)
-    ddt, o_dx = place(ddt, i_b * seqlen, i_d, t, c, d_inner, d_inner, 1)
-    dz, o_dx = place(dz, i_b * seqlen, i_d, t, c, d_inner, d_inner, 1)
+    x, o_x = start_of(x, i_b, i_d, t, c, x_b, x_l, x_d)
+    dt, o_dt = start_of(dt, i_b, i_d, t, c, dt_b, dt_l, dt_d)
+    z, o_z = start_of(z, i_b, i_d, t, c, z_b, z_l, z_d)
+    dy, o_dy = start_of(dy, i_b, i_d, t, c, dy_b, dy_l, dy_d)
+    dx, o_dx = start_of(dx, i_b * seqlen, i_d, t, c, d_inner, d_inner, 1)
+    ddt, o_dx = start_of(ddt, i_b * seqlen, i_d, t, c, d_inner, d_inner, 1)
+    dz, o_dx = start_of(dz, i_b * seqlen, i_d, t, c, d_inner, d_inner, 1)
     B, C, o_B = B + i_b * seqlen * N, C + i_b * seqlen * N, t[:, None, None] * N + n[None, :, :]
     reset += i_b * seqlen
     borders += (i_b * tl.cdiv(seqlen, K) * blocks + i_d) * state_step
@@ -990,12 +990,58 @@ def within_reach(tensor: Tensor | None) -> Tensor | None:
     return tensor.contiguous()
 
 
+## torch.compile cannot trace `launch`: inside of it each of the four functions that launch kernels
+## is an opaque operator, registered with a function that makes its results without computing them.
+## Outside the plain function is called, because a registered operator costs time.
+
+library = torch.library.Library("mamba_annotated", "DEF")
+
+
+def operator(results):
+    """A decorator of functions of tensors."""
+
+    def decorate(function):
+        name = function.__name__
+        library.define(name + torch.library.infer_schema(function, mutates_args=()))
+        library.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"mamba_annotated::{name}", results, lib=library)
+        registered = getattr(torch.ops.mamba_annotated, name)
+
+        def either(*args, **options):
+            run = registered if torch.compiler.is_compiling() else function
+            return run(*args, **options)
+
+        return functools.wraps(function)(either)
+
+    return decorate
+
+
 ## From small to large: a step; a tile, the 8 or 4 steps in registers; a chunk, the K = 64 steps
 ## between two stored states; a segment, the chunks of one program; a slice, what one launch of the
 ## backward kernel covers. A block is the channels of a program, a group those of a backward
 ## program.
 
 
+def forward_results(x: Tensor, A: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What scan_forward returns, still empty."""
+    (batch, seqlen, d_inner), d_state = x.shape, A.shape[1]
+    channels, (M, J, C) = lane_shape(d_state, 1)[2], lane_shape(d_state, 2)
+    groups, chunks = ceil_div(d_inner, channels) * channels // C, ceil_div(seqlen, K) if save else 0
+    empty = functools.partial(x.new_empty, dtype=torch.float32)
+    return (
+        x.new_empty(batch, seqlen, d_inner),
+        empty((batch, d_inner, d_state)),
+        empty((batch, chunks, groups, M, J, C)),
+        empty((2, batch, seqlen, M * J)),
+    )
+
+
+def empty_like_each(x: Tensor, *tensors: Tensor | None) -> list[Tensor]:
+    """For None one without numbers, and each time another: an operator may not return one twice."""
+    return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors]
+
+
+@operator(lambda x, dt, A, *others: forward_results(x, A, others[-1]))
 def scan_forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     h0: Tensor | None, dt_bias: Tensor | None, reset: Tensor | None,
@@ -1008,23 +1054,18 @@ def scan_forward(
     """
     (batch, seqlen, d_inner), d_state = x.shape, A.shape[1]
     M, J, channels = lane_shape(d_state, 1)
-    group_M, group_J, group_C = lane_shape(d_state, 2)
     states, blocks = M * J, ceil_div(d_inner, channels)
     programs = batch * blocks
     wanted = 1 if programs >= FORWARD_FULL else ceil_div(FORWARD_WANTED, programs)
     segment = segment_length(seqlen, wanted)
-    group = (blocks * channels // group_C, group_M, group_J, group_C)
     segments = ceil_div(seqlen, segment)
 
     x, dt, z = within_reach(x), within_reach(dt), within_reach(z)
-    y = x.new_empty(batch, seqlen, d_inner)
-    chunks = ceil_div(seqlen, K) if save else 0
-    borders = x.new_empty((batch, chunks, *group), dtype=torch.float32)
-    h_last = x.new_empty((batch, d_inner, d_state), dtype=torch.float32)
-    wide = x.new_empty((2, batch, seqlen, states), dtype=torch.float32)
+    y, h_last, borders, wide = forward_results(x, A, save)
+    group = borders.shape[2:]
     A = A.contiguous()
     flags = {
-        "M": M, "J": J, "CHANNELS": channels, "GROUP_J": group_J, "GROUP_C": group_C,
+        "M": M, "J": J, "CHANNELS": channels, "GROUP_J": group[2], "GROUP_C": group[3],
         "T": FORWARD_T, "STAGES": FORWARD_STAGES,
         "HAS_BIAS": dt_bias is not None, "HAS_RESET": reset is not None,
         "SOFTPLUS": dt_softplus, "DIRAC": rule == "dirac", "FAST": FAST,
@@ -1065,6 +1106,7 @@ def room_for_sums(x: Tensor) -> int:
     return max(x.numel() * x.element_size(), 24 * 2**20)
 
 
+@operator(lambda dy, dh_last, x, *others: empty_like_each(x, x, *others[:8]))
 def scan_backward(
     dy: Tensor, dh_last: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, z: Tensor | None, h0: Tensor | None, dt_bias: Tensor | None,
@@ -1097,10 +1139,7 @@ def scan_backward(
     counts = [ceil_div(min(seqlen, start + steps) - start, segment) for start in starts]
 
     empty = functools.partial(x.new_empty, dtype=torch.float32)
-    # An empty tensor of its own for each that is missing: an operator may not return one twice.
-    like = lambda tensor: empty(0) if tensor is None else tensor.new_empty(tensor.shape)  # noqa: E731
-    dx, ddt, dz = like(x), like(dt), like(z)
-    dA, dB, dC, dD, dbias = like(A), like(B), like(C), like(D), like(dt_bias)
+    dx, ddt, dA, dB, dC, dD, dz, dh0, dbias = empty_like_each(x, x, dt, A, B, C, D, z, h0, dt_bias)
     parts = empty((batch, blocks, steps, 2, states))
     totals = empty((batch * sum(counts), blocks, (states + 2) * channels))
     scratch = empty((K // BACKWARD_T, batch * segments, blocks, states * channels))
@@ -1154,55 +1193,14 @@ def scan_backward(
             (totals, dA, dD if D is not None else dA, dbias if dt_bias is not None else dA),
             (len(totals), blocks), (d_inner, d_state), **constants,
         )  # fmt: skip
-    dh0 = empty(0) if h0 is None else unpack(w_after, d_inner, d_state).to(h0.dtype)
+    if h0 is not None:
+        dh0 = unpack(w_after, d_inner, d_state).to(h0.dtype)
     return [dx, ddt, dA, dB, dC, dD, dz, dh0, dbias]
 
 
 def device_of(x: Tensor):
     """Triton launches on the current device, which need not be that of x."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
-## torch.compile cannot trace `launch`: each of the four functions that launch kernels is registered
-## as an opaque operator, with the shapes of what it returns. Outside torch.compile the plain
-## functions are called, because a registered operator costs time.
-
-
-def forward_shapes(x, dt, A, B, C, D, z, h0, dt_bias, reset, dt_softplus, rule, save):
-    (batch, seqlen, d_inner), d_state = x.shape, A.shape[1]
-    channels = lane_shape(d_state, 1)[2]
-    M, J, group_C = lane_shape(d_state, 2)
-    groups = ceil_div(d_inner, channels) * channels // group_C
-    borders = (batch, ceil_div(seqlen, K) if save else 0, groups, M, J, group_C)
-    return (
-        x.new_empty(batch, seqlen, d_inner),
-        x.new_empty((batch, d_inner, d_state), dtype=torch.float32),
-        x.new_empty(borders, dtype=torch.float32),
-        x.new_empty((2, batch, seqlen, triton.next_power_of_2(d_state)), dtype=torch.float32),
-    )
-
-
-def backward_shapes(dy, dh_last, x, dt, A, B, C, D, z, h0, dt_bias, *_):
-    return [
-        x.new_empty(0, dtype=torch.float32) if tensor is None else tensor.new_empty(tensor.shape)
-        for tensor in (x, dt, A, B, C, D, z, h0, dt_bias)
-    ]
-
-
-library = torch.library.Library("mamba_annotated", "DEF")
-
-
-def operator(function, shapes):
-    """Register a function of tensors under its own name."""
-    name = function.__name__
-    library.define(name + torch.library.infer_schema(function, mutates_args=()))
-    library.impl(name, function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"mamba_annotated::{name}", shapes, lib=library)
-    return getattr(torch.ops.mamba_annotated, name)
-
-
-forward_operator = operator(scan_forward, forward_shapes)
-backward_operator = operator(scan_backward, backward_shapes)
 
 
 def refuse_second_derivatives() -> None:
@@ -1220,8 +1218,7 @@ class SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, z, h0, dt_bias, reset, dt_softplus, rule):
         tensors = (x, dt, A, B, C, D, z, h0, dt_bias, reset)
-        run = forward_operator if torch.compiler.is_compiling() else scan_forward
-        y, h_last, *for_backward = run(*tensors, dt_softplus, rule, True)
+        y, h_last, *for_backward = scan_forward(*tensors, dt_softplus, rule, True)
         ctx.save_for_backward(*tensors, *for_backward)
         ctx.options = dt_softplus, rule
         ctx.set_materialize_grads(False)  # a gradient of h_last that nobody uses is None, not zeros
@@ -1232,8 +1229,7 @@ class SelectiveScan(torch.autograd.Function):
         refuse_second_derivatives()
         tensors = ctx.saved_tensors
         dy = torch.zeros_like(tensors[0]) if dy is None else dy
-        run = backward_operator if torch.compiler.is_compiling() else scan_backward
-        gradients = run(dy, dh_last, *tensors, *ctx.options)
+        gradients = scan_backward(dy, dh_last, *tensors, *ctx.options)
         needed = zip(gradients, ctx.needs_input_grad, strict=False)
         return *(g if need else None for g, need in needed), None, None, None
 
@@ -1350,8 +1346,7 @@ def selective_scan_triton(
     check_inputs(rule, **tensors)
     if wants_gradient(*tensors.values()):
         return SelectiveScan.apply(*tensors.values(), dt_softplus, rule)
-    run = forward_operator if torch.compiler.is_compiling() else scan_forward
-    return run(*tensors.values(), dt_softplus, rule, False)[:2]
+    return scan_forward(*tensors.values(), dt_softplus, rule, False)[:2]
 
 
 ## ================================================================================================
@@ -1525,6 +1520,7 @@ def conv_arguments(
     return grid, (*tensors, document_starts(reset, x)), flags
 
 
+@operator(lambda x, *others: x.new_empty(x.shape))
 def conv_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor, reset: Tensor | None, silu: bool
 ) -> Tensor:
@@ -1537,6 +1533,7 @@ def conv_forward(
     return out
 
 
+@operator(lambda dout, x, *others: empty_like_each(x, x, *others[:3]))
 def conv_backward(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor,
     reset: Tensor | None, silu: bool,
@@ -1555,29 +1552,17 @@ def conv_backward(
     return [dx, dweight.sum(0).to(weight.dtype), dbias, dpast]
 
 
-conv_forward_operator = operator(conv_forward, lambda x, *_: x.new_empty(x.shape))
-conv_backward_operator = operator(
-    conv_backward,
-    lambda dout, x, weight, bias, past, *_: [
-        x.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
-        for tensor in (x, weight, bias, past)
-    ],
-)
-
-
 class CausalConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, past, reset, silu):
-        run = conv_forward_operator if torch.compiler.is_compiling() else conv_forward
         ctx.save_for_backward(x, weight, bias, past, reset)
         ctx.silu = silu
-        return run(x, weight, bias, past, reset, silu)
+        return conv_forward(x, weight, bias, past, reset, silu)
 
     @staticmethod
     def backward(ctx, dout):
         refuse_second_derivatives()
-        run = conv_backward_operator if torch.compiler.is_compiling() else conv_backward
-        gradients = run(dout, *ctx.saved_tensors, ctx.silu)
+        gradients = conv_backward(dout, *ctx.saved_tensors, ctx.silu)
         needed = zip(gradients, ctx.needs_input_grad, strict=False)
         return *(g if need else None for g, need in needed), None, None
 
@@ -1603,8 +1588,7 @@ def causal_conv_triton(
     check_tensors({"x": x, **tensors}, {"x": (b, seqlen, d), **shapes})
     if wants_gradient(x, weight, bias, past):
         return CausalConv.apply(x, weight, bias, past, reset, silu)
-    run = conv_forward_operator if torch.compiler.is_compiling() else conv_forward
-    return run(x, weight, bias, past, reset, silu)
+    return conv_forward(x, weight, bias, past, reset, silu)
 
 
 ## ================================================================================================
@@ -1726,8 +1710,8 @@ def convolve(result, pre, last_w, window, m_x, conv_j, W: tl.constexpr, FAST: tl
 
 @triton.jit
 def vector_step_kernel(
-    x, weight, bias, norm, conv, conv_weight, conv_bias, residual, out,
-    batch, rows, d_inner, eps, x_b, conv_b, conv_d, conv_j,
+    x, weight, bias, conv, conv_weight, conv_bias, residual, out, norm,
+    rows, d_inner, x_b, conv_b, conv_d, conv_j, eps,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr,
     HAS_BIAS: tl.constexpr, NORM: tl.constexpr, CONV: tl.constexpr, HAS_CONV_BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr, FAST: tl.constexpr, OVERLAP: tl.constexpr,
@@ -1736,6 +1720,7 @@ def vector_step_kernel(
 
     BLOCK columns at a time. x_b and conv_b, conv_d, conv_j are strides.
     """
+    # One row, but as an axis: without it the sums change their layout, and registers run out.
     b = (tl.program_id(0) + tl.arange(0, 1)).to(tl.int64)
     r, k = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     m_r = r < rows
@@ -1961,9 +1946,11 @@ def linear_step(
         x, norm = norm_step(x, norm, eps, overlap), None
     out = x.new_empty((parts, batch, rows), dtype=dtype or weight.dtype)
     window, conv_weight, conv_bias = conv or (x.new_empty(0, 0, 0), x, None)
-    before, sizes = (x, weight, or_else(bias, x)), (batch, rows, rows // 2)
-    after = (window, conv_weight, or_else(conv_bias, x), or_else(residual, x), out)
-    steps = (x.stride(0), *window.stride())
+    tensors = (
+        x, weight, or_else(bias, x), window, conv_weight, or_else(conv_bias, x),
+        or_else(residual, x), out,
+    )  # fmt: skip
+    numbers = (rows, rows // 2, x.stride(0), *window.stride())
     flags = {
         "COLUMNS": columns, "W": window.shape[-1] + 1, "HAS_BIAS": bias is not None,
         "CONV": conv is not None, "HAS_CONV_BIAS": conv_bias is not None,
@@ -1973,17 +1960,16 @@ def linear_step(
         if batch <= SMALL_BATCH:
             ROWS, BLOCK, warps = vector_tile(rows, columns, batch)
             vector_step_kernel[(batch, ceil_div(rows, ROWS))](
-                *before, or_else(norm, x), *after, *sizes, eps, *steps,
+                *tensors, or_else(norm, x), *numbers, eps,
                 ROWS=ROWS, BLOCK=BLOCK, NORM=norm is not None, num_warps=warps, **flags,
             )  # fmt: skip
-            return out[0]
-        part, size = ceil_div(columns, parts), weight.element_size()
-        ROWS, BATCH, BLOCK = matrix_tile(rows, part, batch, size, conv is not None)
-        tile_step_kernel[(ceil_div(rows, ROWS), ceil_div(batch, BATCH), parts)](
-            *before, *after, *sizes, *steps,
-            ROWS=ROWS, BATCH=BATCH, BLOCK=BLOCK, PART=BLOCK * ceil_div(part, BLOCK), num_warps=4,
-            **flags,
-        )  # fmt: skip
+        else:
+            part, size = ceil_div(columns, parts), weight.element_size()
+            ROWS, BATCH, BLOCK = matrix_tile(rows, part, batch, size, conv is not None)
+            flags |= {"PART": BLOCK * ceil_div(part, BLOCK), "num_warps": 4}
+            tile_step_kernel[(ceil_div(rows, ROWS), ceil_div(batch, BATCH), parts)](
+                *tensors, batch, *numbers, ROWS=ROWS, BATCH=BATCH, BLOCK=BLOCK, **flags
+            )
     return out if parts > 1 else out[0]
 
 

@@ -39,6 +39,7 @@ except ImportError as error:
 ROOT = Path(mamba.__file__).parent
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
+operators = torch.ops.mamba_annotated  # what torch.compile sees of the functions that launch
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 
 # Relative errors of values and of gradients. bfloat16: what rounding makes, 1.7e-3 on average; the
@@ -829,12 +830,12 @@ def test_the_operators_return_what_they_promise_to_the_compiler(without):
     tests = ("test_schema", "test_faketensor")
     for save in (False, True):
         arguments = (*tensors, True, "mamba", save)
-        torch.library.opcheck(triton_scan.forward_operator, arguments, test_utils=tests)
+        torch.library.opcheck(operators.scan_forward, arguments, test_utils=tests)
     dy, dh_last = gradients_of_outputs(inputs)
-    _, _, borders, wide = triton_scan.forward_operator(*arguments)
+    _, _, borders, wide = operators.scan_forward(*arguments)
     for after in (dh_last, None):
         arguments = (dy, after, *tensors, borders, wide, True, "mamba")
-        torch.library.opcheck(triton_scan.backward_operator, arguments, test_utils=tests)
+        torch.library.opcheck(operators.scan_backward, arguments, test_utils=tests)
 
 
 def test_so_do_those_of_the_convolution():
@@ -842,9 +843,9 @@ def test_so_do_those_of_the_convolution():
     inputs["x"] = in_order(inputs["x"], 2, 0, 1)
     tensors = [inputs.get(name) for name in ("x", "weight", "bias", "past")] + [None]
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(triton_scan.conv_forward_operator, (*tensors, True), test_utils=tests)
+    torch.library.opcheck(operators.conv_forward, (*tensors, True), test_utils=tests)
     arguments = (torch.ones_like(inputs["x"]), *tensors, True)
-    torch.library.opcheck(triton_scan.conv_backward_operator, arguments, test_utils=tests)
+    torch.library.opcheck(operators.conv_backward, arguments, test_utils=tests)
 
 
 ## ================================================================================================

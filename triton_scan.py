@@ -1037,7 +1037,7 @@ def forward_results(x: Tensor, A: Tensor, save: bool) -> tuple[Tensor, Tensor, T
 
 
 def empty_like_each(x: Tensor, *tensors: Tensor | None) -> list[Tensor]:
-    """For None one without numbers, and each time another: an operator may not return one twice."""
+    """For None a new tensor of no numbers each time: an operator may not return one twice."""
     return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors]
 
 
@@ -2097,8 +2097,10 @@ class StepGraph:
         return logits
 
     def load(self, state: Any) -> None:
-        self.state.conv.copy_(state.conv)
-        self.state.h.copy_(state.h)
+        for buffer, given in ((self.state.conv, state.conv), (self.state.h, state.h)):
+            if given.shape != buffer.shape:
+                raise ValueError(f"need a state {tuple(buffer.shape)}, got {tuple(given.shape)}")
+            buffer.copy_(given)
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         self.token_ids.copy_(token_ids)

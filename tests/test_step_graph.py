@@ -675,6 +675,17 @@ def test_ids_for_another_number_of_rows_are_refused(shape, made):
     assert made == []
 
 
+def test_a_state_of_another_model_is_refused(made):
+    """Also one that would fit if it were repeated for every layer."""
+    model = recorded_model()
+    state = model.init_state(2)
+    for other in (state.map(lambda t: t[:1]), state.map(lambda t: t[:, :, :-1])):
+        with triton_scan.step_graph(model, other) as step:
+            with pytest.raises(ValueError, match=r"need a state \(2, 2, 16, .\), got \(.*\)"):
+                step(random_ids(model, 2))
+    assert_right(model, random_ids(model, 2, 3))
+
+
 def test_interleaved_generations_with_one_model_have_a_graph_each(made):
     model = recorded_model()
     prompts = [random_ids(model, 2, 4, seed=seed) for seed in range(3)]

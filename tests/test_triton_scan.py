@@ -1028,7 +1028,7 @@ def test_no_term_of_the_convolution_reaches_back_over_the_start_of_a_document(W,
     """Before, at and after the border of two strips."""
     monkeypatch.setattr(triton_scan, "STRIP", 4)
     reset = torch.zeros(3, 10, dtype=torch.bool, device=DEVICE)
-    for row, step in ((0, 0), (0, 3), (1, 4), (1, 7), (2, 5), (2, 9)):
+    for row, step in ((0, 0), (0, 3), (0, 6), (1, 4), (1, 7), (2, 5), (2, 9)):
         reset[row, step] = True
     check_convolution(convolution_inputs(3, 10, 3, W), reset=reset, silu=True)
 

@@ -6,6 +6,7 @@
     from triton_scan import selective_scan_triton
     y, h_last = selective_scan_triton(x, dt, A, B, C, D, z, dt_bias=bias)   # CUDA tensors
     y.sum().backward()                                                     # every gradient
+    with step_graph(model, state) as step: ...                             # token after token
 
     python triton_scan.py       # checks against the recurrence in float64, then times, on a GPU
 

@@ -6,6 +6,7 @@
     from triton_scan import selective_scan_triton
     y, h_last = selective_scan_triton(x, dt, A, B, C, D, z, dt_bias=bias)   # CUDA tensors
     y.sum().backward()                                                     # every gradient
+    with step_graph(model, state) as step: ...                             # token after token
 
     python triton_scan.py       # checks against the recurrence in float64, then times, on a GPU
 
@@ -17,6 +18,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import triton
@@ -113,7 +117,7 @@ def first_scan(
     check_device(x)
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, delta, A, B, C)):
+    if wants_gradient(x, delta, A, B, C):
         raise RuntimeError("first_scan has no gradient: use selective_scan_triton")
     x, delta, A, B, C = (tensor.float().contiguous() for tensor in (x, delta, A, B, C))
     (batch, seqlen, d_inner), d_state = x.shape, A.shape[1]
@@ -183,33 +187,23 @@ FAST = not INTERPRETED and torch.version.cuda is not None
 
 
 @triton.jit
+def instruction(v, ASSEMBLY: tl.constexpr):
+    return tl.inline_asm_elementwise(ASSEMBLY, "=f,f", [v], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def exp2(v, FAST: tl.constexpr):
-    if FAST:
-        return tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [v], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return tl.exp2(v)
+    return instruction(v, "ex2.approx.ftz.f32 $0, $1;") if FAST else tl.exp2(v)
 
 
 @triton.jit
 def log2(v, FAST: tl.constexpr):
-    if FAST:
-        return tl.inline_asm_elementwise(
-            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [v], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return tl.log2(v)
+    return instruction(v, "lg2.approx.ftz.f32 $0, $1;") if FAST else tl.log2(v)
 
 
 @triton.jit
 def reciprocal(v, FAST: tl.constexpr):
-    if FAST:
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [v], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return 1.0 / v
+    return instruction(v, "rcp.approx.ftz.f32 $0, $1;") if FAST else 1.0 / v
 
 
 @triton.jit
@@ -247,8 +241,16 @@ def combine(a1, v1, a2, v2):
 
 
 @triton.jit
-def last_of(p, q):
-    return q
+def row(tile, k: tl.constexpr):
+    """Step k of a tile (t, m, j, c). All steps are in the registers of a lane: it costs nothing."""
+    here = (tl.arange(0, tile.shape[0]) == k).to(tl.int32)[:, None, None, None]
+    _, value = tl.reduce((tl.broadcast_to(here, tile.shape), tile), 0, chosen)
+    return value
+
+
+@triton.jit
+def chosen(here1, value1, here2, value2):
+    return here1 | here2, tl.where(here2 != 0, value2, value1)
 
 
 @triton.jit
@@ -261,10 +263,7 @@ def load(pointers, mask, EVEN: tl.constexpr):
 
 @triton.jit
 def store(pointers, value, mask, EVEN: tl.constexpr):
-    if EVEN:
-        tl.store(pointers, value.to(pointers.dtype.element_ty))
-    else:
-        tl.store(pointers, value.to(pointers.dtype.element_ty), mask=mask)
+    tl.store(pointers, value.to(pointers.dtype.element_ty), mask=None if EVEN else mask)
 
 
 @triton.jit
@@ -287,20 +286,26 @@ def load_delta(
 
 
 @triton.jit
-def load_reset(reset, i_b, t, seqlen, HAS_RESET: tl.constexpr):
-    """(t,): whether a document starts at the step."""
+def load_tile(
+    x, dt, B, reset, here, mask, b_bias,
+    SOFTPLUS: tl.constexpr, HAS_RESET: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """What the recurrence reads: x, Δ, dΔ/d(dt) (t, c), B (t, m, j), document starts (t)."""
+    b_x = load(x, mask, EVEN)
+    b_delta, b_slope = load_delta(dt, mask, b_bias, SOFTPLUS, EVEN, FAST)
+    b_B = load(B, here[:, None, None], EVEN)
+    b_r = tl.zeros(here.shape, tl.int1)
     if HAS_RESET:
-        return tl.load(reset + i_b * seqlen + t, mask=t < seqlen, other=0) != 0
-    else:
-        return t < 0
+        b_r = tl.load(reset, mask=here, other=0) != 0
+    return b_x, b_delta, b_slope, b_B, b_r
 
 
 @triton.jit
-def inputs_of(
+def recur(
     b_x, b_delta, b_A2, b_B, b_h, b_r,
     HAS_RESET: tl.constexpr, DIRAC: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """What the recurrence through a tile needs: Ā and the input (t, m, j, c), and Δ x (t, c).
+    """Through a tile, from the state before it: Ā, h (t, m, j, c) and Δ x (t, c).
 
     b_A2 is A log2 e. The state before the tile, b_h, enters through the input of the first step.
     """
@@ -312,7 +317,9 @@ def inputs_of(
         b_v = b_x * b_delta
     v = b_v[:, None, None, :] * b_B[:, :, :, None]
     first = (tl.arange(0, v.shape[0]) == 0)[:, None, None, None]
-    return a, tl.where(first, v + a * b_h[None, :, :, :], v), b_v
+    v = tl.where(first, v + a * b_h[None, :, :, :], v)
+    _, h = tl.associative_scan((a, v), 0, combine)
+    return a, h, b_v
 
 
 ## A segment hands its state on as it is, (m, j, c), 32 lanes side by side for every m. Backward, a
@@ -358,6 +365,24 @@ def load_channels(vector, d, d_inner, EXISTS: tl.constexpr):
         return tl.load(vector + d, mask=d < d_inner, other=0.0).to(tl.float32)
     else:
         return tl.zeros(d.shape, tl.float32)
+
+
+@triton.jit
+def axes(i_d, M: tl.constexpr, J: tl.constexpr, CHANNELS: tl.constexpr, T: tl.constexpr):
+    """Numbers along the axes of a tile: t, c, the state n (m, j), and d (c), the channel."""
+    c = tl.arange(0, CHANNELS)
+    n = tl.arange(0, M)[:, None] + tl.arange(0, J) * M
+    return tl.arange(0, T), c, n, i_d * CHANNELS + c
+
+
+@triton.jit
+def start_of(tensor, i_b, i_d, t, c, step_b, step_l, step_d):
+    """Where a program's channels begin in a tensor (b, l, d), and the offsets (t, c) in a tile.
+
+    All that may be far goes into the pointer, so that the offsets need 32 bits.
+    """
+    tensor += i_b * step_b + (i_d * c.shape[0]).to(tl.int64) * step_d
+    return tensor, t[:, None] * step_l + c[None, :] * step_d
 
 
 @triton.jit(do_not_specialize=["seqlen", "batch"])
@@ -410,19 +435,13 @@ def forward_summary_kernel(
     """
     i_d, i_s, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     N: tl.constexpr = M * J
-    c, t, n = (
-        tl.arange(0, CHANNELS),
-        tl.arange(0, T),
-        tl.arange(0, M)[:, None] + tl.arange(0, J) * M,
-    )
-    d = i_d * CHANNELS + c
+    t, c, n, d = axes(i_d, M, J, CHANNELS, T)
     b_A2 = load_A(A, d, d_inner, d_state, M, J)
     b_bias = load_channels(dt_bias, d, d_inner, HAS_BIAS)
-    x += i_b * x_b + (i_d * CHANNELS).to(tl.int64) * x_d
-    dt += i_b * dt_b + (i_d * CHANNELS).to(tl.int64) * dt_d
-    o_x, o_dt = t[:, None] * x_l + c[None, :] * x_d, t[:, None] * dt_l + c[None, :] * dt_d
-    B += i_b * seqlen * N
-    o_B = t[:, None, None] * N + n[None, :, :]
+    x, o_x = start_of(x, i_b, i_d, t, c, x_b, x_l, x_d)
+    dt, o_dt = start_of(dt, i_b, i_d, t, c, dt_b, dt_l, dt_d)
+    B, o_B = B + i_b * seqlen * N, t[:, None, None] * N + n[None, :, :]
+    reset += i_b * seqlen
 
     b_h = tl.zeros([M, J, CHANNELS], tl.float32)
     b_sum = tl.zeros([CHANNELS], tl.float32)
@@ -430,14 +449,13 @@ def forward_summary_kernel(
     start = i_s * segment
     for step in tl.range(start, min(seqlen, start + segment), T, num_stages=STAGES):
         i = tl.cast(step, tl.int64)
-        mask = (i + t < seqlen)[:, None] & (d < d_inner)[None, :]
-        b_x = load(x + i * x_l + o_x, mask, EVEN)
-        b_delta, _ = load_delta(dt + i * dt_l + o_dt, mask, b_bias, SOFTPLUS, EVEN, FAST)
-        b_B = load(B + i * N + o_B, (i + t < seqlen)[:, None, None] & (n < N)[None, :, :], EVEN)
-        b_r = load_reset(reset, i_b, i + t, seqlen, HAS_RESET)
-        a, v, _ = inputs_of(b_x, b_delta, b_A2, b_B, b_h, b_r, HAS_RESET, DIRAC, FAST)
-        _, h = tl.associative_scan((a, v), 0, combine)
-        b_h = tl.reduce(h, 0, last_of)
+        here = i + t < seqlen
+        b_x, b_delta, _, b_B, b_r = load_tile(
+            x + i * x_l + o_x, dt + i * dt_l + o_dt, B + i * N + o_B, reset + i + t, here,
+            here[:, None] & (d < d_inner)[None, :], b_bias, SOFTPLUS, HAS_RESET, EVEN, FAST,
+        )  # fmt: skip
+        _, h, _ = recur(b_x, b_delta, b_A2, b_B, b_h, b_r, HAS_RESET, DIRAC, FAST)
+        b_h = row(h, T - 1)
         b_sum += tl.sum(b_delta, 0)
         if HAS_RESET:
             resets += tl.sum(b_r.to(tl.int32), 0)
@@ -483,12 +501,7 @@ def forward_kernel(
     i_d, i_s, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     blocks, segments = tl.num_programs(0), tl.num_programs(1)
     N: tl.constexpr = M * J
-    c, t, n = (
-        tl.arange(0, CHANNELS),
-        tl.arange(0, T),
-        tl.arange(0, M)[:, None] + tl.arange(0, J) * M,
-    )
-    d = i_d * CHANNELS + c
+    t, c, n, d = axes(i_d, M, J, CHANNELS, T)
     b_A2 = load_A(A, d, d_inner, d_state, M, J)
     b_bias = load_channels(dt_bias, d, d_inner, HAS_BIAS)
     b_D = load_channels(D, d, d_inner, HAS_D)
@@ -507,15 +520,12 @@ def forward_kernel(
 
     start = i_s * segment
     stop = min(seqlen, start + segment)
-    x += i_b * x_b + (i_d * CHANNELS).to(tl.int64) * x_d
-    dt += i_b * dt_b + (i_d * CHANNELS).to(tl.int64) * dt_d
-    z += i_b * z_b + (i_d * CHANNELS).to(tl.int64) * z_d
-    y += i_b * seqlen * d_inner + i_d * CHANNELS
-    o_x, o_dt = t[:, None] * x_l + c[None, :] * x_d, t[:, None] * dt_l + c[None, :] * dt_d
-    o_z, o_y = t[:, None] * z_l + c[None, :] * z_d, t[:, None] * d_inner + c[None, :]
-    B += i_b * seqlen * N
-    C += i_b * seqlen * N
-    o_B = t[:, None, None] * N + n[None, :, :]
+    x, o_x = start_of(x, i_b, i_d, t, c, x_b, x_l, x_d)
+    dt, o_dt = start_of(dt, i_b, i_d, t, c, dt_b, dt_l, dt_d)
+    z, o_z = start_of(z, i_b, i_d, t, c, z_b, z_l, z_d)
+    y, o_y = start_of(y, i_b * seqlen, i_d, t, c, d_inner, d_inner, 1)
+    B, C, o_B = B + i_b * seqlen * N, C + i_b * seqlen * N, t[:, None, None] * N + n[None, :, :]
+    reset += i_b * seqlen
     borders += ((i_b * tl.cdiv(seqlen, K) + start // K) * blocks + i_d) * state_step
 
     for step in tl.range(start, stop, T, num_stages=STAGES):
@@ -524,16 +534,15 @@ def forward_kernel(
             tl.store(borders + o_h, tl.reshape(b_h, [M, J * CHANNELS]), mask=border)
             borders += tl.where(border, blocks * state_step, 0)
         i = tl.cast(step, tl.int64)
-        mask = (i + t < seqlen)[:, None] & (d < d_inner)[None, :]
-        mask_B = (i + t < seqlen)[:, None, None] & (n < N)[None, :, :]
-        b_x = load(x + i * x_l + o_x, mask, EVEN)
-        b_delta, _ = load_delta(dt + i * dt_l + o_dt, mask, b_bias, SOFTPLUS, EVEN, FAST)
-        b_B = load(B + i * N + o_B, mask_B, EVEN)
-        b_C = load(C + i * N + o_B, mask_B, EVEN)
-        b_r = load_reset(reset, i_b, i + t, seqlen, HAS_RESET)
-        a, v, _ = inputs_of(b_x, b_delta, b_A2, b_B, b_h, b_r, HAS_RESET, DIRAC, FAST)
-        _, h = tl.associative_scan((a, v), 0, combine)
-        b_h = tl.reduce(h, 0, last_of)
+        here = i + t < seqlen
+        mask = here[:, None] & (d < d_inner)[None, :]
+        b_x, b_delta, _, b_B, b_r = load_tile(
+            x + i * x_l + o_x, dt + i * dt_l + o_dt, B + i * N + o_B, reset + i + t,
+            here, mask, b_bias, SOFTPLUS, HAS_RESET, EVEN, FAST,
+        )  # fmt: skip
+        b_C = load(C + i * N + o_B, here[:, None, None], EVEN)
+        _, h, _ = recur(b_x, b_delta, b_A2, b_B, b_h, b_r, HAS_RESET, DIRAC, FAST)
+        b_h = row(h, T - 1)
         b_y = tl.sum(tl.sum(h * b_C[:, :, :, None], 1), 1) + b_D[None, :] * b_x  # (2b), and D x
         if HAS_Z:
             b_z = load(z + i * z_l + o_z, mask, EVEN)
@@ -580,21 +589,8 @@ def forward_kernel(
 ## always in the same order, so that two runs agree to the bit, which atomic additions would not.
 ##
 ## Triton cannot index a tile in registers. But a scan or a reduction along an axis that lies in the
-## registers of a lane compiles to plain instructions, so that picking out a step (`row`, `last_of`)
-## costs nothing. That holds for the layouts that we get, not by the language: elsewhere it is slow.
-
-
-@triton.jit
-def row(tile, k: tl.constexpr):
-    """Step k of a tile (t, m, j, c). All steps are in the registers of a lane: it costs nothing."""
-    here = (tl.arange(0, tile.shape[0]) == k).to(tl.int32)[:, None, None, None]
-    _, value = tl.reduce((tl.broadcast_to(here, tile.shape), tile), 0, chosen)
-    return value
-
-
-@triton.jit
-def chosen(here1, value1, here2, value2):
-    return here1 | here2, tl.where(here2 != 0, value2, value1)
+## registers of a lane compiles to plain instructions, so that picking out a step (`row`) costs
+## nothing. That holds for the layouts that we get, not by the language: elsewhere it is slow.
 
 
 @triton.jit
@@ -635,14 +631,9 @@ def sum_channels(p, q):
     """
     CHANNELS: tl.constexpr = p.shape[3]
     s = exchange(p, q, CHANNELS // 2)
-    if CHANNELS >= 4:
-        s = fold(s, CHANNELS // 4)
-    if CHANNELS >= 8:
-        s = fold(s, CHANNELS // 8)
-    if CHANNELS >= 16:
-        s = fold(s, CHANNELS // 16)
-    if CHANNELS >= 32:
-        s = fold(s, CHANNELS // 32)
+    for k in tl.static_range(2, 6):
+        if CHANNELS >> k > 0:
+            s = fold(s, CHANNELS >> k)
     return s
 
 
@@ -662,21 +653,14 @@ def backward_summary_kernel(
     """
     i_d, i_s, i_b = tl.program_id(0), tl.program_id(1) + 1, tl.program_id(2).to(tl.int64)
     N: tl.constexpr = M * J
-    c, t, n = (
-        tl.arange(0, CHANNELS),
-        tl.arange(0, T),
-        tl.arange(0, M)[:, None] + tl.arange(0, J) * M,
-    )
-    d = i_d * CHANNELS + c
+    t, c, n, d = axes(i_d, M, J, CHANNELS, T)
     b_A2 = load_A(A, d, d_inner, d_state, M, J)
     b_bias = load_channels(dt_bias, d, d_inner, HAS_BIAS)
-    dt += i_b * dt_b + (i_d * CHANNELS).to(tl.int64) * dt_d
-    z += i_b * z_b + (i_d * CHANNELS).to(tl.int64) * z_d
-    dy += i_b * dy_b + (i_d * CHANNELS).to(tl.int64) * dy_d
-    o_dt, o_z = t[:, None] * dt_l + c[None, :] * dt_d, t[:, None] * z_l + c[None, :] * z_d
-    o_dy = t[:, None] * dy_l + c[None, :] * dy_d
-    C += i_b * seqlen * N
-    o_C = t[:, None, None] * N + n[None, :, :]
+    dt, o_dt = start_of(dt, i_b, i_d, t, c, dt_b, dt_l, dt_d)
+    z, o_z = start_of(z, i_b, i_d, t, c, z_b, z_l, z_d)
+    dy, o_dy = start_of(dy, i_b, i_d, t, c, dy_b, dy_l, dy_d)
+    C, o_C = C + i_b * seqlen * N, t[:, None, None] * N + n[None, :, :]
+    reset += i_b * seqlen
 
     b_e = tl.zeros([M, J, CHANNELS], tl.float32)
     b_sum = tl.zeros([CHANNELS], tl.float32)  # ΣΔ of the tiles before this one
@@ -685,17 +669,18 @@ def backward_summary_kernel(
     stop = min(min(seqlen, slice_stop), start + segment)
     for step in tl.range(start, stop, T, num_stages=STAGES):
         i = tl.cast(step, tl.int64)
-        mask = (i + t < seqlen)[:, None] & (d < d_inner)[None, :]
+        here = i + t < seqlen
+        mask = here[:, None] & (d < d_inner)[None, :]
         b_delta, _ = load_delta(dt + i * dt_l + o_dt, mask, b_bias, SOFTPLUS, EVEN, FAST)
         b_g = load(dy + i * dy_l + o_dy, mask, EVEN)
         if HAS_Z:
             b_z = load(z + i * z_l + o_z, mask, EVEN)
             b_g = b_g * b_z * sigmoid(b_z, FAST)
-        b_C = load(C + i * N + o_C, (i + t < seqlen)[:, None, None] & (n < N)[None, :, :], EVEN)
+        b_C = load(C + i * N + o_C, here[:, None, None], EVEN)
         b_through = b_sum[None, :] + tl.cumsum(b_delta, 0)  # Δ of step t included
         b_weight = exp2(b_through[:, None, None, :] * b_A2[None, :, :, :], FAST)
         if HAS_RESET:
-            b_r = load_reset(reset, i_b, i + t, seqlen, HAS_RESET).to(tl.int32)
+            b_r = (tl.load(reset + i + t, mask=here, other=0) != 0).to(tl.int32)
             cut = resets_before + tl.cumsum(b_r, 0) > 0
             b_weight = tl.where(cut[:, None, None, None], 0.0, b_weight)
             resets_before += tl.sum(b_r, 0)
@@ -730,12 +715,7 @@ def backward_kernel(
     i_d, i_s, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     blocks, segments = tl.num_programs(0), tl.num_programs(1)
     N: tl.constexpr = M * J
-    c, t, n = (
-        tl.arange(0, CHANNELS),
-        tl.arange(0, T),
-        tl.arange(0, M)[:, None] + tl.arange(0, J) * M,
-    )
-    d = i_d * CHANNELS + c
+    t, c, n, d = axes(i_d, M, J, CHANNELS, T)
     t4 = t[:, None, None, None]
     b_A2 = load_A(A, d, d_inner, d_state, M, J)
     b_bias = load_channels(dt_bias, d, d_inner, HAS_BIAS)
@@ -748,19 +728,15 @@ def backward_kernel(
         where = (i_b * segments + segments - 1 - k) * blocks + i_d
         b_w = chain(b_w, ends, sums, where, state_step, b_A2, o_h, M, J, CHANNELS, FAST)
 
-    x += i_b * x_b + (i_d * CHANNELS).to(tl.int64) * x_d
-    dt += i_b * dt_b + (i_d * CHANNELS).to(tl.int64) * dt_d
-    z += i_b * z_b + (i_d * CHANNELS).to(tl.int64) * z_d
-    dy += i_b * dy_b + (i_d * CHANNELS).to(tl.int64) * dy_d
-    o_x, o_dt = t[:, None] * x_l + c[None, :] * x_d, t[:, None] * dt_l + c[None, :] * dt_d
-    o_z, o_dy = t[:, None] * z_l + c[None, :] * z_d, t[:, None] * dy_l + c[None, :] * dy_d
-    dx += i_b * seqlen * d_inner + i_d * CHANNELS
-    ddt += i_b * seqlen * d_inner + i_d * CHANNELS
-    dz += i_b * seqlen * d_inner + i_d * CHANNELS
-    o_dx = t[:, None] * d_inner + c[None, :]
-    B += i_b * seqlen * N
-    C += i_b * seqlen * N
-    o_B = t[:, None, None] * N + n[None, :, :]
+    x, o_x = start_of(x, i_b, i_d, t, c, x_b, x_l, x_d)
+    dt, o_dt = start_of(dt, i_b, i_d, t, c, dt_b, dt_l, dt_d)
+    z, o_z = start_of(z, i_b, i_d, t, c, z_b, z_l, z_d)
+    dy, o_dy = start_of(dy, i_b, i_d, t, c, dy_b, dy_l, dy_d)
+    dx, o_dx = start_of(dx, i_b * seqlen, i_d, t, c, d_inner, d_inner, 1)
+    ddt, o_dx = start_of(ddt, i_b * seqlen, i_d, t, c, d_inner, d_inner, 1)
+    dz, o_dx = start_of(dz, i_b * seqlen, i_d, t, c, d_inner, d_inner, 1)
+    B, C, o_B = B + i_b * seqlen * N, C + i_b * seqlen * N, t[:, None, None] * N + n[None, :, :]
+    reset += i_b * seqlen
     borders += (i_b * tl.cdiv(seqlen, K) * blocks + i_d) * state_step
     program = (i_b * segments + i_s) * blocks + i_d
     scratch += program * state_step  # of tile 0; those of the next tile follow all programs'
@@ -789,14 +765,13 @@ def backward_kernel(
         tl.store(scratch + o_h, tl.reshape(b_h, [M, J * CHANNELS]))
         for tile in tl.range(0, tiles - 1, num_stages=STAGES):
             i = tl.cast(chunk + tile * T, tl.int64)
-            mask = (i + t < seqlen)[:, None] & (d < d_inner)[None, :]
-            b_x = load(x + i * x_l + o_x, mask, EVEN)
-            b_delta, _ = load_delta(dt + i * dt_l + o_dt, mask, b_bias, SOFTPLUS, EVEN, FAST)
-            b_B = load(B + i * N + o_B, (i + t < seqlen)[:, None, None] & (n < N)[None], EVEN)
-            b_r = load_reset(reset, i_b, i + t, seqlen, HAS_RESET)
-            a, v, _ = inputs_of(b_x, b_delta, b_A2, b_B, b_h, b_r, HAS_RESET, DIRAC, FAST)
-            _, h = tl.associative_scan((a, v), 0, combine)
-            b_h = tl.reduce(h, 0, last_of)
+            here = i + t < seqlen
+            b_x, b_delta, _, b_B, b_r = load_tile(
+                x + i * x_l + o_x, dt + i * dt_l + o_dt, B + i * N + o_B, reset + i + t, here,
+                here[:, None] & (d < d_inner)[None, :], b_bias, SOFTPLUS, HAS_RESET, EVEN, FAST,
+            )  # fmt: skip
+            _, h, _ = recur(b_x, b_delta, b_A2, b_B, b_h, b_r, HAS_RESET, DIRAC, FAST)
+            b_h = row(h, T - 1)
             tl.store(scratch + (tile + 1) * scratch_step + o_h, tl.reshape(b_h, [M, J * CHANNELS]))
         tl.debug_barrier()  # the lanes that load the scratch buffer are not those that stored it
         ## Backward through its tiles.
@@ -804,16 +779,15 @@ def backward_kernel(
             b_h = tl.load(scratch + (tiles - 1 - tile) * scratch_step + o_h)
             b_h = tl.reshape(b_h, [M, J, CHANNELS])
             i = tl.cast(chunk + (tiles - 1 - tile) * T, tl.int64)
-            mask = (i + t < seqlen)[:, None] & (d < d_inner)[None, :]
-            mask_B = (i + t < seqlen)[:, None, None] & (n < N)[None, :, :]
-            b_x = load(x + i * x_l + o_x, mask, EVEN)
-            b_delta, b_slope = load_delta(dt + i * dt_l + o_dt, mask, b_bias, SOFTPLUS, EVEN, FAST)
+            here = i + t < seqlen
+            mask = here[:, None] & (d < d_inner)[None, :]
             b_g = load(dy + i * dy_l + o_dy, mask, EVEN)
-            b_B = load(B + i * N + o_B, mask_B, EVEN)
-            b_C = load(C + i * N + o_B, mask_B, EVEN)
-            b_r = load_reset(reset, i_b, i + t, seqlen, HAS_RESET)
-            a, v, b_v = inputs_of(b_x, b_delta, b_A2, b_B, b_h, b_r, HAS_RESET, DIRAC, FAST)
-            _, h = tl.associative_scan((a, v), 0, combine)
+            b_x, b_delta, b_slope, b_B, b_r = load_tile(
+                x + i * x_l + o_x, dt + i * dt_l + o_dt, B + i * N + o_B, reset + i + t,
+                here, mask, b_bias, SOFTPLUS, HAS_RESET, EVEN, FAST,
+            )  # fmt: skip
+            b_C = load(C + i * N + o_B, here[:, None, None], EVEN)
+            a, h, b_v = recur(b_x, b_delta, b_A2, b_B, b_h, b_r, HAS_RESET, DIRAC, FAST)
             if HAS_Z:
                 ## y' = y silu(z). silu(z) = z σ, and its derivative is σ (1 + z - z σ).
                 b_z = load(z + i * z_l + o_z, mask, EVEN)
@@ -931,6 +905,10 @@ def check_device(x: Tensor) -> None:
     )
 
 
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -993,6 +971,15 @@ def launch(kernel, grid, tensors: tuple, free: tuple, fixed: tuple, **constants)
         variants[key] = variant, tuple(constants[name] for name in kernel.arg_names[count:])
 
 
+def or_else(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """For a tensor that is missing a kernel gets another, which a flag keeps it from reading."""
+    return other if tensor is None else tensor.contiguous()
+
+
+def document_starts(reset: Tensor | None, other: Tensor) -> Tensor:
+    return other if reset is None else reset.contiguous().view(torch.uint8)
+
+
 def strides(tensor: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if tensor is None else tensor.stride()
 
@@ -1004,14 +991,58 @@ def within_reach(tensor: Tensor | None) -> Tensor | None:
     return tensor.contiguous()
 
 
+## torch.compile cannot trace `launch`: inside of it each of the four functions that launch kernels
+## is an opaque operator, registered with a function that makes its results without computing them.
+## Outside the plain function is called, because a registered operator costs time.
+
+library = torch.library.Library("mamba_annotated", "DEF")
+
+
+def operator(results):
+    """A decorator of functions of tensors."""
+
+    def decorate(function):
+        name = function.__name__
+        library.define(name + torch.library.infer_schema(function, mutates_args=()))
+        library.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"mamba_annotated::{name}", results, lib=library)
+        registered = getattr(torch.ops.mamba_annotated, name)
+
+        def either(*args, **options):
+            run = registered if torch.compiler.is_compiling() else function
+            return run(*args, **options)
+
+        return functools.wraps(function)(either)
+
+    return decorate
+
+
 ## From small to large: a step; a tile, the 8 or 4 steps in registers; a chunk, the K = 64 steps
 ## between two stored states; a segment, the chunks of one program; a slice, what one launch of the
 ## backward kernel covers. A block is the channels of a program, a group those of a backward
 ## program.
-##
-## A missing tensor is passed to a kernel as x, which a flag keeps it from reading.
 
 
+def forward_results(x: Tensor, A: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What scan_forward returns, still empty."""
+    (batch, seqlen, d_inner), d_state = x.shape, A.shape[1]
+    channels, (M, J, C) = lane_shape(d_state, 1)[2], lane_shape(d_state, 2)
+    groups, chunks = ceil_div(d_inner, channels) * channels // C, ceil_div(seqlen, K) if save else 0
+    empty = functools.partial(x.new_empty, dtype=torch.float32)
+    return (
+        x.new_empty(batch, seqlen, d_inner),
+        empty((batch, d_inner, d_state)),
+        empty((batch, chunks, groups, M, J, C)),
+        empty((2, batch, seqlen, M * J)),
+    )
+
+
+def empty_like_each(x: Tensor, *tensors: Tensor | None) -> list[Tensor]:
+    """For None a new tensor of no numbers each time: an operator may not return one twice."""
+    return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors]
+
+
+@operator(lambda x, dt, A, *others: forward_results(x, A, others[-1]))
 def scan_forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     h0: Tensor | None, dt_bias: Tensor | None, reset: Tensor | None,
@@ -1024,30 +1055,24 @@ def scan_forward(
     """
     (batch, seqlen, d_inner), d_state = x.shape, A.shape[1]
     M, J, channels = lane_shape(d_state, 1)
-    group_M, group_J, group_C = lane_shape(d_state, 2)
     states, blocks = M * J, ceil_div(d_inner, channels)
     programs = batch * blocks
     wanted = 1 if programs >= FORWARD_FULL else ceil_div(FORWARD_WANTED, programs)
     segment = segment_length(seqlen, wanted)
-    group = (blocks * channels // group_C, group_M, group_J, group_C)
     segments = ceil_div(seqlen, segment)
 
     x, dt, z = within_reach(x), within_reach(dt), within_reach(z)
-    y = x.new_empty(batch, seqlen, d_inner)
-    chunks = ceil_div(seqlen, K) if save else 0
-    borders = x.new_empty((batch, chunks, *group), dtype=torch.float32)
-    h_last = x.new_empty((batch, d_inner, d_state), dtype=torch.float32)
-    wide = x.new_empty((2, batch, seqlen, states), dtype=torch.float32)
+    y, h_last, borders, wide = forward_results(x, A, save)
+    group = borders.shape[2:]
     A = A.contiguous()
     flags = {
-        "M": M, "J": J, "CHANNELS": channels, "GROUP_J": group_J, "GROUP_C": group_C,
+        "M": M, "J": J, "CHANNELS": channels, "GROUP_J": group[2], "GROUP_C": group[3],
         "T": FORWARD_T, "STAGES": FORWARD_STAGES,
         "HAS_BIAS": dt_bias is not None, "HAS_RESET": reset is not None,
         "SOFTPLUS": dt_softplus, "DIRAC": rule == "dirac", "FAST": FAST,
         "EVEN": d_inner == blocks * channels and seqlen % FORWARD_T == 0, "num_warps": 1,
     }  # fmt: skip
-    bias = x if dt_bias is None else dt_bias.contiguous()
-    document = x if reset is None else reset.contiguous().view(torch.uint8)
+    bias, document = or_else(dt_bias, x), document_starts(reset, x)
     ends = sums = x
     with device_of(x):
         grid = (ceil_div(seqlen * states, 1024), batch, 1)
@@ -1064,8 +1089,8 @@ def scan_forward(
             free = (seqlen, segment, segments, states * channels)
             launch(forward_summary_kernel, grid, tensors, free, fixed, **flags)
         tensors = (
-            x, dt, x if z is None else z, A, B, C, x if D is None else D.contiguous(), bias,
-            document, x if h0 is None else h0.contiguous(), ends, sums, y, borders, h_last,
+            x, dt, x if z is None else z, A, B, C, or_else(D, x), bias, document, or_else(h0, x),
+            ends, sums, y, borders, h_last,
         )  # fmt: skip
         fixed = (d_inner, d_state, *x.stride(), *dt.stride(), *strides(z))
         flags |= {
@@ -1082,6 +1107,7 @@ def room_for_sums(x: Tensor) -> int:
     return max(x.numel() * x.element_size(), 24 * 2**20)
 
 
+@operator(lambda dy, dh_last, x, *others: empty_like_each(x, x, *others[:8]))
 def scan_backward(
     dy: Tensor, dh_last: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, z: Tensor | None, h0: Tensor | None, dt_bias: Tensor | None,
@@ -1114,10 +1140,7 @@ def scan_backward(
     counts = [ceil_div(min(seqlen, start + steps) - start, segment) for start in starts]
 
     empty = functools.partial(x.new_empty, dtype=torch.float32)
-    # An empty tensor of its own for each that is missing: an operator may not return one twice.
-    like = lambda tensor: empty(0) if tensor is None else tensor.new_empty(tensor.shape)  # noqa: E731
-    dx, ddt, dz = like(x), like(dt), like(z)
-    dA, dB, dC, dD, dbias = like(A), like(B), like(C), like(D), like(dt_bias)
+    dx, ddt, dA, dB, dC, dD, dz, dh0, dbias = empty_like_each(x, x, dt, A, B, C, D, z, h0, dt_bias)
     parts = empty((batch, blocks, steps, 2, states))
     totals = empty((batch * sum(counts), blocks, (states + 2) * channels))
     scratch = empty((K // BACKWARD_T, batch * segments, blocks, states * channels))
@@ -1136,8 +1159,7 @@ def scan_backward(
         "EVEN": d_inner == blocks * channels and seqlen % BACKWARD_T == 0, "num_warps": 1,
     }  # fmt: skip
     gate = x if z is None else z
-    bias = x if dt_bias is None else dt_bias.contiguous()
-    document = x if reset is None else reset.contiguous().view(torch.uint8)
+    bias, document = or_else(dt_bias, x), document_starts(reset, x)
     with device_of(x):
         for i, (start, count) in enumerate(zip(starts, counts, strict=True)):
             stop = min(seqlen, start + steps)
@@ -1148,9 +1170,8 @@ def scan_backward(
                 grid = (blocks, count - 1, batch)
                 launch(backward_summary_kernel, grid, tensors, (*where, count), fixed, **flags)
             tensors = (
-                x, dt, gate, dy, A, wide_B, wide_C, x if D is None else D.contiguous(), bias,
-                document, borders, scratch, ends, sums, w_after, w_before,
-                dx, ddt, dx if z is None else dz, parts, totals,
+                x, dt, gate, dy, A, wide_B, wide_C, or_else(D, x), bias, document, borders, scratch,
+                ends, sums, w_after, w_before, dx, ddt, dx if z is None else dz, parts, totals,
             )  # fmt: skip
             has_w, earlier = int(i > 0 or dh_last is not None), sum(counts[:i]) * programs
             free = (*where, steps, has_w, earlier, states * channels)
@@ -1173,55 +1194,14 @@ def scan_backward(
             (totals, dA, dD if D is not None else dA, dbias if dt_bias is not None else dA),
             (len(totals), blocks), (d_inner, d_state), **constants,
         )  # fmt: skip
-    dh0 = empty(0) if h0 is None else unpack(w_after, d_inner, d_state).to(h0.dtype)
+    if h0 is not None:
+        dh0 = unpack(w_after, d_inner, d_state).to(h0.dtype)
     return [dx, ddt, dA, dB, dC, dD, dz, dh0, dbias]
 
 
 def device_of(x: Tensor):
     """Triton launches on the current device, which need not be that of x."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
-## torch.compile cannot trace `launch`: each of the four functions that launch kernels is registered
-## as an opaque operator, with the shapes of what it returns. Outside torch.compile the plain
-## functions are called, because a registered operator costs time.
-
-
-def forward_shapes(x, dt, A, B, C, D, z, h0, dt_bias, reset, dt_softplus, rule, save):
-    (batch, seqlen, d_inner), d_state = x.shape, A.shape[1]
-    channels = lane_shape(d_state, 1)[2]
-    M, J, group_C = lane_shape(d_state, 2)
-    groups = ceil_div(d_inner, channels) * channels // group_C
-    borders = (batch, ceil_div(seqlen, K) if save else 0, groups, M, J, group_C)
-    return (
-        x.new_empty(batch, seqlen, d_inner),
-        x.new_empty((batch, d_inner, d_state), dtype=torch.float32),
-        x.new_empty(borders, dtype=torch.float32),
-        x.new_empty((2, batch, seqlen, triton.next_power_of_2(d_state)), dtype=torch.float32),
-    )
-
-
-def backward_shapes(dy, dh_last, x, dt, A, B, C, D, z, h0, dt_bias, *_):
-    return [
-        x.new_empty(0, dtype=torch.float32) if tensor is None else tensor.new_empty(tensor.shape)
-        for tensor in (x, dt, A, B, C, D, z, h0, dt_bias)
-    ]
-
-
-library = torch.library.Library("mamba_annotated", "DEF")
-
-
-def operator(function, shapes):
-    """Register a function of tensors under its own name."""
-    name = function.__name__
-    library.define(name + torch.library.infer_schema(function, mutates_args=()))
-    library.impl(name, function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"mamba_annotated::{name}", shapes, lib=library)
-    return getattr(torch.ops.mamba_annotated, name)
-
-
-forward_operator = operator(scan_forward, forward_shapes)
-backward_operator = operator(scan_backward, backward_shapes)
 
 
 def refuse_second_derivatives() -> None:
@@ -1239,8 +1219,7 @@ class SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, z, h0, dt_bias, reset, dt_softplus, rule):
         tensors = (x, dt, A, B, C, D, z, h0, dt_bias, reset)
-        run = forward_operator if torch.compiler.is_compiling() else scan_forward
-        y, h_last, *for_backward = run(*tensors, dt_softplus, rule, True)
+        y, h_last, *for_backward = scan_forward(*tensors, dt_softplus, rule, True)
         ctx.save_for_backward(*tensors, *for_backward)
         ctx.options = dt_softplus, rule
         ctx.set_materialize_grads(False)  # a gradient of h_last that nobody uses is None, not zeros
@@ -1251,18 +1230,51 @@ class SelectiveScan(torch.autograd.Function):
         refuse_second_derivatives()
         tensors = ctx.saved_tensors
         dy = torch.zeros_like(tensors[0]) if dy is None else dy
-        run = backward_operator if torch.compiler.is_compiling() else scan_backward
-        gradients = run(dy, dh_last, *tensors, *ctx.options)
+        gradients = scan_backward(dy, dh_last, *tensors, *ctx.options)
         needed = zip(gradients, ctx.needs_input_grad, strict=False)
         return *(g if need else None for g, need in needed), None, None, None
 
 
 ## ================================================================================================
-## The public function
+## The public function, and what it takes
 ## ================================================================================================
+##
+## What the kernels take is said here and nowhere else. `takes` answers with yes or no, for a caller
+## who has another way; the functions that are called raise an error that says what does not fit.
 
 RULES = ("mamba", "dirac")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_STATE, MAX_WIDTH = 256, 4  # states of a channel, inputs of a filter
+MAX_BATCH = 65535  # as many programs as a grid can have along its last axis
+ELSE = "use mamba.py's scan='chunked'"
+
+
+def fits(tensors: Iterable[Tensor], rule: str, d_state: int, d_conv: int) -> bool:
+    """Whether the kernels have these dtypes, this rule and these sizes."""
+    return (
+        rule in RULES
+        and 1 <= d_state <= MAX_STATE
+        and 1 <= d_conv <= MAX_WIDTH
+        and all(tensor.dtype in DTYPES for tensor in tensors)
+    )
+
+
+def takes(*tensors: Tensor | None, rule: str = "mamba", d_state: int = 1, d_conv: int = 1) -> bool:
+    """Whether the kernels can run on these tensors, of which the first is x (b, ...), and should.
+
+    Not on a CPU, where the interpreter is for tests. Not under torch.func and torch.jit.trace,
+    which want plain operators. Under torch.compile they can: the kernels are operators of their
+    own there.
+    """
+    x, *others = [tensor for tensor in tensors if tensor is not None]
+    return (
+        x.is_cuda
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.jit.is_tracing()
+        and all(tensor.device == x.device for tensor in others)
+        and fits((x, *others), rule, d_state, d_conv)
+        and len(x) <= MAX_BATCH
+    )
 
 
 def check_tensors(tensors: dict[str, Tensor | None], shapes: dict[str, tuple]) -> None:
@@ -1278,24 +1290,23 @@ def check_tensors(tensors: dict[str, Tensor | None], shapes: dict[str, tuple]) -
         if name == "reset" and tensor.dtype != torch.bool:
             raise ValueError(f"reset must be torch.bool, got {tensor.dtype}")
         if name != "reset" and tensor.dtype not in DTYPES:
-            raise ValueError(
-                f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}: "
-                "use mamba.py's scan='chunked' for it"
-            )
+            names = " or ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise ValueError(f"{name} must be {names}, got {tensor.dtype}: {ELSE}")
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
-    if len(x) > 65535:
-        raise ValueError(f"the batch must be at most 65535, got {len(x)}: split it")
+    if len(x) > MAX_BATCH:
+        raise ValueError(f"the batch must be at most {MAX_BATCH}, got {len(x)}: split it")
     check_device(x)
+
+
+def check_rule(rule: str) -> None:
+    if rule not in RULES:
+        raise ValueError(f"the Triton kernels have the rules {RULES}, got {rule!r}: {ELSE}")
 
 
 def check_inputs(rule: str, x: Tensor, A: Tensor, **others: Tensor | None) -> None:
     """Raise ValueError for what the kernels cannot take, RuntimeError off the GPU."""
-    if rule not in RULES:
-        raise ValueError(
-            f"the Triton scan takes the rules {RULES}, got {rule!r}: "
-            "use mamba.py's scan='chunked' for it"
-        )
+    check_rule(rule)
     if x.ndim != 3 or A.ndim != 2 or 0 in x.shape:
         raise ValueError(
             f"need x (b, l, d), not empty, and A (d, n), got {tuple(x.shape)}, {tuple(A.shape)}"
@@ -1307,8 +1318,8 @@ def check_inputs(rule: str, x: Tensor, A: Tensor, **others: Tensor | None) -> No
         "reset": (b, seqlen),
     }  # fmt: skip
     check_tensors({"x": x, "A": A, **others}, shapes)
-    if not 1 <= n <= 256:
-        raise ValueError(f"d_state must be from 1 to 256, got {n}: use mamba.py's scan='chunked'")
+    if not 1 <= n <= MAX_STATE:
+        raise ValueError(f"d_state must be from 1 to {MAX_STATE}, got {n}: {ELSE}")
 
 
 def selective_scan_triton(
@@ -1334,11 +1345,9 @@ def selective_scan_triton(
         "reset": reset,
     }  # fmt: skip
     check_inputs(rule, **tensors)
-    differentiable = (tensor for tensor in tensors.values() if tensor is not None)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable):
+    if wants_gradient(*tensors.values()):
         return SelectiveScan.apply(*tensors.values(), dt_softplus, rule)
-    run = forward_operator if torch.compiler.is_compiling() else scan_forward
-    return run(*tensors.values(), dt_softplus, rule, False)[:2]
+    return scan_forward(*tensors.values(), dt_softplus, rule, False)[:2]
 
 
 ## ================================================================================================
@@ -1358,7 +1367,6 @@ def selective_scan_triton(
 ## At the start of a document no term reaches back: f_k is 1 if steps t and t - k belong together.
 
 STRIP, CONV_C = 64, 128  # steps and channels of a program
-MAX_W = 4
 
 
 @triton.jit
@@ -1391,6 +1399,19 @@ def continues(reset, t, seqlen, HAS_RESET: tl.constexpr):
 
 
 @triton.jit
+def before_strip(
+    x, past, reset, start, d, seqlen, d_inner, x_l, x_d, W: tl.constexpr, HAS_RESET: tl.constexpr
+):
+    """x of the last three steps before the strip, and f_1, f_2 of the last of them."""
+    t = tl.cast(start, tl.int64)
+    x1 = input_before(x, past, t - 1, d, d_inner, x_l, x_d, W)
+    x2 = input_before(x, past, t - 2, d, d_inner, x_l, x_d, W)
+    x3 = input_before(x, past, t - 3, d, d_inner, x_l, x_d, W)
+    f1 = continues(reset, start - 1, seqlen, HAS_RESET)
+    return x1, x2, x3, f1, f1 * continues(reset, start - 2, seqlen, HAS_RESET)
+
+
+@triton.jit
 def gated(pre, SILU: tl.constexpr, FAST: tl.constexpr):
     """silu(pre) and its derivative, or pre and 1."""
     if SILU:
@@ -1414,12 +1435,9 @@ def conv_forward_kernel(
     past += i_b * d_inner * (W - 1)
     reset += i_b * seqlen
     out += i_b * seqlen * d_inner
-    at = tl.cast(start, tl.int64)
-    x1 = input_before(x, past, at - 1, d, d_inner, x_l, x_d, W)
-    x2 = input_before(x, past, at - 2, d, d_inner, x_l, x_d, W)
-    x3 = input_before(x, past, at - 3, d, d_inner, x_l, x_d, W)
-    f1 = continues(reset, start - 1, seqlen, HAS_RESET)
-    f2 = f1 * continues(reset, start - 2, seqlen, HAS_RESET)
+    x1, x2, x3, f1, f2 = before_strip(
+        x, past, reset, start, d, seqlen, d_inner, x_l, x_d, W, HAS_RESET
+    )
     for step in tl.range(start, min(seqlen, start + STRIP), num_stages=4):
         t = tl.cast(step, tl.int64)
         x0 = tl.load(x + t * x_l + d * x_d, mask=d < d_inner, other=0.0).to(tl.float32)
@@ -1450,12 +1468,9 @@ def conv_backward_kernel(
     reset += i_b * seqlen
     dout += i_b * g_b
     dx += i_b * seqlen * d_inner
-    at = tl.cast(start, tl.int64)
-    x1 = input_before(x, past, at - 1, d, d_inner, x_l, x_d, W)
-    x2 = input_before(x, past, at - 2, d, d_inner, x_l, x_d, W)
-    x3 = input_before(x, past, at - 3, d, d_inner, x_l, x_d, W)
-    f1 = continues(reset, start - 1, seqlen, HAS_RESET)
-    f2 = f1 * continues(reset, start - 2, seqlen, HAS_RESET)
+    x1, x2, x3, f1, f2 = before_strip(
+        x, past, reset, start, d, seqlen, d_inner, x_l, x_d, W, HAS_RESET
+    )
     zero = tl.zeros([CHANNELS], tl.float32)
     s1, s2, s3 = zero, zero, zero  # dx of the last three steps, still without what comes
     dw0, dw1, dw2, dw3, db = zero, zero, zero, zero, zero
@@ -1493,77 +1508,62 @@ def conv_backward_kernel(
     tl.store(p_w - 3, dw3, mask=m & (W > 3))
 
 
-def conv_options(x, weight, bias, reset, silu: bool) -> tuple[tuple, dict]:
-    """The grid, and the constants of both kernels."""
+def conv_arguments(
+    x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor, reset: Tensor | None, silu: bool
+) -> tuple[tuple, tuple, dict]:  # fmt: skip
+    """The grid, the tensors that both kernels read, and the constants of both."""
     grid = (ceil_div(x.shape[1], STRIP), ceil_div(x.shape[2], CONV_C), x.shape[0])
+    tensors = (x, weight.contiguous(), or_else(bias, x), past.contiguous())
     flags = {
         "W": weight.shape[-1], "STRIP": STRIP, "CHANNELS": CONV_C, "HAS_BIAS": bias is not None,
         "HAS_RESET": reset is not None, "SILU": silu, "FAST": FAST, "num_warps": 1,
     }  # fmt: skip
-    return grid, flags
+    return grid, (*tensors, document_starts(reset, x)), flags
 
 
+@operator(lambda x, *others: x.new_empty(x.shape))
 def conv_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor, reset: Tensor | None, silu: bool
 ) -> Tensor:
     batch, seqlen, d_inner = x.shape
     out = x.new_empty(batch, seqlen, d_inner)
-    grid, flags = conv_options(x, weight, bias, reset, silu)
-    document = x if reset is None else reset.contiguous().view(torch.uint8)
+    grid, tensors, flags = conv_arguments(x, weight, bias, past, reset, silu)
     with device_of(x):
-        tensors = (
-            x, weight.contiguous(), x if bias is None else bias.contiguous(), past.contiguous(),
-        )  # fmt: skip
         fixed = (d_inner, *x.stride())
-        launch(conv_forward_kernel, grid, (*tensors, document, out), (seqlen,), fixed, **flags)
+        launch(conv_forward_kernel, grid, (*tensors, out), (seqlen,), fixed, **flags)
     return out
 
 
+@operator(lambda dout, x, *others: empty_like_each(x, x, *others[:3]))
 def conv_backward(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor,
     reset: Tensor | None, silu: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of x, weight, bias (empty if there is none) and past."""
     batch, seqlen, d_inner = x.shape
-    grid, flags = conv_options(x, weight, bias, reset, silu)
+    grid, tensors, flags = conv_arguments(x, weight, bias, past, reset, silu)
     dx, dpast = x.new_empty(batch, seqlen, d_inner), past.new_empty(past.shape)
     dweight = x.new_empty((batch * grid[0], *weight.shape), dtype=torch.float32)
     dbias = x.new_empty((batch * grid[0], d_inner), dtype=torch.float32)
-    document = x if reset is None else reset.contiguous().view(torch.uint8)
     with device_of(x):
-        tensors = (
-            x, weight.contiguous(), x if bias is None else bias.contiguous(), past.contiguous(),
-            document, dout, dx, dpast, dweight, dbias,
-        )  # fmt: skip
         fixed = (d_inner, *x.stride(), *dout.stride())
+        tensors = (*tensors, dout, dx, dpast, dweight, dbias)
         launch(conv_backward_kernel, grid, tensors, (seqlen,), fixed, **flags)
     dbias = x.new_empty(0) if bias is None else dbias.sum(0).to(bias.dtype)
     return [dx, dweight.sum(0).to(weight.dtype), dbias, dpast]
 
 
-conv_forward_operator = operator(conv_forward, lambda x, *_: x.new_empty(x.shape))
-conv_backward_operator = operator(
-    conv_backward,
-    lambda dout, x, weight, bias, past, *_: [
-        x.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
-        for tensor in (x, weight, bias, past)
-    ],
-)
-
-
 class CausalConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, past, reset, silu):
-        run = conv_forward_operator if torch.compiler.is_compiling() else conv_forward
         ctx.save_for_backward(x, weight, bias, past, reset)
         ctx.silu = silu
-        return run(x, weight, bias, past, reset, silu)
+        return conv_forward(x, weight, bias, past, reset, silu)
 
     @staticmethod
     def backward(ctx, dout):
         refuse_second_derivatives()
-        run = conv_backward_operator if torch.compiler.is_compiling() else conv_backward
-        gradients = run(dout, *ctx.saved_tensors, ctx.silu)
+        gradients = conv_backward(dout, *ctx.saved_tensors, ctx.silu)
         needed = zip(gradients, ctx.needs_input_grad, strict=False)
         return *(g if need else None for g, need in needed), None, None
 
@@ -1579,20 +1579,17 @@ def causal_conv_triton(
     wider filter, RuntimeError off the GPU.
     """
     W = weight.shape[-1]
-    if not 1 <= W <= MAX_W:
-        raise ValueError(f"a filter is from 1 to {MAX_W} wide here, got {W}")
+    if not 1 <= W <= MAX_WIDTH:
+        raise ValueError(f"a filter is from 1 to {MAX_WIDTH} wide here, got {W}")
     if x.ndim != 3 or 0 in x.shape:
         raise ValueError(f"need x (b, l, d), not empty, got {tuple(x.shape)}")
     b, seqlen, d = x.shape
     shapes = {"weight": (d, 1, W), "bias": (d,), "past": (b, d, W - 1), "reset": (b, seqlen)}
     tensors = {"weight": weight, "bias": bias, "past": past, "reset": reset}
     check_tensors({"x": x, **tensors}, {"x": (b, seqlen, d), **shapes})
-    if torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, weight, bias, past)
-    ):
+    if wants_gradient(x, weight, bias, past):
         return CausalConv.apply(x, weight, bias, past, reset, silu)
-    run = conv_forward_operator if torch.compiler.is_compiling() else conv_forward
-    return run(x, weight, bias, past, reset, silu)
+    return conv_forward(x, weight, bias, past, reset, silu)
 
 
 ## ================================================================================================
@@ -1610,27 +1607,62 @@ def causal_conv_triton(
 ##     3. dt_proj, the recurrence, the gate   -> y, the next h              (`state_step_kernel`)
 ##     4. out_proj, residual                  y -> u
 ##
-## 1, 2 and 4 are one kernel, `linear_step_kernel`, in which a program computes a few rows of a
-## product. What comes after a product and needs only its own channel, such as the convolution, is
-## done where the row is. So is the norm before it: W (u w / rms) = (W (u w)) / rms, and one pass
-## over u gives the product and the sum of squares.
+## 1, 2 and 4 are products with something before and after. The plain form of one has a program for
+## each number of the result. Its norm costs no pass: W (u w / rms) = (W (u w)) / rms, so that one
+## walk over u gives the product and the sum of squares.
+
+
+@triton.jit
+def first_step_kernel(
+    u, weight, norm, out, rows, eps, COLUMNS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    i_r, i_b, k = tl.program_id(0), tl.program_id(1), tl.arange(0, BLOCK)
+    products, squares = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for start in range(0, COLUMNS, BLOCK):
+        m = start + k < COLUMNS
+        b_u = tl.load(u + i_b * COLUMNS + start + k, mask=m, other=0.0).to(tl.float32)
+        b_norm = tl.load(norm + start + k, mask=m, other=0.0).to(tl.float32)
+        b_weight = tl.load(weight + i_r * COLUMNS + start + k, mask=m, other=0.0).to(tl.float32)
+        squares += b_u * b_u
+        products += b_weight * (b_u * b_norm)
+    result = tl.sum(products, 0) / tl.sqrt(tl.sum(squares, 0) / COLUMNS + eps)
+    tl.store(out + i_b * rows + i_r, result.to(out.dtype.element_ty))
+
+
+def first_step(u: Tensor, weight: Tensor, norm: Tensor, eps: float = 1e-5) -> Tensor:
+    """weight RMSNorm(u): u (b, columns) -> (b, rows), in the weight's dtype. All are contiguous.
+
+    The first rung, for reading and for the tests: the model runs `linear_step`.
+    """
+    (rows, columns), out = weight.shape, weight.new_empty(len(u), len(weight))
+    sizes = {"COLUMNS": columns, "BLOCK": 1024}
+    first_step_kernel[(rows, len(u))](u, weight, norm, out, rows, eps, **sizes)
+    return out
+
+
+## From there to `vector_step_kernel`:
+##
+## 1. Several rows for a program: it asks memory for more at once, and x is read less often.
+## 2. What comes after a product and needs only its own channel, such as the convolution, is done
+##    where the row is.
+## 3. A kernel need not wait for the one before with everything. From Hopper on a GPU can start a
+##    kernel while the last one runs (programmatic dependent launch). Ours load what no other kernel
+##    of this token writes, weights, window and state, shift the window, and then wait: a third of
+##    the time goes. One wait is enough: it lasts until the kernel before has ended, and that one
+##    has waited too. The token before has ended as well: the lookup of the embedding, an ordinary
+##    kernel, starts after everything else. Programs that wait take up room, though. With more
+##    sequences the kernel of the state, which has most of them, lets the next one start only after
+##    its own wait: up to a third faster.
+## 4. The weights are read again and again, in the same order. A cache that throws out what it has
+##    not used for longest has thrown out every weight by the time it is wanted again. "evict_first"
+##    says of each that it may go at once: then others stay, of 130m's about a fifth.
+## 5. Programs with the same rows of the weight, for different sequences, are neighbours and run at
+##    the same time: one reads from memory, the others find it in the cache, where even what may
+##    leave first still is. For four sequences that nearly halves the time.
 ##
 ## For a few sequences the product is a matrix times a vector, lane by lane. From five on the tensor
-## cores have enough to do. They read tiles straight from memory, so that the norm cannot be applied
-## on the way and is a fifth kernel.
-##
-## A kernel need not wait for the one before with everything. From Hopper on a GPU can start a
-## kernel while the last one runs (programmatic dependent launch). Ours load what no other kernel of
-## this token writes, weights, window and state, shift the window, and then wait. One wait is
-## enough: it lasts until the kernel before has ended, and that one has waited too. The token before
-## has ended as well: the lookup of the embedding, an ordinary kernel, starts after everything else.
-## That made 0.26 ms a token of 0.34, and 0.21 with window and state among what is loaded early.
-## Programs that wait take up room, though. With more sequences the kernel of the state, which has
-## most of them, lets the next one start only after its own wait: for eight 0.40 ms, not 0.60.
-##
-## The weights are read again and again, in the same order. A cache that throws out what it has not
-## used for longest has thrown out every weight by the time it is wanted again. "evict_first" says
-## of each that it may go at once: then others stay, and of 258 MB the 50 MB of the cache hold some.
+## cores have enough to do: `tile_step_kernel`. They read tiles straight from memory, so that the
+## norm cannot be applied on the way and is a fifth kernel.
 
 
 @triton.jit
@@ -1644,100 +1676,142 @@ def wait_for_the_kernel_before(OVERLAP: tl.constexpr, NEXT_MAY_WAIT: tl.constexp
 
 
 @triton.jit
-def linear_step_kernel(
-    x, weight, bias, norm, conv, conv_weight, conv_bias, residual, out,
-    batch, rows, d_inner, eps, x_b, conv_b, conv_d, conv_j,
-    COLUMNS: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    BATCH: tl.constexpr, W: tl.constexpr, HAS_BIAS: tl.constexpr, NORM: tl.constexpr,
-    CONV: tl.constexpr, HAS_CONV_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, FAST: tl.constexpr,
-    OVERLAP: tl.constexpr, TOGETHER: tl.constexpr,
-):  # fmt: skip
-    """out (parts, b, rows) = f(weight norm(x) + bias) + residual: some rows of both matrices.
+def shift_window(
+    window, weight, bias, r, m_d, m_x, conv_j, W: tl.constexpr, HAS_BIAS: tl.constexpr
+):
+    """(b, r) of the convolution without its newest input, whose weight (r) follows.
 
-    A program computes ROWS x BATCH numbers of out, BLOCK columns at a time; if BATCH is above 1,
-    from PART columns only. x_b and conv_b, conv_d, conv_j are strides.
+    window (b, r) points at the oldest input. The window moves on, but for its newest place.
     """
-    i_r, i_b = tl.program_id(0), tl.program_id(1)
-    if TOGETHER:
-        ## Side by side, programs for the same rows of the weight. They run at the same time: one
-        ## reads from memory, the others find it in the cache, where even what may leave first still
-        ## is. (Four sequences, 2.8b: 3.8 ms a token in place of 6.8.)
-        i_r, i_b = i_r // batch, i_r % batch
-    r = i_r * ROWS + tl.arange(0, ROWS)
-    b = (i_b * BATCH + tl.arange(0, BATCH)).to(tl.int64)
-    first = 0
-    if BATCH > 1:
-        first = tl.program_id(2) * PART
-    k = first + tl.arange(0, BLOCK)
-    m_r, m_b = r < rows, b < batch
-    m_out = m_b[:, None] & m_r[None, :]
-    o_out = (tl.program_id(2) * batch + b)[:, None] * rows + r[None, :]
+    pre = tl.zeros(m_x.shape, tl.float32)
+    for j in tl.static_range(W - 1):
+        w = tl.load(weight + r * W + j, mask=m_d, other=0.0).to(tl.float32)
+        pre += tl.load(window + j * conv_j, mask=m_x, other=0.0).to(tl.float32) * w[None, :]
+    last_w = tl.load(weight + r * W + W - 1, mask=m_d, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        pre += tl.load(bias + r, mask=m_d, other=0.0).to(tl.float32)[None, :]
+    tl.debug_barrier()  # some lanes have copies of a channel: all have read, then one writes
+    for j in tl.static_range(W - 2):
+        later = tl.load(window + (j + 1) * conv_j, mask=m_x)
+        tl.store(window + j * conv_j, later, mask=m_x)
+    return pre, last_w
+
+
+@triton.jit
+def convolve(result, pre, last_w, window, m_x, conv_j, W: tl.constexpr, FAST: tl.constexpr):
+    """silu of the convolution for the rows that have one; `result` is its newest input."""
+    raw = result.to(window.dtype.element_ty)
+    pre += raw.to(tl.float32) * last_w[None, :]
+    result = tl.where(m_x, pre * sigmoid(pre, FAST), result)
+    if W > 1:
+        tl.debug_barrier()
+        tl.store(window + (W - 2) * conv_j, raw, mask=m_x)
+    return result
+
+
+@triton.jit
+def vector_step_kernel(
+    x, weight, bias, conv, conv_weight, conv_bias, residual, out, norm,
+    rows, d_inner, x_b, conv_b, conv_d, conv_j, eps,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr,
+    HAS_BIAS: tl.constexpr, NORM: tl.constexpr, CONV: tl.constexpr, HAS_CONV_BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr, FAST: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """out (b, rows) = f(weight norm(x) + bias) + residual: ROWS numbers for one row of x.
+
+    BLOCK columns at a time. x_b and conv_b, conv_d, conv_j are strides.
+    """
+    # One row, but as an axis: without it the sums change their layout, and registers run out.
+    b = (tl.program_id(0) + tl.arange(0, 1)).to(tl.int64)
+    r, k = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    m_r = r < rows
+    m_out, o_out = m_r[None, :], b[:, None] * rows + r[None, :]
     ## Before the wait: what no other kernel of this token writes is loaded, the window is shifted.
     weight += r.to(tl.int64)[:, None] * COLUMNS + k[None, :]
-    if BATCH == 1:
-        m_w = m_r[:, None] & (k < COLUMNS)[None, :]
-        b_weight = tl.load(weight, mask=m_w, other=0.0, eviction_policy="evict_first")
+    m_w = m_r[:, None] & (k < COLUMNS)[None, :]
+    b_weight = tl.load(weight, mask=m_w, other=0.0, eviction_policy="evict_first")
     if HAS_BIAS:
         b_bias = tl.load(bias + r, mask=m_r, other=0.0).to(tl.float32)
     if CONV:
-        ## The part of the convolution that is known already, and the window moves on.
         m_d = r < d_inner
-        m_x = m_b[:, None] & m_d[None, :]
-        window = conv + b[:, None] * conv_b + r[None, :] * conv_d
-        pre = tl.zeros([BATCH, ROWS], tl.float32)
-        for j in tl.static_range(W - 1):
-            w = tl.load(conv_weight + r * W + j, mask=m_d, other=0.0).to(tl.float32)
-            pre += tl.load(window + j * conv_j, mask=m_x, other=0.0).to(tl.float32) * w[None, :]
-        last_w = tl.load(conv_weight + r * W + W - 1, mask=m_d, other=0.0).to(tl.float32)
-        if HAS_CONV_BIAS:
-            pre += tl.load(conv_bias + r, mask=m_d, other=0.0).to(tl.float32)[None, :]
-        tl.debug_barrier()  # some lanes have copies of a channel: all have read, then one writes
-        for j in tl.static_range(W - 2):
-            later = tl.load(window + (j + 1) * conv_j, mask=m_x)
-            tl.store(window + j * conv_j, later, mask=m_x)
+        m_x, window = m_d[None, :], conv + b[:, None] * conv_b + r[None, :] * conv_d
+        pre, last_w = shift_window(
+            window, conv_weight, conv_bias, r, m_d, m_x, conv_j, W, HAS_CONV_BIAS
+        )
     wait_for_the_kernel_before(OVERLAP)
     if RESIDUAL:
         b_residual = tl.load(residual + o_out, mask=m_out, other=0.0).to(tl.float32)
     x += b[:, None] * x_b + k[None, :]
-    if BATCH == 1:
-        ## A matrix times a vector: lanes multiply and add, each for the eight numbers that it loads
-        ## at once, and are summed at the end.
-        SUMS: tl.constexpr = BLOCK // 8
-        products, squares = tl.zeros([ROWS, SUMS], tl.float32), tl.zeros([1, SUMS], tl.float32)
-        for start in tl.static_range(0, COLUMNS, BLOCK):
-            m_k = start + k < COLUMNS
-            b_x = tl.load(x + start, mask=m_k[None, :], other=0.0).to(tl.float32)
-            if start > 0:
-                m_w = m_r[:, None] & m_k[None, :]
-                b_weight = tl.load(
-                    weight + start, mask=m_w, other=0.0, eviction_policy="evict_first"
-                )
-            if NORM:
-                squares += tl.sum(tl.reshape(b_x * b_x, [1, SUMS, 8]), 2)
-                b_x *= tl.load(norm + start + k, mask=m_k, other=0.0).to(tl.float32)[None, :]
-            products += tl.sum(tl.reshape(b_weight.to(tl.float32) * b_x, [ROWS, SUMS, 8]), 2)
-        result = tl.sum(products, 1)[None, :]
+    ## Lanes multiply and add, each for the eight numbers that it loads at once, and are summed at
+    ## the end.
+    SUMS: tl.constexpr = BLOCK // 8
+    products, squares = tl.zeros([ROWS, SUMS], tl.float32), tl.zeros([1, SUMS], tl.float32)
+    for start in tl.static_range(0, COLUMNS, BLOCK):
+        m_k = start + k < COLUMNS
+        b_x = tl.load(x + start, mask=m_k[None, :], other=0.0).to(tl.float32)
+        if start > 0:
+            m_w = m_r[:, None] & m_k[None, :]
+            b_weight = tl.load(weight + start, mask=m_w, other=0.0, eviction_policy="evict_first")
         if NORM:
-            result = result / tl.sqrt(tl.sum(squares, 1) / COLUMNS + eps)[:, None]
-    else:
-        ## A matrix times a matrix: tensor cores.
-        result = tl.zeros([BATCH, ROWS], tl.float32)
-        for start in tl.range(0, PART, BLOCK, num_stages=4):
-            m_k = start + k < COLUMNS
-            b_x = tl.load(x + start, mask=m_b[:, None] & m_k[None, :], other=0.0)
-            b_weight = tl.load(weight + start, mask=m_r[:, None] & m_k[None, :], other=0.0)
-            if not FAST:  # Triton's interpreter has no products of short floats
-                b_x, b_weight = b_x.to(tl.float32), b_weight.to(tl.float32)
-            result = tl.dot(b_x, tl.trans(b_weight), result, input_precision="ieee")
+            squares += tl.sum(tl.reshape(b_x * b_x, [1, SUMS, 8]), 2)
+            b_x *= tl.load(norm + start + k, mask=m_k, other=0.0).to(tl.float32)[None, :]
+        products += tl.sum(tl.reshape(b_weight.to(tl.float32) * b_x, [ROWS, SUMS, 8]), 2)
+    result = tl.sum(products, 1)[None, :]
+    if NORM:
+        result = result / tl.sqrt(tl.sum(squares, 1) / COLUMNS + eps)[:, None]
     if HAS_BIAS:
         result += b_bias[None, :]
     if CONV:
-        raw = result.to(conv.dtype.element_ty)
-        pre += raw.to(tl.float32) * last_w[None, :]
-        result = tl.where(m_x, pre * sigmoid(pre, FAST), result)
-        if W > 1:
-            tl.debug_barrier()
-            tl.store(window + (W - 2) * conv_j, raw, mask=m_x)
+        result = convolve(result, pre, last_w, window, m_x, conv_j, W, FAST)
+    if RESIDUAL:
+        result += b_residual
+    tl.store(out + o_out, result.to(out.dtype.element_ty), mask=m_out)
+
+
+@triton.jit
+def tile_step_kernel(
+    x, weight, bias, conv, conv_weight, conv_bias, residual, out,
+    batch, rows, d_inner, x_b, conv_b, conv_d, conv_j,
+    COLUMNS: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    BATCH: tl.constexpr, W: tl.constexpr, HAS_BIAS: tl.constexpr, CONV: tl.constexpr,
+    HAS_CONV_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, FAST: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """out (parts, b, rows) = f(weight x + bias) + residual: a tile of ROWS x BATCH numbers.
+
+    Each part is the product of PART columns, BLOCK of them at a time.
+    """
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    b = (tl.program_id(1) * BATCH + tl.arange(0, BATCH)).to(tl.int64)
+    k = tl.program_id(2) * PART + tl.arange(0, BLOCK)
+    m_r, m_b = r < rows, b < batch
+    m_out = m_b[:, None] & m_r[None, :]
+    o_out = (tl.program_id(2) * batch + b)[:, None] * rows + r[None, :]
+    weight += r.to(tl.int64)[:, None] * COLUMNS + k[None, :]
+    if HAS_BIAS:
+        b_bias = tl.load(bias + r, mask=m_r, other=0.0).to(tl.float32)
+    if CONV:
+        m_d = r < d_inner
+        m_x = m_b[:, None] & m_d[None, :]
+        window = conv + b[:, None] * conv_b + r[None, :] * conv_d
+        pre, last_w = shift_window(
+            window, conv_weight, conv_bias, r, m_d, m_x, conv_j, W, HAS_CONV_BIAS
+        )
+    wait_for_the_kernel_before(OVERLAP)
+    if RESIDUAL:
+        b_residual = tl.load(residual + o_out, mask=m_out, other=0.0).to(tl.float32)
+    x += b[:, None] * x_b + k[None, :]
+    result = tl.zeros([BATCH, ROWS], tl.float32)
+    for start in tl.range(0, PART, BLOCK, num_stages=4):
+        m_k = start + k < COLUMNS
+        b_x = tl.load(x + start, mask=m_b[:, None] & m_k[None, :], other=0.0)
+        b_weight = tl.load(weight + start, mask=m_r[:, None] & m_k[None, :], other=0.0)
+        if not FAST:  # Triton's interpreter has no products of short floats
+            b_x, b_weight = b_x.to(tl.float32), b_weight.to(tl.float32)
+        result = tl.dot(b_x, tl.trans(b_weight), result, input_precision="ieee")
+    if HAS_BIAS:
+        result += b_bias[None, :]
+    if CONV:
+        result = convolve(result, pre, last_w, window, m_x, conv_j, W, FAST)
     if RESIDUAL:
         result += b_residual
     tl.store(out + o_out, result.to(out.dtype.element_ty), mask=m_out)
@@ -1811,27 +1885,34 @@ def overlap_options(device: torch.device, overlap: bool) -> dict:
     return {"OVERLAP": False}
 
 
-SMALL_BATCH = 4  # rows of x up to which a product is done row by row
+SMALL_BATCH = 4  # rows of x up to which a product is done lane by lane
 PROCESSORS = 132  # of an H100
 
 
-def step_tile(rows: int, columns: int, batch: int, size: int, epilogue: bool) -> tuple:
-    """For one program of linear_step_kernel: rows of the weight, rows of x, columns, warps."""
-    if batch <= SMALL_BATCH:  # two programs for a processor or more, up to 16 rows each
-        ROWS, warps = 16, 4
-        while ROWS > 1 and rows * batch < 2 * PROCESSORS * ROWS:
-            ROWS //= 2
-        if batch == 1 and rows < columns > 2048 and ROWS >= 4:  # out_proj, from 790m on
-            ROWS, warps = 4, 8  # measured: 0.5 %
-        numbers = 4096 if columns < 2048 else 8192
-        return ROWS, 1, min(max(8, triton.next_power_of_2(columns)), numbers // ROWS), warps
-    # One program for a processor if possible; the convolution needs registers.
-    ROWS = 32 if epilogue else 64
-    BATCH = min(64, max(16, triton.next_power_of_2(batch)))
+def vector_tile(rows: int, columns: int, batch: int) -> tuple[int, int, int]:
+    """For one program of vector_step_kernel: rows of the weight, columns at a time, warps."""
+    ROWS, warps = 16, 4
+    while ROWS > 1 and rows * batch < 2 * PROCESSORS * ROWS:  # two programs for a processor or more
+        ROWS //= 2
+    if batch == 1 and rows < columns > 2048 and ROWS >= 4:  # out_proj of wide models: long rows
+        ROWS, warps = 4, 8
+    numbers = 4096 if columns < 2048 else 8192
+    return ROWS, min(max(8, triton.next_power_of_2(columns)), numbers // ROWS), warps
+
+
+def matrix_tile(
+    rows: int, columns: int, batch: int, size: int, epilogue: bool
+) -> tuple[int, int, int]:
+    """For one program of tile_step_kernel: rows of the weight, rows of x, columns at a time.
+
+    size: bytes of a number. epilogue: a convolution follows, which needs registers.
+    """
+    ROWS, BATCH = 32 if epilogue else 64, min(64, max(16, triton.next_power_of_2(batch)))
+    # One program for a processor if possible.
     while ROWS > 16 and ceil_div(rows, ROWS) * ceil_div(batch, BATCH) < PROCESSORS:
         ROWS //= 2
     BLOCK = 64 if ROWS == 64 else 128 if columns < 1536 else 256
-    return ROWS, BATCH, min(BLOCK * 2 // size, max(16, triton.next_power_of_2(columns))), 4
+    return ROWS, BATCH, min(BLOCK * 2 // size, max(16, triton.next_power_of_2(columns)))
 
 
 def linear_step(
@@ -1862,25 +1943,34 @@ def linear_step(
     alone = all(argument is None for argument in (bias, norm, conv, residual))
     if parts > 1 and not (batch > SMALL_BATCH and alone):
         raise ValueError(f"parts are for more than {SMALL_BATCH} sequences, and a product alone")
-    part, size = ceil_div(columns, parts), weight.element_size()
-    ROWS, BATCH, BLOCK, warps = step_tile(rows, part, batch, size, conv is not None)
-    if BATCH > 1 and norm is not None:
-        x = norm_step(x, norm, eps, overlap)  # and the kernel does not look at norm
+    if batch > SMALL_BATCH and norm is not None:
+        x, norm = norm_step(x, norm, eps, overlap), None
     out = x.new_empty((parts, batch, rows), dtype=dtype or weight.dtype)
-    programs, together = ceil_div(rows, ROWS), BATCH == 1 < batch
-    grid = (programs * batch, 1, 1) if together else (programs, ceil_div(batch, BATCH), parts)
     window, conv_weight, conv_bias = conv or (x.new_empty(0, 0, 0), x, None)
-    missing = lambda tensor: x if tensor is None else tensor  # noqa: E731
+    tensors = (
+        x, weight, or_else(bias, x), window, conv_weight, or_else(conv_bias, x),
+        or_else(residual, x), out,
+    )  # fmt: skip
+    numbers = (rows, rows // 2, x.stride(0), *window.stride())
+    flags = {
+        "COLUMNS": columns, "W": window.shape[-1] + 1, "HAS_BIAS": bias is not None,
+        "CONV": conv is not None, "HAS_CONV_BIAS": conv_bias is not None,
+        "RESIDUAL": residual is not None, "FAST": FAST, **overlap_options(x.device, overlap),
+    }  # fmt: skip
     with device_of(x):
-        linear_step_kernel[grid](
-            x, weight, missing(bias), missing(norm), window, conv_weight, missing(conv_bias),
-            missing(residual), out, batch, rows, rows // 2, eps, x.stride(0), *window.stride(),
-            COLUMNS=columns, PART=BLOCK * ceil_div(part, BLOCK), BLOCK=BLOCK, ROWS=ROWS,
-            BATCH=BATCH, W=window.shape[-1] + 1,
-            HAS_BIAS=bias is not None, NORM=norm is not None, CONV=conv is not None,
-            HAS_CONV_BIAS=conv_bias is not None, RESIDUAL=residual is not None, FAST=FAST,
-            TOGETHER=together, num_warps=warps, **overlap_options(x.device, overlap),
-        )  # fmt: skip
+        if batch <= SMALL_BATCH:
+            ROWS, BLOCK, warps = vector_tile(rows, columns, batch)
+            vector_step_kernel[(batch, ceil_div(rows, ROWS))](
+                *tensors, or_else(norm, x), *numbers, eps,
+                ROWS=ROWS, BLOCK=BLOCK, NORM=norm is not None, num_warps=warps, **flags,
+            )  # fmt: skip
+        else:
+            part, size = ceil_div(columns, parts), weight.element_size()
+            ROWS, BATCH, BLOCK = matrix_tile(rows, part, batch, size, conv is not None)
+            flags |= {"PART": BLOCK * ceil_div(part, BLOCK), "num_warps": 4}
+            tile_step_kernel[(ceil_div(rows, ROWS), ceil_div(batch, BATCH), parts)](
+                *tensors, batch, *numbers, ROWS=ROWS, BATCH=BATCH, BLOCK=BLOCK, **flags
+            )
     return out if parts > 1 else out[0]
 
 
@@ -1898,42 +1988,187 @@ def norm_step(u: Tensor, weight: Tensor, eps: float, overlap: bool = False) -> T
     return out
 
 
-def block_step_triton(
-    u: Tensor, conv: Tensor, h: Tensor, *, norm: Tensor, eps: float,
-    in_proj: Tensor, in_bias: Tensor | None, conv_weight: Tensor, conv_bias: Tensor | None,
-    x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor,
-    out_proj: Tensor, out_bias: Tensor | None, rule: str = "mamba", overlap: bool = False,
-) -> Tensor:  # fmt: skip
-    """`step` of mamba.py's ResidualBlock: u (b, d_model) -> u (b, d_model), no gradients.
+def block_step(
+    layer: Any, u: Tensor, conv: Tensor, h: Tensor, *, rule: str = "mamba", overlap: bool = False
+) -> Tensor:
+    """`layer.step` of a ResidualBlock of mamba.py: u (b, d_model) -> u (b, d_model), no gradients.
 
     conv (b, d, W - 1), of any strides, and h (b, d, n) float32 are changed in place. The weights
-    are those of the block and of one dtype; rule "mamba" or "dirac". All but conv are contiguous.
+    are of one dtype; rule "mamba" or "dirac". All but conv are contiguous.
     overlap: conv, h and weights are read, and conv is shifted, while the kernel before may still
     run. So since they were last written or used another, ordinary kernel must have been launched,
     as the lookup of the embedding is in every step of a model.
     Raises ValueError for another rule and for other strides.
     """
-    if rule not in RULES:
-        raise ValueError(f"the step takes the rules {RULES}, got {rule!r}")
-    if not all(tensor.is_contiguous() for tensor in (u, h, dt_proj, A_log)):
+    check_rule(rule)
+    norm, block = layer.norm, layer.mixer
+    in_proj, conv1d, out_proj = block.in_proj, block.conv1d, block.out_proj
+    dt_weight, dt_bias = block.dt_proj.weight, block.dt_proj.bias
+    if not all(tensor.is_contiguous() for tensor in (u, h, dt_weight, block.A_log)):
         raise ValueError("u, h and the weights must be contiguous")
-    batch, (d_inner, d_state), rank = len(u), A_log.shape, dt_proj.shape[1]
-    window = (conv, conv_weight, conv_bias)
-    xz = linear_step(u, in_proj, in_bias, norm=norm, eps=eps, conv=window, overlap=overlap)
+    batch, (d_inner, d_state), rank = len(u), block.A_log.shape, dt_weight.shape[1]
+    xz = linear_step(
+        u, in_proj.weight, in_proj.bias, norm=norm.weight, eps=norm.eps,
+        conv=(conv, conv1d.weight, conv1d.bias), overlap=overlap,
+    )  # fmt: skip
     small = batch <= SMALL_BATCH
     parts = 1 if small else 2
-    low_rank = linear_step(xz, x_proj, dtype=torch.float32, parts=parts, overlap=True)
+    low_rank = linear_step(xz, block.x_proj.weight, dtype=torch.float32, parts=parts, overlap=True)
     y, RANK = xz.new_empty(batch, d_inner), triton.next_power_of_2(rank)
     CHANNELS = 16 if small or RANK > 64 else 32
     warps = 2 if small else max(1, CHANNELS * RANK // 2048)
     with device_of(u):
         state_step_kernel[(ceil_div(d_inner, CHANNELS), batch)](
-            xz, low_rank, dt_proj, dt_bias, A_log, D, h, y, d_inner, d_state, rank,
+            xz, low_rank, dt_weight, dt_bias, block.A_log, block.D, h, y, d_inner, d_state, rank,
             CHANNELS=CHANNELS, N=triton.next_power_of_2(d_state), RANK=RANK, PARTS=parts,
             SMALL=small, DIRAC=rule == "dirac", FAST=FAST, num_warps=warps,
             **overlap_options(u.device, True),
         )  # fmt: skip
-    return linear_step(y, out_proj, out_bias, residual=u, dtype=u.dtype, overlap=True)
+    return linear_step(y, out_proj.weight, out_proj.bias, residual=u, dtype=u.dtype, overlap=True)
+
+
+## ================================================================================================
+## The step, recorded
+## ================================================================================================
+##
+## A GPU is done with a small kernel in two microseconds; Python takes longer to start it. So the
+## launches of one step are recorded once, as a CUDA graph, with the addresses of all their tensors,
+## and then replayed by a single call. What changes from token to token, ids, state and logits, has
+## to stay in its place: a graph has buffers for these, and overwrites its state, which `model.step`
+## never does.
+##
+##     with step_graph(model, state) as step:      # model and state of mamba.py
+##         logits = step(token_ids)
+##
+## Nothing of mamba.py is imported. What is used of a model: `embed`, `step`, `init_state`, the
+## modules that hold its weights, and of its config `rule`, `scan` and `d_state`; of a state: conv
+## (layers, b, d, W - 1), h (layers, b, d, n), and that its type makes a new one from these two.
+
+
+def fused_step(model: Any, token_ids: Tensor, state: Any) -> Tensor:
+    """The logits of `model.step`, in four or five kernels a layer. Changes the state in place."""
+    u = model.embed(token_ids)
+    for i, layer in enumerate(model.backbone["layers"]):
+        u = block_step(layer, u, state.conv[i], state.h[i], rule=model.config.rule, overlap=True)
+    norm = model.backbone["norm_f"]
+    return linear_step(u, model.lm_head.weight, norm=norm.weight, eps=norm.eps, overlap=True)
+
+
+def can_fuse(model: Any) -> bool:
+    """Whether the kernels have this rule, these dtypes and sizes, and may be used."""
+    config, weights = model.config, list(model.parameters())
+    return (
+        config.scan in ("auto", "triton")
+        and fits(weights, config.rule, config.d_state, d_conv=1)  # these windows have any width
+        and all(p.dtype == weights[0].dtype and p.is_contiguous() for p in weights)
+    )
+
+
+class StepGraph:
+    """`model.step` for one batch size, recorded as a CUDA graph: token ids in, logits out.
+
+    It reads the parameters where they lie: changes in place, as optimisers make them, count from
+    the next token on. It does not keep the model.
+    """
+
+    @torch.inference_mode(False)  # its buffers will be written to outside of that mode as well
+    @torch.no_grad()
+    def __init__(self, model: Any, batch: int) -> None:
+        device = model.lm_head.weight.device
+        self.token_ids = torch.zeros(batch, dtype=torch.long, device=device)
+        state = model.init_state(batch)
+        # Channels side by side, one step after the other, because the kernels read them so.
+        windows = state.conv.movedim(-1, 1).contiguous().movedim(1, -1)
+        self.state = type(state)(windows, state.h)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self.run(model)  # what is done only once, such as compiling, must not be recorded
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.logits = self.run(model)
+
+    def run(self, model: Any) -> Tensor:
+        if can_fuse(model):
+            return fused_step(model, self.token_ids, self.state)
+        logits, state = model.step(self.token_ids, self.state)
+        self.load(state)
+        return logits
+
+    def load(self, state: Any) -> None:
+        for buffer, given in ((self.state.conv, state.conv), (self.state.h, state.h)):
+            if given.shape != buffer.shape:
+                raise ValueError(f"need a state {tuple(buffer.shape)}, got {tuple(given.shape)}")
+            buffer.copy_(given)
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        self.token_ids.copy_(token_ids)
+        self.graph.replay()
+        return self.logits
+
+
+## To record takes a while, so the last graph of each model is kept. Whoever uses it takes it out:
+## two generations with one model must not share its buffers. (Use a model in one CUDA stream.) It
+## is recorded at the first call: the token after a prompt needs no step.
+
+graphs: weakref.WeakKeyDictionary[Any, tuple[Any, StepGraph]] = weakref.WeakKeyDictionary()
+
+
+class RecordedStep:
+    """What `step_graph` yields: step(token_ids) -> logits, and step.state()."""
+
+    def __init__(self, model: Any, state: Any) -> None:
+        self.model, self.start = model, state
+        self.graph: StepGraph | None = None
+        self.key: Any = None  # all that the graph depends on
+        self.ended = False
+
+    def check_not_ended(self) -> None:
+        if self.ended:
+            raise RuntimeError("this step has ended: use it inside of `with step_graph(...)`")
+
+    @torch.no_grad()
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """(b,) -> logits (b, padded_vocab_size), overwritten by the next call."""
+        self.check_not_ended()
+        batch = self.start.h.shape[1]
+        if token_ids.shape != (batch,):
+            raise ValueError(f"need token ids ({batch},), got {tuple(token_ids.shape)}")
+        if self.graph is None:
+            weights = [(p.data_ptr(), p.dtype, p.stride()) for p in self.model.parameters()]
+            self.key = (batch, repr(self.model.config), weights)
+            last_key, last = graphs.pop(self.model, (None, None))
+            self.graph = last if last_key == self.key else StepGraph(self.model, batch)
+            self.graph.load(self.start)
+        return self.graph(token_ids)
+
+    def state(self) -> Any:
+        """The state after the last token, as a copy."""
+        self.check_not_ended()
+        now = self.start if self.graph is None else self.graph.state
+        copies = (t.clone(memory_format=torch.contiguous_format) for t in (now.conv, now.h))
+        return type(now)(*copies)
+
+
+@contextlib.contextmanager
+def step_graph(model: Any, state: Any) -> Iterator[RecordedStep]:
+    """`model.step` as a CUDA graph: token ids (b,) -> logits, from this state on.
+
+    The state is copied and stays as it is. For a model on a GPU, made of mamba.py's modules, with
+    no hooks and outside of autocast, all of which a graph would pass by. The fused kernels are
+    recorded where they take the model; else, for float64 or the rule "zoh", `model.step` itself.
+    Changes of parameters in place count from the next token on; parameters put in their place count
+    from the next `step_graph` on.
+    """
+    step = RecordedStep(model, state)
+    try:
+        yield step
+    finally:
+        if step.graph is not None:
+            graphs[model] = step.key, step.graph
+        step.graph, step.ended = None, True
 
 
 ## ================================================================================================

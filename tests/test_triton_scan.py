@@ -24,6 +24,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import mamba
@@ -38,6 +39,7 @@ except ImportError as error:
 ROOT = Path(mamba.__file__).parent
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
+operators = torch.ops.mamba_annotated  # what torch.compile sees of the functions that launch
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 
 # Relative errors of values and of gradients. bfloat16: what rounding makes, 1.7e-3 on average; the
@@ -600,6 +602,129 @@ def test_a_tensor_on_another_device_is_named():
         selective_scan_triton(**wrong("C", lambda t: t.to("meta")))
 
 
+def on_a_gpu(*shape: int, dtype=torch.float32, device="cuda") -> Tensor:
+    """To be made inside of FakeTensorMode: a tensor that is nowhere, and has no numbers.
+
+    `takes` looks at none. So what it says on a GPU is known without one.
+    """
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "sizes",
+    [{}, {"rule": "dirac"}, {"d_state": 256}, {"rule": "mamba", "d_state": 1}, {"d_conv": 4}],
+    ids=str,
+)
+def test_what_the_kernels_have_they_take(dtype, sizes):
+    with FakeTensorMode():
+        x, A = on_a_gpu(65535, 1, 1, dtype=dtype), on_a_gpu(1, 16)
+        assert triton_scan.takes(x, None, A, x, None, **sizes) is True
+
+
+REFUSED = {
+    "x on the CPU": {"device": "cpu"},
+    "another tensor on the CPU": {"other": {"device": "cpu"}},
+    "another tensor on another GPU": {"other": {"device": "cuda:1"}},
+    "x in float64": {"dtype": torch.float64},
+    "another tensor in float64": {"other": {"dtype": torch.float64}},
+    "integers": {"dtype": torch.int32},
+    "zoh": {"rule": "zoh"},
+    "bilinear": {"rule": "bilinear"},
+    "no state": {"d_state": 0},
+    "257 states": {"d_state": 257},
+    "no filter": {"d_conv": 0},
+    "a filter of 5": {"d_conv": 5},
+    "65536 rows": {"batch": 65536},
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_the_kernels_have_not_they_do_not_take(reason):
+    options = dict(REFUSED[reason])
+    batch, other = options.pop("batch", 2), options.pop("other", {})
+    made = {name: options.pop(name) for name in ("dtype", "device") if name in options}
+    with FakeTensorMode():
+        x, y = on_a_gpu(batch, 1, 1, **made), on_a_gpu(1, 16, **other)
+        assert triton_scan.takes(x, None, y, **options) is False
+
+
+@pytest.fixture
+def as_on_a_gpu():
+    """What every tensor says."""
+    with mock.patch.object(Tensor, "is_cuda", True):
+        yield
+
+
+def test_what_is_not_taken_is_what_raises_when_it_is_called(as_on_a_gpu, monkeypatch):
+    inputs = scan_inputs(1, 2, 3, 1)
+    double = {name: tensor.double() for name, tensor in inputs.items()}
+    calls = [
+        *((inputs, {"rule": rule}) for rule in ("mamba", "dirac", "zoh", "bilinear", "")),
+        *((scan_inputs(1, 1, 1, n), {"rule": "mamba"}) for n in (0, 1, 256, 257)),
+        *((inputs | {name: double[name]}, {"rule": "mamba"}) for name in inputs),
+    ]
+    monkeypatch.setattr(triton_scan, "scan_forward", lambda *args: args)
+    monkeypatch.setattr(triton_scan, "conv_forward", lambda *args: args)
+    answers = set()
+
+    def check_call(taken: bool, call) -> None:
+        answers.add(taken)
+        with contextlib.nullcontext() if taken else pytest.raises(ValueError):
+            call()
+
+    for tensors, options in calls:
+        taken = triton_scan.takes(*tensors.values(), **options, d_state=tensors["A"].shape[1])
+        check_call(taken, functools.partial(selective_scan_triton, **tensors, **options))
+    for width in (1, 4, 5):
+        tensors = convolution_inputs(1, 2, 3, width)
+        taken = triton_scan.takes(*tensors.values(), d_conv=width)
+        check_call(taken, functools.partial(triton_scan.causal_conv_triton, **tensors))
+    assert answers == {True, False}
+
+
+def test_on_a_cpu_nothing_is_taken_though_the_interpreter_could(monkeypatch):
+    monkeypatch.setattr(triton_scan, "INTERPRETED", True)
+    assert triton_scan.takes(torch.ones(1, 2, 3)) is False
+
+
+def test_transformations_and_tracers_get_no_kernel(as_on_a_gpu):
+    taken = []
+
+    def function(x: Tensor) -> Tensor:
+        taken.append(triton_scan.takes(x))
+        return x.sum()
+
+    x = torch.ones(2, 3)
+    function(x)
+    for transform in (torch.func.grad, torch.func.vmap, torch.func.jacrev):
+        transform(function)(x)
+    torch.jit.trace(function, x, check_trace=False)
+    function(x)
+    assert taken == [True, False, False, False, False, True]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_function_asks_and_is_told_as_an_eager_one(backend):
+    """In one graph, also inside of a transformation."""
+
+    def scan(x: Tensor) -> Tensor:
+        if triton_scan.takes(x, None, x, rule="dirac", d_state=x.shape[-1]):
+            return x + 1
+        return torch.stack([x, x])
+
+    def compiled(function):
+        torch.compiler.reset()
+        return torch.compile(function, backend=backend, fullgraph=True)
+
+    with FakeTensorMode():
+        x, double = on_a_gpu(2, 3, 4), on_a_gpu(2, 3, 4, dtype=torch.float64)
+        assert compiled(scan)(x).shape == (2, 3, 4)
+        assert compiled(scan)(double).shape == (2, 2, 3, 4)
+        assert compiled(lambda x: torch.func.vmap(scan)(x))(x).shape == (2, 2, 3, 4)
+    assert compiled(scan)(torch.ones(2, 3, 4)).shape == (2, 2, 3, 4)
+
+
 ON_THE_CPU = """
 import torch, mamba, triton_scan
 x, A, B = torch.ones(1, 2, 3), -torch.ones(3, 4), torch.ones(1, 2, 4)
@@ -705,12 +830,12 @@ def test_the_operators_return_what_they_promise_to_the_compiler(without):
     tests = ("test_schema", "test_faketensor")
     for save in (False, True):
         arguments = (*tensors, True, "mamba", save)
-        torch.library.opcheck(triton_scan.forward_operator, arguments, test_utils=tests)
+        torch.library.opcheck(operators.scan_forward, arguments, test_utils=tests)
     dy, dh_last = gradients_of_outputs(inputs)
-    _, _, borders, wide = triton_scan.forward_operator(*arguments)
+    _, _, borders, wide = operators.scan_forward(*arguments)
     for after in (dh_last, None):
         arguments = (dy, after, *tensors, borders, wide, True, "mamba")
-        torch.library.opcheck(triton_scan.backward_operator, arguments, test_utils=tests)
+        torch.library.opcheck(operators.scan_backward, arguments, test_utils=tests)
 
 
 def test_so_do_those_of_the_convolution():
@@ -718,9 +843,9 @@ def test_so_do_those_of_the_convolution():
     inputs["x"] = in_order(inputs["x"], 2, 0, 1)
     tensors = [inputs.get(name) for name in ("x", "weight", "bias", "past")] + [None]
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(triton_scan.conv_forward_operator, (*tensors, True), test_utils=tests)
+    torch.library.opcheck(operators.conv_forward, (*tensors, True), test_utils=tests)
     arguments = (torch.ones_like(inputs["x"]), *tensors, True)
-    torch.library.opcheck(triton_scan.conv_backward_operator, arguments, test_utils=tests)
+    torch.library.opcheck(operators.conv_backward, arguments, test_utils=tests)
 
 
 ## ================================================================================================
@@ -903,7 +1028,7 @@ def test_no_term_of_the_convolution_reaches_back_over_the_start_of_a_document(W,
     """Before, at and after the border of two strips."""
     monkeypatch.setattr(triton_scan, "STRIP", 4)
     reset = torch.zeros(3, 10, dtype=torch.bool, device=DEVICE)
-    for row, step in ((0, 0), (0, 3), (1, 4), (1, 7), (2, 5), (2, 9)):
+    for row, step in ((0, 0), (0, 3), (0, 6), (1, 4), (1, 7), (2, 5), (2, 9)):
         reset[row, step] = True
     check_convolution(convolution_inputs(3, 10, 3, W), reset=reset, silu=True)
 

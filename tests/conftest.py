@@ -1,4 +1,5 @@
-"""What the tests of this folder share: one thread, a Hub on this machine and no other network.
+"""What the tests of this folder share: seed and thread of test_mamba.py, the scripts in examples/,
+a Hub on this machine and no other network.
 
 And where there is no GPU, the interpreter of Triton, which reads its switch when it is imported.
 """
@@ -16,8 +17,11 @@ if not torch.cuda.is_available():
 from huggingface_hub import constants
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import hub`
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 from hub import Hub
+
+from test_mamba import the_same_numbers_in_every_run  # noqa: F401  a fixture
 
 
 def use_endpoint(monkeypatch, url: str, cache: Path) -> None:
@@ -35,12 +39,3 @@ def hub(monkeypatch, tmp_path):
     with Hub() as hub:
         use_endpoint(monkeypatch, hub.url, tmp_path / "cache")
         yield hub
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On tensors as small as these, threads do nothing but wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

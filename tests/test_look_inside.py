@@ -7,25 +7,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import look_inside as look
 import pytest
 import torch
+from look_inside import watch
 
+import test_mamba
 from mamba import Mamba, MambaConfig, discretize, scan_sequential
+from test_mamba import RULES, assert_close, by_hand, random_ids, random_state
 
 ROOT = Path(__file__).parent.parent
-RULES = ("mamba", "zoh", "bilinear", "dirac")
-
-
-@pytest.fixture
-def look(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    import look_inside
-
-    return look_inside
 
 
 def random_inside(batch=2, seqlen=13, d=5, n=3, dtype=torch.float64, delta=1.0, seed=0):
-    """What a layer leaves in `internals`; Δ from nearly 0 to so large that bilinear's Ā < 0."""
+    """What `watch` sees in a layer; Δ from nearly 0 to so large that bilinear's Ā < 0."""
     torch.manual_seed(seed)
     inside = {
         "x": torch.randn(batch, seqlen, d),
@@ -56,9 +51,87 @@ def error(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
+## ================================================================================================
+## What is watched
+## ================================================================================================
+
+
+def check_what_was_seen(layers, model, ids, start, logits, state) -> None:
+    """The recurrence over what was seen gives every layer's state and the logits."""
+    stream = model.backbone.embedding(ids)
+    for i, (layer, seen) in enumerate(zip(model.backbone.layers, layers, strict=True)):
+        block, x, delta = layer.mixer, seen["x"], seen["delta"]
+        expected = torch.log1p(torch.exp(seen["dt"] + block.dt_proj.bias))
+        assert_close(f"delta of layer {i}", delta, expected, 1e-6)
+        assert_close(f"A of layer {i}", seen["A"], -block.A_log.exp(), 1e-6)
+        y, h = by_hand(x, delta, seen["A"], seen["B"], seen["C"], start.h[i])
+        assert_close(f"h of layer {i}", state.h[i], h, 1e-5)
+        z = block.in_proj(layer.norm(stream))[..., 32:]
+        stream = stream + block.out_proj(((y + block.D * x) * z * torch.sigmoid(z)).float())
+    assert_close("logits", logits, model.lm_head(model.backbone.norm_f(stream)), 1e-5)
+
+
+def test_the_recurrence_over_what_was_seen_gives_every_layers_state_and_the_logits():
+    """Of the last call: a whole sequence, and then a step."""
+    model = test_mamba.random_model()
+    ids, start = random_ids(2, 9), random_state(model, 2)
+    with watch(model) as layers:
+        logits, state = model(ids, start)
+        check_what_was_seen(layers, model, ids, start, logits, state)
+        next_logits, last = model.step(ids[:, 0], state)
+    assert [tuple(layers[1][name].shape) for name in ("x", "delta", "A", "B")] == [
+        (2, 32), (2, 32), (32, 4), (2, 4),
+    ]  # fmt: skip
+    of_one = [
+        {name: t if name == "A" else t.unsqueeze(1) for name, t in layer.items()}
+        for layer in layers
+    ]
+    check_what_was_seen(of_one, model, ids[:, :1], state, next_logits.unsqueeze(1), last)
+
+
+def test_delta_is_seen_with_float32_digits_and_gradients_flow_through_what_was_seen():
+    model = test_mamba.random_model().bfloat16()
+    with watch(model) as layers:
+        model(random_ids(2, 5))
+    for layer, seen in zip(model.backbone.layers, layers, strict=True):
+        bias = layer.mixer.dt_proj.bias.double()
+        expected = torch.log1p(torch.exp(seen["dt"].double() + bias))
+        assert_close("delta", seen["delta"], expected, 1e-6)
+        assert seen["dt"].dtype == seen["x"].dtype == torch.bfloat16
+    layers[1]["delta"].mean().backward()
+    assert model.backbone.layers[0].mixer.A_log.grad.any()
+
+
+def test_nothing_is_watched_once_the_context_is_left_even_by_an_exception():
+    model = test_mamba.random_model()
+    with pytest.raises(KeyError), watch(model) as layers:
+        model(random_ids(1, 2))
+        raise KeyError
+    seen = [dict(layer) for layer in layers]
+    model(random_ids(1, 3))
+    for layer, before in zip(layers, seen, strict=True):
+        assert layer.keys() == before.keys()
+        assert all(layer[name] is before[name] for name in layer)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_watching_changes_nothing_and_two_may_watch():
+    model, ids = test_mamba.random_model(), random_ids(2, 5)
+    expected = model(ids)
+    with watch(model) as layers, watch(model.backbone.layers[1]) as (second,):
+        assert torch.equal(model(ids), expected)
+    assert all(second[name] is layers[1][name] for name in ("x", "dt"))
+    assert torch.equal(second["delta"], layers[1]["delta"])
+
+
+## ================================================================================================
+## What is drawn
+## ================================================================================================
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("with_reset", [False, True])
-def test_the_matrix_is_the_formula_of_the_paper_written_out(look, rule, with_reset):
+def test_the_matrix_is_the_formula_of_the_paper_written_out(rule, with_reset):
     inside = random_inside(batch=2, seqlen=7, d=3, n=2)
     batch, seqlen, d = inside["x"].shape
     reset = torch.zeros(batch, seqlen, dtype=torch.bool)
@@ -80,7 +153,7 @@ def test_the_matrix_is_the_formula_of_the_paper_written_out(look, rule, with_res
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_the_matrix_times_x_is_the_output_of_the_scan(look, rule):
+def test_the_matrix_times_x_is_the_output_of_the_scan(rule):
     for dtype, bound in ((torch.float64, 1e-13), (torch.float32, 1e-5)):
         for delta in (1e-3, 1.0, 30.0):  # nothing forgotten; some; all, down to Ā = 0
             inside = random_inside(seqlen=67, dtype=dtype, delta=delta)
@@ -89,7 +162,7 @@ def test_the_matrix_times_x_is_the_output_of_the_scan(look, rule):
             assert y.dtype == dtype and error(y, scan(inside, rule=rule)[0]) < bound
 
 
-def test_float32_keeps_its_digits_after_a_long_text(look):
+def test_float32_keeps_its_digits_after_a_long_text():
     """Where differences of cumulative sums would have lost four of them."""
     inside = random_inside(batch=1, seqlen=600, d=3, delta=20.0)
     exact = look.hidden_attention(inside)
@@ -99,14 +172,14 @@ def test_float32_keeps_its_digits_after_a_long_text(look):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_the_states_are_those_of_stepping_token_by_token(look, rule):
+def test_the_states_are_those_of_stepping_token_by_token(rule):
     """From a state that is not zero, which is carried; and the last is what the model returns."""
     model = random_model(rule)
     ids = torch.randint(24, (2, 11))
     _, start = model(ids[:, :4], model.init_state(2))
-    internals: list = []
-    _, end = model(ids[:, 4:], start, internals=internals)
-    hs = [look.states(inside, h0, rule) for inside, h0 in zip(internals, start.h, strict=True)]
+    with watch(model) as layers:
+        _, end = model(ids[:, 4:], start)
+    hs = [look.states(inside, h0, rule) for inside, h0 in zip(layers, start.h, strict=True)]
     state = start
     for t in range(7):
         _, state = model.step(ids[:, 4 + t], state)
@@ -117,7 +190,7 @@ def test_the_states_are_those_of_stepping_token_by_token(look, rule):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-14), (torch.float32, 1e-6)])
-def test_reading_the_states_with_c_gives_the_output_of_the_scan(look, rule, dtype, bound):
+def test_reading_the_states_with_c_gives_the_output_of_the_scan(rule, dtype, bound):
     inside = random_inside(dtype=dtype)
     h0 = torch.randn(2, 5, 3, dtype=dtype)
     for start in (None, h0):
@@ -129,13 +202,14 @@ def test_reading_the_states_with_c_gives_the_output_of_the_scan(look, rule, dtyp
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_nothing_crosses_a_reset(look, rule):
+def test_nothing_crosses_a_reset(rule):
     model = random_model(rule)
     ids, reset = torch.randint(24, (2, 9)), torch.zeros(2, 9, dtype=torch.bool)
     reset[:, 5] = True
-    packed, alone = [], []
-    _, end = model(ids, model.init_state(2), reset=reset, internals=packed)
-    model(ids[:, 5:], internals=alone)
+    with watch(model) as packed:
+        _, end = model(ids, model.init_state(2), reset=reset)
+    with watch(model) as alone:
+        model(ids[:, 5:])
     for layer, (inside, second) in enumerate(zip(packed, alone, strict=True)):
         alpha = look.hidden_attention(inside, rule, reset=reset)
         assert (alpha[..., 5:, :5] == 0).all() and (alpha[..., 5:, 5] != 0).all()
@@ -148,7 +222,7 @@ def test_nothing_crosses_a_reset(look, rule):
         look.states(packed[0], rule=rule, reset=reset[:, 5:])
 
 
-def test_chosen_channels_are_those_of_the_whole(look):
+def test_chosen_channels_are_those_of_the_whole():
     inside = random_inside()
     whole = look.hidden_attention(inside)
     for channels in ([3], [4, 0], slice(1, 3), torch.tensor([2, 2])):
@@ -157,7 +231,7 @@ def test_chosen_channels_are_those_of_the_whole(look):
     assert look.hidden_attention(inside, channels=[]).shape == (2, 0, 13, 13)
 
 
-def test_half_precision_internals_are_taken_as_float32(look):
+def test_half_precision_is_taken_as_float32():
     """x, B and C of a bfloat16 model are bfloat16; the scan of that model computes in float32."""
     inside = random_inside(dtype=torch.float32)
     for low in (("x", "B", "C"), tuple(inside)):  # or all of them, from a file
@@ -169,7 +243,7 @@ def test_half_precision_internals_are_taken_as_float32(look):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_the_mean_over_channels_never_holds_all_channels(look, rule):
+def test_the_mean_over_channels_never_holds_all_channels(rule):
     from torch.utils._python_dispatch import TorchDispatchMode
 
     inside = random_inside(seqlen=40, d=37)
@@ -211,14 +285,14 @@ def test_the_command_draws_a_layer_of_the_shipped_model(tmp_path):
     assert picture.shape[0] > 1000 and picture.std() > 0.1  # and not one colour
 
 
-def test_a_text_of_one_token_and_one_too_long_for_labels_are_drawn(look, tmp_path):
+def test_a_text_of_one_token_and_one_too_long_for_labels_are_drawn(tmp_path):
     for seqlen in (1, 81):
         inside, out = random_inside(1, seqlen, dtype=torch.float32), tmp_path / f"{seqlen}.png"
         look.draw(inside, "bilinear", ["a"] * seqlen, r"$\typo$", out)
         assert out.stat().st_size > 10_000
 
 
-def test_tokens_are_labelled_so_that_all_of_them_can_be_seen(look):
+def test_tokens_are_labelled_so_that_all_of_them_can_be_seen():
     from generate import ByteTokenizer
 
     tokenizer = ByteTokenizer()
@@ -237,7 +311,7 @@ def test_tokens_are_labelled_so_that_all_of_them_can_be_seen(look):
         (("a", "--out", "picture.typo"), 1, "'typo' is not supported"),
     ],
 )
-def test_what_goes_wrong_is_one_line(look, arguments, code, words, monkeypatch, capsys, tmp_path):
+def test_what_goes_wrong_is_one_line(arguments, code, words, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["look_inside.py", *arguments])
     with pytest.raises(SystemExit) as exit:

@@ -6,24 +6,14 @@ which knows no padding, no resets and no windows. In float64: what differs by 1e
 
 import copy
 import re
-import sys
-from pathlib import Path
 
 import pytest
+import recipes
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-
-import recipes
-
 from mamba import SCANS, Mamba, MambaBlock, MambaConfig
-
-
-@pytest.fixture(autouse=True)
-def same_random_numbers_in_every_run():
-    torch.manual_seed(0)
 
 
 def randomised(module: nn.Module) -> nn.Module:

@@ -594,11 +594,11 @@ def selective_scan(
     chunked under torch.compile, torch.func and torch.jit. Raises ValueError for shapes that do not
     fit and unknown names, RuntimeError if "triton" is asked for and cannot run.
     """
-    check_scan(scan, x, A=A, dt=dt, B=B, C=C, D=D, z=z, h0=h0, dt_bias=dt_bias, reset=reset)
     tensors = (x, dt, A, B, C, D, z, h0)
     if kernels := companion(scan, *tensors, dt_bias, rule=rule, d_state=A.shape[-1]):
         options = {"dt_bias": dt_bias, "dt_softplus": dt_softplus, "rule": rule, "reset": reset}
         return kernels.selective_scan_triton(*tensors, **options)
+    check_scan(scan, x, A=A, dt=dt, B=B, C=C, D=D, z=z, h0=h0, dt_bias=dt_bias, reset=reset)
     run = recurrence if x.ndim == 2 else SCANS[scan]
     delta = at_least_float32(dt)
     if dt_bias is not None:

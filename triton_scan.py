@@ -1249,31 +1249,34 @@ MAX_BATCH = 65535  # as many programs as a grid can have along its last axis
 ELSE = "use mamba.py's scan='chunked'"
 
 
-def fits(tensors: Iterable[Tensor], rule: str, d_state: int, d_conv: int) -> bool:
+def fits(tensors: Iterable[Tensor | None], rule: str, d_state: int, d_conv: int) -> bool:
     """Whether the kernels have these dtypes, this rule and these sizes."""
     return (
         rule in RULES
         and 1 <= d_state <= MAX_STATE
         and 1 <= d_conv <= MAX_WIDTH
-        and all(tensor.dtype in DTYPES for tensor in tensors)
+        and all([tensor is None or tensor.dtype in DTYPES for tensor in tensors])
     )
 
 
-def takes(*tensors: Tensor | None, rule: str = "mamba", d_state: int = 1, d_conv: int = 1) -> bool:
-    """Whether the kernels can run on these tensors, of which the first is x (b, ...), and should.
+def takes(
+    x: Tensor, *others: Tensor | None, rule: str = "mamba", d_state: int = 1, d_conv: int = 1
+) -> bool:
+    """Whether the kernels can run on x (b, l, d) and the others, and should.
 
     Not on a CPU, where the interpreter is for tests. Not under torch.func and torch.jit.trace,
     which want plain operators. Under torch.compile they can: the kernels are operators of their
     own there.
     """
-    x, *others = [tensor for tensor in tensors if tensor is not None]
     return (
         x.is_cuda
+        and x.ndim == 3
+        and len(x) <= MAX_BATCH
         and not torch._C._are_functorch_transforms_active()
         and not torch.jit.is_tracing()
-        and all(tensor.device == x.device for tensor in others)
         and fits((x, *others), rule, d_state, d_conv)
-        and len(x) <= MAX_BATCH
+        # A list, not a generator: it is asked twice for each layer, and eager time is Python's.
+        and all([tensor is None or tensor.device == x.device for tensor in others])
     )
 
 

@@ -1260,7 +1260,7 @@ def file_finder(
             cause = (local and error.__cause__) or error
             fault = next(c.__name__ for c in type(cause).__mro__ if c.__name__ in HUB_FAULTS)
             kind, sentence = HUB_FAULTS[fault]
-            words = {"name": name, "files": " or ".join(files), "revision": revision}
+            words = {"name": name, "files": file or " or ".join(files), "revision": revision}
             sentence = sentence.format(**words, why=first_sentence(cause))
             raise kind(f"{name}: {sentence}") from error
 

@@ -832,7 +832,7 @@ def test_short_floats_lose_no_more_than_in_transformers_and_step_no_more_than_fo
         error, where = error_of(logits, expected), f"autocast: {autocast}, {dtype}"
         assert error <= 1.05 * error_of(of_theirs, expected), where
         assert error_of(of_steps, expected) <= 1.05 * error, where
-        assert state.h.dtype == last.h.dtype == torch.float32
+        assert {each.h.dtype for each in (short.init_state(1), state, last)} == {torch.float32}
         wide = autocast or short.config.residual_in_fp32
         assert {stream.dtype for stream in streams} == {torch.float32 if wide else dtype}, where
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import types
 from pathlib import Path
 
 import pytest
 import torch
+
+import mamba
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -38,32 +41,71 @@ def test_the_command_that_strips_the_teaching_leaves_the_program(name, tmp_path)
     pattern = re.search(r"^grep -v '(.*)' mamba.py", README, re.MULTILINE)[1]
     command = ["grep", "-v", pattern, str(ROOT / name)]
     stripped = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    source = (ROOT / name).read_text()
     assert "##" not in stripped
-    assert len(stripped.splitlines()) < 0.9 * len((ROOT / name).read_text().splitlines())
-    compile(stripped, name, "exec")
+    assert len(stripped.splitlines()) < 0.9 * len(source.splitlines())
+    assert ast.dump(ast.parse(stripped)) == ast.dump(ast.parse(source)), "another program"
 
 
-def test_the_pieces_that_the_page_names_work_without_the_rest():
-    rows = re.findall(r"^\| (?:the disc|a scan|the SSM).*? \| (.*) \|$", README, re.MULTILINE)
-    assert len(rows) == 3
-    source, wanted, copied = (ROOT / "mamba.py").read_text(), set(), {}
-    tree = ast.parse(source)
-    inputs = [torch.randn(2, 9, 3), torch.rand(2, 9, 3), -torch.rand(3, 4)]
-    inputs += [torch.randn(2, 9, 4), torch.randn(2, 9, 4)]
-    for row in rows:
-        wanted |= set(re.findall(r"`(\w+)`", row))
-        imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-        pieces = [node for node in tree.body if names_of(node) & wanted]
-        assert set().union(*map(names_of, pieces)) == wanted
-        copied = {}
-        exec(compile(ast.Module([*imports, *pieces], []), "copied", "exec"), copied)
-        for name in wanted & {"scan_sequential", "scan_logspace", "scan_chunked", "scan_recompute"}:
-            for rule in ("mamba", "zoh", "dirac"):
-                assert copied[name](*inputs, rule=rule)[0].shape == (2, 9, 3)
+## Rows of "How to copy pieces": the names that a row lists, by the first of them.
+TABLE = re.search(r"^## How to copy pieces.*?^```", README, re.DOTALL | re.MULTILINE)[0]
+ROWS = [
+    re.findall(r"`(\w+)`", row) for row in re.findall(r"^\| .* \| (.*) \|$", TABLE, re.MULTILINE)
+]
+PIECES = {names[0]: names for names in ROWS if names}
+
+
+def copied(names: set[str]) -> types.SimpleNamespace:
+    """A module that has the imports of mamba.py and these of its names, each once, as it is."""
+    tree = ast.parse((ROOT / "mamba.py").read_text())
+    imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    pieces = [node for node in tree.body if names_of(node) & names]
+    assert set().union(*map(names_of, pieces)) == names
+    module: dict = {}
+    exec(compile(ast.Module([*imports, *pieces], []), "copied", "exec"), module)
+    return types.SimpleNamespace(**module)
+
+
+def run_piece(module, first: str, rules=("mamba", "dirac")) -> list[torch.Tensor]:
+    """What a piece computes, in every way that its row promises."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 9, 3), (2, 9, 3), (3, 4), (2, 9, 4), (2, 9, 4)]
+    x, delta, A, B, C = (torch.rand(shape, generator=generator) for shape in shapes)
+    piece, inputs = getattr(module, first), (x, delta, -A, B, C)
+    if first == "discretize":
         with pytest.raises(ValueError, match="bilinear"):
-            copied["discretize"](*inputs[1:4], "typo")
-    for scan in ("auto", "sequential", "logspace", "chunked", "recompute"):
-        assert copied["selective_scan"](*inputs, scan=scan)[0].shape == (2, 9, 3)
+            piece(delta, -A, B, "typo")
+        results = [piece(delta, -A, B, rule) for rule in mamba.RULES]
+    elif first == "causal_conv":
+        results = [piece(x, B[0, :3, None, :], A[:, 0], C[:, :3, :3])]
+    elif first == "selective_scan":
+        results = [piece(*inputs, A[:, 0], x, scan=scan) for scan in ("auto", "sequential")]
+        results += [piece(*inputs, rule=rule) for rule in rules]
+        token = (x[:, 0], delta[:, 0], -A, B[:, 0], C[:, 0])
+        results += [piece(*token, h0=results[0][1], rule=rule) for rule in rules]
+        with pytest.raises(ValueError, match="x must be real"):
+            piece(x[0, 0], *inputs[1:])
+    else:
+        results = [piece(*inputs, rule=rule) for rule in rules]
+    return [tensor for result in results for tensor in result]
+
+
+@pytest.mark.parametrize("first", PIECES)
+def test_a_piece_works_with_the_names_of_its_row_and_with_none_left_out(first):
+    names = set(PIECES[first])
+    expected = run_piece(mamba, first)
+    for ours, theirs in zip(run_piece(copied(names), first), expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    for name in names - {first}:
+        with pytest.raises((NameError, AttributeError), match=name):
+            run_piece(copied(names - {name}), first)
+    if first not in ("discretize", "causal_conv"):
+        run_piece(copied(names | {"expm1_over"}), first, rules=("zoh",))
+
+
+def test_the_pieces_are_few():
+    assert len(PIECES) == 7
+    assert len(PIECES["selective_scan"]) <= 8
 
 
 def names_of(node: ast.stmt) -> set[str]:

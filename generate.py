@@ -18,8 +18,6 @@ import argparse
 import codecs
 import contextlib
 import copy
-import functools
-import importlib.util
 import itertools
 import math
 import os
@@ -29,7 +27,6 @@ import signal
 import sys
 import time
 import warnings
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -46,12 +43,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import mamba
 from mamba import (
     SCANS,
     Mamba,
     MambaConfig,
     MambaState,
+    ResidualBlock,
     at_least_float32,
     discretize,
     file_finder,
@@ -157,16 +154,16 @@ def stream(
         raise ValueError(f"vocab_size must be in [1, {model.config.vocab_size}], got {vocab_size}")
     if eos_token_id is not None and not 0 <= eos_token_id < vocab_size:
         raise ValueError(f"eos_token_id must be None or in [0, {vocab_size}), got {eos_token_id}")
-    check_prompt(vocab_size, input_ids, mask)
+    check_prompt(vocab_size, input_ids)
     batch, device, on_gpu = len(input_ids), input_ids.device, input_ids.is_cuda
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     finished = torch.zeros(batch, dtype=torch.bool, device=device)
+    logits, state = prefill(model, input_ids, mask)
     # What the prompt contains. Padding is marked in a column of its own, which is cut off.
-    real_ids = input_ids if mask is None else input_ids.masked_fill(~mask, vocab_size)
+    real_ids = input_ids if mask is None else input_ids.masked_fill(~mask.bool(), vocab_size)
     seen = torch.zeros(batch, vocab_size + 1, dtype=torch.bool, device=device)
     seen = seen.scatter_(1, real_ids.long(), True)[:, :vocab_size]
 
-    logits, state = prefill(model, input_ids, mask)
     with continuing(model, state, max_new_tokens) as step:
         for count in range(1, max_new_tokens + 1):
             logits = logits[:, :vocab_size]
@@ -187,9 +184,9 @@ def stream(
             logits = step(token_ids)
 
 
-## `model.step` is for every device, and for reading. For a model of our modules only (`is_our_own`)
-## two others compute the same, and faster: "The step on a GPU", and "The step on a CPU" for one
-## sequence. The same up to rounding: with short floats a seed may lead to another text.
+## `model.step` is for every device, and for reading. Two others compute the same, and faster: on a
+## GPU a recorded one, of triton_scan.py, and for one sequence on a CPU "One token on a CPU" below.
+## The same up to rounding: with short floats a seed may lead to another text.
 
 
 def continuing(
@@ -200,20 +197,26 @@ def continuing(
     tokens: how many will be asked for in all; it will be called for fewer.
     """
     if can_record(model):
-        return by_graph(model, state)
-    if can_copy(model, state, tokens):
-        return by_columns(model, state)
-    return by_step(model, state)
+        with contextlib.suppress(ImportError):  # without Triton, step by step
+            from triton_scan import step_graph
+
+            return step_graph(model, state)
+    step = LayerStep if worth_copies(model, state, tokens) else by_step
+    return contextlib.nullcontext(step(model, state))
 
 
-@contextlib.contextmanager
-def by_step(model: Mamba, state: MambaState) -> Iterator[Callable[[Tensor], Tensor]]:
+def can_record(model: Mamba) -> bool:
+    """Whether a step is nothing but launches: on a GPU, and with nothing in it but our modules."""
+    return model.lm_head.weight.is_cuda and is_our_own(model)
+
+
+def by_step(model: Mamba, state: MambaState) -> Callable[[Tensor], Tensor]:
     def step(token_ids: Tensor) -> Tensor:
         nonlocal state
         logits, state = model.step(token_ids, state)
         return logits
 
-    yield step
+    return step
 
 
 ## ================================================================================================
@@ -227,8 +230,7 @@ def by_step(model: Mamba, state: MambaState) -> Iterator[Callable[[Tensor], Tens
 ## The time goes into matrix products, and for those PyTorch has two libraries on a CPU. nn.Linear
 ## calls MKL, which keeps its AVX-512 routines for Intel's processors. On AMD's the other, oneDNN,
 ## is twice as fast; PyTorch calls it for convolutions. And a Linear is a convolution of width 1,
-## over an image in which each pixel is a token and its colours are the d_in numbers of u. So there
-## the two large products of every layer are computed as convolutions.
+## over an image in which each pixel is a token and its colours are the d_in numbers of u.
 
 
 def prefill(
@@ -236,30 +238,28 @@ def prefill(
 ) -> tuple[Tensor, MambaState]:
     """input_ids (batch, seqlen) -> (batch, padded_vocab_size), the last position's logits; state.
 
-    What `model(input_ids, model.init_state(batch), mask=mask)` returns, up to rounding, without
-    the logits of the other positions. mask: as in `stream`, which checks both (`check_prompt`).
-    A model that is not of our modules only gets the prompt in one piece.
+    What `model(input_ids, model.init_state(batch), reset=...)` returns, up to rounding, without the
+    logits of the other positions. mask: see `reset_after_padding`. A model that is not of our
+    modules only gets the prompt in one piece.
     """
-    (batch, length), on_cpu = input_ids.shape, input_ids.device.type == "cpu"
-    reader = by_convolution(model) if can_convolve(model, batch * length) else model
+    if mask is not None and mask.shape != input_ids.shape:
+        shapes = f"{tuple(input_ids.shape)}, got {tuple(mask.shape)}"
+        raise ValueError(f"mask must have the shape of input_ids, {shapes}")
+    state = model.init_state(len(input_ids))
+    reset = None if mask is None else reset_after_padding(mask, state)
+    reader, (batch, length) = model, input_ids.shape
     if is_our_own(model):
-        length = max(1, (CPU_READS if on_cpu else GPU_READS) // batch)
+        reader = by_convolution(model) if can_convolve(model, batch * length) else model
+        length = max(1, (GPU_READS if input_ids.is_cuda else CPU_READS) // batch)
     parts = input_ids.split(length, dim=1)
-    resets = [None] * len(parts) if mask is None else starts(mask).split(length, dim=1)
-    state = model.init_state(batch)
-    for ids, reset in zip(parts, resets, strict=True):
-        u, state = reader.features(ids, state, reset=reset)
+    resets = [None] * len(parts) if reset is None else reset.split(length, dim=1)
+    for ids, part_reset in zip(parts, resets, strict=True):
+        u, state = reader.features(ids, state, reset=part_reset)
     return model.lm_head(u[:, -1]), state
-
-
-def starts(mask: Tensor) -> Tensor:
-    """Left padding (b, l) bool -> True at a row's first token where padding stands before it."""
-    return mask & ~F.pad(mask, (1, 0), value=True)[:, :-1]
 
 
 # Tokens of all rows in a part. More of them take more memory and no less time.
 CPU_READS, GPU_READS = 1024, 8192
-WORTH_CONVOLUTION = 128  # tokens; oneDNN first copies the weights into an order of its own
 
 
 class Convolution(nn.Module):
@@ -277,24 +277,18 @@ class Convolution(nn.Module):
         return image.permute(0, 2, 3, 1).reshape(*u.shape[:-1], -1)
 
 
-def by_convolution(model: Mamba) -> Mamba:
-    """A model of the same parameters, in which in_proj and out_proj of all layers are convolutions.
+def by_convolution(module: nn.Module) -> Any:
+    """A twin of a model, in which the two large products of each layer are convolutions.
 
-    Nothing is copied, so gradients reach the parameters of the model. Hooks and buffers are shared
-    as well: call it, but change the model and not the twin.
+    Everything else is shared, parameters, hooks and buffers. Gradients reach the parameters: call
+    the twin, but change the model.
     """
-
-    def but_with(module: nn.Module, **children: nn.Module) -> Any:
-        twin = copy.copy(module)
-        twin._modules = module._modules | children
-        return twin
-
-    layers = nn.ModuleList()
-    for layer in model.backbone.layers:
-        block = layer.mixer
-        in_proj, out_proj = Convolution(block.in_proj), Convolution(block.out_proj)
-        layers.append(but_with(layer, mixer=but_with(block, in_proj=in_proj, out_proj=out_proj)))
-    return but_with(model, backbone=but_with(model.backbone, layers=layers))
+    twin = copy.copy(module)
+    twin._modules = {
+        name: Convolution(child) if name in ("in_proj", "out_proj") else by_convolution(child)
+        for name, child in module._modules.items()
+    }
+    return twin
 
 
 def can_convolve(model: Mamba, tokens: int) -> bool:
@@ -302,182 +296,105 @@ def can_convolve(model: Mamba, tokens: int) -> bool:
 
     (Short floats go to oneDNN anyway. Intel's processors lose, up to two thirds of their speed.)
     """
-    weights = list(model.parameters())
     return (
-        all(p.device.type == "cpu" and p.dtype == torch.float32 for p in weights)
+        all(p.device.type == "cpu" and p.dtype == torch.float32 for p in model.parameters())
         and tokens >= WORTH_CONVOLUTION
         and torch.get_num_threads() > 1  # with one thread PyTorch convolves a single image itself
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and is_amd()
+        and "AuthenticAMD" in processor()
         and is_our_own(model)
     )
 
 
-@functools.cache
-def is_amd() -> bool:
-    try:
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
-    except OSError:  # not on Linux
-        return "AuthenticAMD" in platform.processor()
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")  # only Linux has it
+    return cpuinfo.read_text() if cpuinfo.exists() else platform.processor()
 
 
-## ================================================================================================
-## The step on a GPU
-## ================================================================================================
-##
-## One token is little work, and PyTorch cuts it into some forty operators a layer. A GPU is done
-## with each in two microseconds; Python takes longer to start it. Two things help:
-##
-##   fewer kernels   `block_step_triton` does a layer in four, for five sequences and more in five.
-##   a CUDA graph    The launches of one step are recorded once, with the addresses of all their
-##                   tensors, and then replayed by a single call. What changes from token to token,
-##                   ids, state and logits, has to stay in its place: so a graph has buffers for
-##                   these, and overwrites its state, which `model.step` never does.
+WORTH_CONVOLUTION = 128  # tokens; oneDNN first copies the weights into an order of its own
 
 
-class StepGraph:
-    """`model.step` for one batch size, recorded as a CUDA graph: token ids in, logits out.
+## Padding on the left is a document of its own that ends where the prompt begins. There the model
+## forgets, and each prompt gets the numbers that it would get alone. A row without padding has no
+## such place: it goes on from the state that it is given.
 
-    It reads the parameters where they lie: changes in place, as optimisers make them, count from
-    the next token on; parameters put in their place count from the next generation on. It does not
-    keep the model.
+
+def reset_after_padding(mask: Tensor, state: MambaState | None = None) -> Tensor:
+    """(batch, seqlen), bool or integers 0 and 1, 0 on left padding -> reset, (batch, seqlen) bool.
+
+    state: what the rows start from. Raises ValueError for a mask of another shape or type, for one
+    that is not left padding, for a row of nothing else, and for padding in a row whose state is not
+    zero: there it would be no padding but part of a text, and the text would be forgotten.
     """
-
-    @torch.inference_mode(False)  # its buffers will be written to outside of that mode as well
-    @torch.no_grad()
-    def __init__(self, model: Mamba, batch: int) -> None:
-        device = model.lm_head.weight.device
-        self.token_ids = torch.zeros(batch, dtype=torch.long, device=device)
-        state = model.init_state(batch)
-        # Channels side by side, one step after the other, because the kernels read them so.
-        windows = state.conv.movedim(-1, 1).contiguous().movedim(1, -1)
-        self.state = MambaState(windows, state.h)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                self.run(model)  # what is done only once, such as compiling, must not be recorded
-            torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.logits = self.run(model)
-
-    def run(self, model: Mamba) -> Tensor:
-        if can_fuse(model):
-            return fused_step(model, self.token_ids, self.state)
-        logits, state = model.step(self.token_ids, self.state)
-        self.load(state)
-        return logits
-
-    def load(self, state: MambaState) -> None:
-        self.state.conv.copy_(state.conv)
-        self.state.h.copy_(state.h)
-
-    def __call__(self, token_ids: Tensor) -> Tensor:
-        """(batch,) -> logits (batch, padded_vocab_size), overwritten by the next call."""
-        self.token_ids.copy_(token_ids)
-        self.graph.replay()
-        return self.logits
-
-
-def fused_step(model: Mamba, token_ids: Tensor, state: MambaState) -> Tensor:
-    """The logits of `model.step`, in four or five kernels a layer. Changes the state in place."""
-    import triton_scan
-
-    u = model.embed(token_ids)
-    for i, layer in enumerate(model.backbone.layers):
-        block = layer.mixer
-        u = triton_scan.block_step_triton(
-            u, state.conv[i], state.h[i], norm=layer.norm.weight, eps=layer.norm.eps,
-            in_proj=block.in_proj.weight, in_bias=block.in_proj.bias,
-            conv_weight=block.conv1d.weight, conv_bias=block.conv1d.bias,
-            x_proj=block.x_proj.weight, dt_proj=block.dt_proj.weight, dt_bias=block.dt_proj.bias,
-            A_log=block.A_log, D=block.D, out_proj=block.out_proj.weight,
-            out_bias=block.out_proj.bias, rule=model.config.rule, overlap=True,
-        )  # fmt: skip
-    norm = model.backbone.norm_f
-    return triton_scan.linear_step(
-        u, model.lm_head.weight, norm=norm.weight, eps=norm.eps, overlap=True
-    )
-
-
-def can_fuse(model: Mamba) -> bool:
-    """Whether the kernels have this rule, these dtypes and sizes, and may be used."""
-    weights = list(model.parameters())
-    return (
-        importlib.util.find_spec("triton") is not None
-        and model.config.scan in ("auto", "triton")
-        and model.config.rule in ("mamba", "dirac")
-        and model.config.d_state <= 256
-        and weights[0].dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and all(p.dtype == weights[0].dtype and p.is_contiguous() for p in weights)
-    )
-
-
-def can_record(model: Mamba) -> bool:
-    """Whether a step is nothing but launches: on a GPU, and with nothing in it but our modules."""
-    return model.lm_head.weight.is_cuda and is_our_own(model)
-
-
-## To record takes a while, so the last graph of each model is kept. Whoever uses it takes it out:
-## two streams over one model must not share its buffers. (Use a model in one CUDA stream.) It is
-## recorded for the second token: only then is a step wanted.
-
-graphs: weakref.WeakKeyDictionary[Mamba, tuple[Any, StepGraph]] = weakref.WeakKeyDictionary()
-
-
-@contextlib.contextmanager
-def by_graph(model: Mamba, state: MambaState) -> Iterator[Callable[[Tensor], Tensor]]:
-    batch = state.h.shape[1]
-    graph: StepGraph | None = None
-    key: Any = None
-
-    def step(token_ids: Tensor) -> Tensor:
-        nonlocal graph, key
-        if graph is None:
-            weights = [(p.data_ptr(), p.dtype) for p in model.parameters()]
-            key = (batch, repr(model.config), weights)
-            last_key, last = graphs.pop(model, (None, None))
-            graph = last if last_key == key else StepGraph(model, batch)
-            graph.load(state)
-        return graph(token_ids)
-
-    try:
-        yield step
-    finally:
-        if graph is not None:
-            graphs[model] = key, graph
+    is_integer = not (mask.is_floating_point() or mask.is_complex())
+    if mask.ndim != 2 or mask.numel() == 0 or not is_integer:
+        raise ValueError(
+            "mask must be bool, or integers 0 and 1, (batch, seqlen), "
+            f"got {mask.dtype} {tuple(mask.shape)}"
+        )
+    real = mask.bool()
+    ends = ~real[:, -1] | (real[:, :-1] & ~real[:, 1:]).any(-1)
+    used = torch.zeros_like(ends)
+    for tensor in () if state is None else (state.conv, state.h):
+        used |= (tensor != 0).movedim(-3, 0).flatten(1).any(-1)
+    faults = [(mask != real).any(), ends.any(), (used & ~real[:, 0]).any()]
+    strange, not_left, not_zero = torch.stack(faults).tolist()  # the one look at a GPU's numbers
+    if strange or not_left:
+        raise ValueError(
+            "mask must be left padding: in each row 0 or False before the first token, then only "
+            "1 or True, at least once"
+        )
+    if not_zero:
+        raise ValueError("mask has padding in a row whose state is not zero: pad whole prompts")
+    return real & ~F.pad(real[:, :-1], (1, 0), value=True)
 
 
 ## ================================================================================================
-## The step on a CPU
+## One token on a CPU
 ## ================================================================================================
 ##
-## On a CPU, too, a token costs the time to read every weight once: 517 MB for 130m in float32, 10
-## ms at 50 GB/s. PyTorch's product of a matrix and one vector takes four times as long in float32,
-## where its routine runs in one thread, and twice as long in bfloat16. That is not the fault of the
-## product. But it is also, with the columns of W,
+## A token takes a CPU the time to read every weight once: 517 MB for 130m in float32, 10 ms at 50
+## GB/s. That is, if all threads read, each its own part, and in the best order. nn.Linear does not
+## always: its routine for one vector may run in one thread. And a product can be written in another
+## way. With the columns of W,
 ##
 ##     W x  =  x_1 (column 1)  +  x_2 (column 2)  +  ...
 ##
-## and for weighted sums of the rows of a table PyTorch has a fast function, made for models that
-## look up many embeddings at a time. With the columns of W as the rows of its table it reads them
-## nearly as fast as memory delivers (on the x86 processors with AVX-512 that we measured).
-##
-## Long columns are cut into pieces, so that the sum of a piece stays in registers and each thread
-## has pieces of its own. For 40 rows, 3 columns and pieces of 16 the table is (3 pieces x 3, 16):
+## A sum of a few long columns is read faster than many short rows are, if W is stored by columns.
+## So where W has more rows than columns, Parts keeps a copy in that order.
+
+
+class Parts:
+    """W (rows, columns) times one vector, in float32: one product for each thread."""
+
+    def __init__(self, weight: Tensor) -> None:
+        rows, columns = weight.shape
+        self.parts = math.gcd(rows, torch.get_num_threads())  # all of one size
+        table = weight.reshape(self.parts, -1, columns).mT
+        self.table = table.contiguous() if rows > columns else table
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(columns,) -> (rows,)"""
+        return torch.bmm(x.expand(self.parts, 1, -1), self.table).view(-1)
+
+
+## Short floats have no such product that is fast everywhere. But for weighted sums of the rows of a
+## table PyTorch has a fast function, made for models that look up many embeddings at a time. Here
+## they are columns of W. Long ones are cut into pieces, so that the sum of a piece stays in
+## registers and each thread has pieces of its own. For 40 rows, 3 columns and pieces of 16 the
+## table is (3 pieces x 3, 16):
 ##
 ##     its rows  0 1 2    rows  0-15 of the columns 0 1 2       one bag: y[0:16]
 ##               3 4 5    rows 16-31                            one bag: y[16:32]
 ##               6 7 8    rows 32-39, filled up with zeros      one bag: y[32:48], cut at 40
 ##
-## A bag is what embedding_bag sums up. Its weights are x, the same for every bag.
+## A bag is what embedding_bag sums up, in float32. Its weights are x, the same for every bag.
 
 
-class Columns:
-    """A copy of a weight (rows, columns) that is quick to multiply with one vector."""
+class Bags:
+    """W (rows, columns) in bfloat16 or float16, copied by columns, times one vector."""
 
     def __init__(self, weight: Tensor) -> None:
         self.rows, columns = weight.shape
@@ -492,104 +409,117 @@ class Columns:
         self.starts = self.ids[::columns].contiguous()
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(columns,) of any float dtype -> (rows,) float32."""
+        """(columns,) of any float dtype -> (rows,) float32"""
         x = x.to(self.table.dtype).expand(self.pieces, -1).reshape(-1)
         y = F.embedding_bag(self.ids, self.table, self.starts, mode="sum", per_sample_weights=x)
         return y.view(-1)[: self.rows].float()
 
 
-LONGEST_PIECE = 448  # 28 vector registers of 16 numbers (AVX-512)
+# 28 of the 32 registers of 16 numbers of AVX-512; AVX2 has 16 of 8, which two passes fill.
+LONGEST_PIECE = 448 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 192
 WORTH_THREADS = 2**18  # to wake a thread takes as long as to multiply so many numbers
 
 
-class ColumnLayer:
+def product(weight: Tensor) -> Parts | Bags:
+    return (Parts if weight.dtype == torch.float32 else Bags)(weight)
+
+
+## Between the products every operator has its price: while they read hundreds of megabytes, all
+## else is pushed out of the caches. So this step has few operators. What is the same for all
+## tokens, such as A and float32 copies of short vectors, it computes once. It runs along long rows,
+## with the channels last, and changes its state in place.
+
+
+class Layer:
     """`ResidualBlock.step` for one sequence: u (d_model,) -> u (d_model,). It keeps the state."""
 
-    def __init__(self, layer: mamba.ResidualBlock, state: MambaState) -> None:
-        block = layer.mixer
-        self.norm, self.rule = layer.norm, block.config.rule
-        self.in_proj, self.in_bias = Columns(block.in_proj.weight), block.in_proj.bias
-        self.x_proj, self.dt_proj = Columns(block.x_proj.weight), Columns(block.dt_proj.weight)
-        self.out_proj, self.out_bias = Columns(block.out_proj.weight), block.out_proj.bias
+    def __init__(self, layer: ResidualBlock, state: MambaState) -> None:
+        block, config = layer.mixer, layer.mixer.config
+        self.eps, self.norm, self.rule = layer.norm.eps, layer.norm.weight.float(), config.rule
+        self.in_proj, self.in_bias = product(block.in_proj.weight), block.in_proj.bias
+        self.x_proj, self.dt_proj = product(block.x_proj.weight), product(block.dt_proj.weight)
+        self.out_proj, self.out_bias = product(block.out_proj.weight), block.out_proj.bias
         self.filters = block.conv1d.weight.squeeze(1).T.float().contiguous()  # (d_conv, d)
-        self.conv_bias = block.conv1d.bias
-        self.dt_bias, self.D = block.dt_proj.bias.float(), block.D.float()
-        self.widths = [block.config.dt_rank, block.config.d_state, block.config.d_state]
-        self.past = state.conv[0].T.float()  # (d_conv - 1, d)
-        # Long rows, and copies: the caller keeps its state.
-        self.A, self.h = block.A.T.contiguous(), state.h[0].T.clone().contiguous()  # (n, d)
+        self.conv_bias, self.dt_bias = block.conv1d.bias, block.dt_proj.bias.float()
+        self.widths = [config.dt_rank, config.d_state, config.d_state]
+        self.A, self.D = block.A.T.contiguous(), block.D.float()  # (n, d)
+        self.past, self.h = state.conv[0].T.float(), state.h[0].T.clone().contiguous()
 
-    def __call__(self, u: Tensor) -> Tensor:
-        x, z = add(self.in_proj(rms_norm(u, self.norm)), self.in_bias).chunk(2)
-        window = torch.cat([self.past, x.unsqueeze(0)])  # (d_conv, d)
+    def step(self, u: Tensor) -> Tensor:
+        row = u.float()
+        rms = math.sqrt(row.dot(row).item() / len(row) + self.eps)
+        raw, z = add(self.in_proj((row * self.norm).div_(rms)), self.in_bias).chunk(2)
+        window = torch.cat([self.past, raw.unsqueeze(0)])  # (d_conv, d)
         self.past = window[1:]
         x = F.silu(add((window * self.filters).sum(0), self.conv_bias))
         low_rank, B, C = self.x_proj(x).split(self.widths)
         delta = F.softplus(self.dt_proj(low_rank) + self.dt_bias)
-        A_bar, B_bar = discretize(delta, self.A.T, B, self.rule)
-        self.h.mul_(A_bar.T).addcmul_(B_bar.T, x)  # (2a)
-        y = (C @ self.h + self.D * x) * F.silu(z)  # (2b)
+        if self.rule == "mamba":
+            self.h.mul_((delta * self.A).exp_()).addcmul_(B.unsqueeze(-1), delta * x)  # (2a)
+        else:
+            A_bar, B_bar = discretize(delta, self.A.T, B, self.rule)
+            self.h.mul_(A_bar.T).addcmul_(B_bar.T, x)
+        y = torch.addcmul(C @ self.h, self.D, x) * F.silu(z)  # (2b)
         return u + add(self.out_proj(y), self.out_bias).to(u.dtype)
 
-
-class ColumnStep:
-    """`model.step` for one sequence on a CPU: token ids (1,) in, logits (1, padded_vocab_size) out.
-
-    What is the same for all tokens, such as A, it computes once. It changes its state in place.
-    `is_current` is False when weights have changed since, as far as PyTorch notes that: not for
-    what is changed in place through `.data`, by a fused optimizer or in parameters that were made
-    in inference mode, nor for a module that is replaced.
-    """
-
-    @torch.inference_mode(False)  # its state will be written to outside of that mode as well
-    @torch.no_grad()
-    def __init__(self, model: Mamba, state: MambaState) -> None:
-        layers = model.backbone.layers
-        self.layers = [ColumnLayer(layer, state[i]) for i, layer in enumerate(layers)]
-        self.embed, self.norm = model.embed, model.backbone.norm_f
-        self.lm_head = Columns(model.lm_head.weight)
-        self.owners = [module._parameters for module in model.modules() if module._parameters]
-        self.versions = self.read_versions()
-
-    def __call__(self, token_ids: Tensor) -> Tensor:
-        u = self.embed(token_ids).squeeze(0)
-        for layer in self.layers:
-            u = layer(u)
-        return self.lm_head(rms_norm(u, self.norm)).unsqueeze(0)
-
-    def is_current(self) -> bool:
-        return self.versions == self.read_versions()
-
-    def read_versions(self) -> list[tuple[int, int]]:
-        weights = (p for owner in self.owners for p in owner.values() if p is not None)
-        return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in weights]
-
-    def read_state(self) -> MambaState:
-        states = [
-            MambaState(layer.past.T.unsqueeze(0), layer.h.T.unsqueeze(0)) for layer in self.layers
-        ]
-        return MambaState.stack(states)
-
-
-def rms_norm(u: Tensor, norm: mamba.RMSNorm) -> Tensor:
-    u = u.float()
-    return u * norm.weight / math.sqrt(u.dot(u).item() / len(u) + norm.eps)
+    @property
+    def state(self) -> MambaState:
+        return MambaState(self.past.T.unsqueeze(0), self.h.T.unsqueeze(0))
 
 
 def add(x: Tensor, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias
 
 
-## The copy takes as long as some dozen tokens, most of it to get the memory, as much as the model
-## has. So it is made where there is more to come. It is not kept: weights change between
-## generations, and a second copy of every model that ever spoke would stay in memory.
+class LayerStep:
+    """`model.step` for one sequence: token ids (1,) in, logits (1, padded_vocab_size) out.
+
+    The copies are made for the first token, and again where PyTorch notes that weights have changed
+    since. It does not note what is changed in place through `.data`, by a fused optimizer or in
+    parameters that were made in inference mode; nor are modules looked for that are replaced.
+    """
+
+    def __init__(self, model: Mamba, state: MambaState) -> None:
+        self.model, self.states = model, [state[i] for i in range(len(state.h))]
+        self.owners = [module._parameters for module in model.modules() if module._parameters]
+        self.layers: list[Layer] = []
+        self.versions: list[tuple[int, int]] | None = None
+
+    @torch.inference_mode()  # an operator then takes a little less of Python's time
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        weights = (p for owner in self.owners for p in owner.values() if p is not None)
+        versions = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in weights]
+        if versions != self.versions:
+            self.copy_weights()
+            self.versions = versions
+        u = self.model.embed(token_ids).squeeze(0)
+        for layer in self.layers:
+            u = layer.step(u)
+        return self.lm_head(self.model.backbone.norm_f(u)).unsqueeze(0)
+
+    def copy_weights(self) -> None:
+        if self.layers:
+            self.states = [layer.state for layer in self.layers]
+        self.layers, self.lm_head = [], None  # the old copies are free to go
+        for layer, state in zip(self.model.backbone.layers, self.states, strict=True):
+            self.layers.append(Layer(layer, state))
+        self.lm_head = product(self.model.lm_head.weight)
+
+    @property
+    def state(self) -> MambaState:
+        return MambaState.stack([layer.state for layer in self.layers] or self.states)
+
+
+## The copies take as long as some dozen tokens, most of it to get the memory. So they are made
+## where there is more to come. They are not kept: weights change between generations, and a second
+## copy of every model that ever spoke would stay in memory.
 
 COPY_FOR_TOKENS = 64
 COPY_AT_MOST = 4 * 2**30  # bytes; larger models take model.step
 
 
-def can_copy(model: Mamba, state: MambaState, tokens: int) -> bool:
-    """Whether to decode by columns: one sequence, of some length, on a CPU."""
+def worth_copies(model: Mamba, state: MambaState, tokens: int) -> bool:
+    """Whether to decode by layers: one sequence, of some length, on a CPU, by modules of ours."""
     weights = list(model.parameters())
     return (
         all(p.device.type == "cpu" and p.dtype == weights[0].dtype for p in weights)
@@ -599,21 +529,6 @@ def can_copy(model: Mamba, state: MambaState, tokens: int) -> bool:
         and tokens >= COPY_FOR_TOKENS
         and is_our_own(model)
     )
-
-
-@contextlib.contextmanager
-def by_columns(model: Mamba, state: MambaState) -> Iterator[Callable[[Tensor], Tensor]]:
-    columns: ColumnStep | None = None
-
-    def step(token_ids: Tensor) -> Tensor:
-        nonlocal columns, state
-        if columns is not None and not columns.is_current():
-            state, columns = columns.read_state(), None
-        if columns is None:
-            columns = ColumnStep(model, state)
-        return columns(token_ids)
-
-    yield step
 
 
 ## ================================================================================================
@@ -889,7 +804,7 @@ def check_sampling(**arguments: float | None) -> None:
             raise ValueError(f"{name} must be {expected}, got {value}")
 
 
-def check_prompt(vocab_size: int, input_ids: Tensor, mask: Tensor | None) -> None:
+def check_prompt(vocab_size: int, input_ids: Tensor) -> None:
     is_integer = input_ids.dtype in (torch.int64, torch.int32)
     if input_ids.ndim != 2 or input_ids.numel() == 0 or not is_integer:
         raise ValueError(
@@ -900,15 +815,6 @@ def check_prompt(vocab_size: int, input_ids: Tensor, mask: Tensor | None) -> Non
     low, high = input_ids.min().item(), input_ids.max().item()
     if low < 0 or high >= vocab_size:
         raise IndexError(f"token ids must be in [0, {vocab_size}), got {low} ... {high}")
-    if mask is None:
-        return
-    if mask.dtype != torch.bool or mask.shape != input_ids.shape or not mask[:, -1].all():
-        raise ValueError(
-            f"mask must be bool {tuple(input_ids.shape)}, like input_ids, and True in the last "
-            f"column (left padding), got {mask.dtype} {tuple(mask.shape)}"
-        )
-    if (mask[:, :-1] & ~mask[:, 1:]).any():
-        raise ValueError("mask must be left padding: False before the first token, then only True")
 
 
 def check_logits(logits: Tensor) -> None:

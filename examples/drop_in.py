@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from generate import check_prompt, starts
+from generate import reset_after_padding
 from mamba import MambaBlock, MambaConfig, at_least_float32, selective_scan
 
 
@@ -168,8 +168,5 @@ class Mixer(nn.Module):
                 f"attention_mask must be {tuple(hidden_states.shape[:2])}, one number a token, "
                 f"got {tuple(attention_mask.shape)}"
             )
-        if attention_mask is None:
-            return self.block(hidden_states)
-        mask = attention_mask.bool()
-        check_prompt(sys.maxsize, attention_mask.long(), mask)
-        return self.block(hidden_states, reset=starts(mask))
+        reset = None if attention_mask is None else reset_after_padding(attention_mask)
+        return self.block(hidden_states, reset=reset)

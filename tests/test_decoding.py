@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import generate
+import triton_scan
 from mamba import Mamba, MambaConfig
 
 GPU = torch.cuda.is_available()
@@ -172,7 +173,7 @@ def test_nothing_is_recorded_under_autocast():
 ## ================================================================================================
 
 
-class StandIn(generate.StepGraph):
+class StandIn(triton_scan.StepGraph):
     """A StepGraph on a machine without a GPU: what would be replayed is computed.
 
     With the parameters and the buffers that there were when it was made, whatever has come in
@@ -206,12 +207,12 @@ def made(monkeypatch) -> list[weakref.ref]:
     """The graphs that are made from now on."""
     references = []
 
-    class Noted(generate.StepGraph if GPU else StandIn):
+    class Noted(triton_scan.StepGraph if GPU else StandIn):
         def __init__(self, model: Mamba, batch: int) -> None:
             super().__init__(model, batch)
             references.append(weakref.ref(self))
 
-    monkeypatch.setattr(generate, "StepGraph", Noted)
+    monkeypatch.setattr(triton_scan, "StepGraph", Noted)
     if not GPU:
         monkeypatch.setattr(generate, "can_record", can_record_on_a_gpu)
     return references

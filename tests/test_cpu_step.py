@@ -1,10 +1,10 @@
-"""Token after token on a CPU: weighted sums of columns, and the sampler, in generate.py.
+"""Token after token on a CPU: other products, a step of few operators, and the sampler.
 
 The judge of a product is the product in float64, that of a step is `Mamba.step` on the same
-numbers in float64. The judge of a stream is the same stream with no columns: the tokens have to be
+numbers in float64. The judge of a stream is the same stream by `Mamba.step`: the tokens have to be
 equal. What may be sampled is judged by sorting all probabilities in float64.
 
-Models are tiny, and so are the pieces that their columns are cut into: several of each.
+Models are tiny, and so are the pieces that columns are cut into: several of each.
 """
 
 from __future__ import annotations
@@ -92,15 +92,25 @@ def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float) 
 ## ================================================================================================
 
 
+PRODUCTS = [(generate.Parts, torch.float32), *((generate.Bags, dtype) for dtype in OF_A_PRODUCT)]
+
+
 @pytest.mark.parametrize("worth_threads", [1, 2**18])
-@pytest.mark.parametrize("dtype", OF_A_PRODUCT)
-@pytest.mark.parametrize("rows", [1, 7, 80, 448, 449, 1000])
-def test_a_sum_of_columns_is_the_product(rows, dtype, threads, worth_threads, monkeypatch):
+@pytest.mark.parametrize(("kind", "dtype"), PRODUCTS)
+@pytest.mark.parametrize("rows", [1, 7, 80, 449, 1000])
+def test_a_product_by_columns_is_the_product(
+    rows, kind, dtype, threads, worth_threads, monkeypatch
+):
     monkeypatch.setattr(generate, "WORTH_THREADS", worth_threads)
-    weight, x = normal(rows, 23, dtype=dtype), normal(23, dtype=dtype)
-    y = generate.Columns(weight)(x)
+    weight, x = normal(rows, 23, dtype=dtype), normal(23)
+    y = kind(weight)(x)
     assert y.dtype == torch.float32
-    assert_close("y", y, weight.double() @ x.double(), OF_A_PRODUCT[dtype])
+    assert_close("y", y, weight.double() @ x.to(dtype).double(), OF_A_PRODUCT[dtype])
+
+
+def test_each_dtype_has_its_product():
+    kinds = [type(generate.product(normal(4, 3, dtype=dtype))) for dtype in OF_A_PRODUCT]
+    assert kinds == [generate.Parts, generate.Bags, generate.Bags]
 
 
 STORED = {
@@ -110,23 +120,18 @@ STORED = {
 }
 
 
+@pytest.mark.parametrize("kind", [generate.Parts, generate.Bags])
 @pytest.mark.parametrize("layout", STORED)
-def test_a_weight_may_lie_in_memory_as_it_likes(layout, small_pieces):
-    weight, x = STORED[layout](normal(37, 5)), normal(5)
+def test_a_weight_may_lie_in_memory_as_it_likes(layout, kind, small_pieces):
+    weight, x = STORED[layout](normal(37, 5)), normal(10)[::2]
     assert not weight.is_contiguous()
-    assert_close("y", generate.Columns(weight)(x), weight.double() @ x.double(), 1e-6)
-
-
-@pytest.mark.parametrize("dtype", [*OF_A_PRODUCT, torch.float64])
-def test_a_vector_may_have_another_dtype_than_the_weight(dtype, small_pieces):
-    weight, x = normal(37, 5), normal(10, dtype=dtype)[::2]
-    assert_close("y", generate.Columns(weight)(x), weight.double() @ x.double(), 1e-6)
+    assert_close("y", kind(weight)(x), weight.double() @ x.double(), 1e-6)
 
 
 def test_short_floats_are_summed_in_float32():
     """In bfloat16 the sum of ones would end at 256."""
     ones = torch.ones(3, 1000, dtype=torch.bfloat16)
-    assert_close("y", generate.Columns(ones)(ones[0]), torch.full((3,), 1000.0), 4e-3)
+    assert_close("y", generate.Bags(ones)(ones[0]), torch.full((3,), 1000.0), 4e-3)
 
 
 @pytest.mark.parametrize("longest", [16, 40, 448])
@@ -136,7 +141,7 @@ def test_pieces_are_as_long_as_they_should_be(rows, longest, threads, monkeypatc
     monkeypatch.setattr(generate, "LONGEST_PIECE", longest)
     for worth_threads, workers in ((3 * rows, threads), (3 * rows + 1, 1)):
         monkeypatch.setattr(generate, "WORTH_THREADS", worth_threads)
-        columns = generate.Columns(normal(rows, 3))
+        columns = generate.Bags(normal(rows, 3))
         pieces, length = columns.pieces, columns.table.shape[1]
         assert columns.table.shape == (3 * pieces, length) and columns.table.is_contiguous()
         assert length % 16 == 0 and length < longest + 16, f"pieces of {length}"
@@ -164,17 +169,19 @@ STEPS = {
 
 
 @pytest.mark.parametrize("case", STEPS)
-def test_a_step_by_columns_is_the_step_of_the_model(case, small_pieces):
+def test_a_step_by_layers_is_the_step_of_the_model(case, small_pieces):
     check_step(small_model(**STEPS[case]))
 
 
 @pytest.mark.parametrize("case", ["rule mamba", "odd sizes", "a stream of short floats"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_so_is_one_of_short_floats(case, dtype, small_pieces):
+def test_a_step_by_layers_of_short_floats_is_near_the_step_in_float64(case, dtype, small_pieces):
     check_step(small_model(dtype, **STEPS[case]))
 
 
-def test_so_is_one_of_several_threads(threads, small_pieces, monkeypatch):
+def test_a_step_by_layers_in_several_threads_is_the_step_of_the_model(
+    threads, small_pieces, monkeypatch
+):
     monkeypatch.setattr(generate, "WORTH_THREADS", 1)
     check_step(small_model(n_layer=2, bias=True))
 
@@ -184,11 +191,11 @@ def check_step(model: Mamba) -> None:
     exact, tolerance = copy.deepcopy(model).double(), OF_A_STEP[model.lm_head.weight.dtype]
     start = random_state(model)
     before, expected_state = start.clone(), start.map(Tensor.double)
-    step = generate.ColumnStep(model, start)
+    step = generate.LayerStep(model, start)
     for i, token_ids in enumerate(random_ids(model, 5, 1)):
         logits = step(token_ids)
         expected, expected_state = exact.step(token_ids, expected_state)
-        state = step.read_state()
+        state = step.state.clone()
         assert logits.dtype == state.h.dtype == torch.float32
         for name, *pair in (
             ("logits", logits, expected),
@@ -203,15 +210,15 @@ def test_a_state_that_was_asked_for_stays_what_it_is(small_pieces):
     """And another step can start from it: of the same model, or of one with other weights."""
     model, other = small_model(n_layer=2), small_model(n_layer=2, rule="zoh")
     ids = random_ids(model, 3, 1)
-    step = generate.ColumnStep(model, random_state(model))
+    step = generate.LayerStep(model, random_state(model))
     step(ids[0])
-    state = step.read_state()
+    state = step.state.clone()
     before = state.clone()
     expected, _ = model.step(ids[1], before)
     assert_close("logits", step(ids[1]), expected, 1e-5)
     for follower in (model, other):
         expected, _ = follower.step(ids[2], before)
-        logits = generate.ColumnStep(follower, state)(ids[2])
+        logits = generate.LayerStep(follower, state)(ids[2])
         assert_close("logits of another step", logits, expected, 1e-5)
     assert torch.equal(state.conv, before.conv) and torch.equal(state.h, before.h)
 
@@ -219,20 +226,17 @@ def test_a_state_that_was_asked_for_stays_what_it_is(small_pieces):
 @pytest.mark.parametrize(("in_fp32", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
 def test_the_residual_stream_has_the_dtype_that_the_model_asks_for(in_fp32, dtype):
     model = small_model(torch.bfloat16, residual_in_fp32=in_fp32, n_layer=2)
-    rms_norm = mock.Mock(wraps=generate.rms_norm)
-    with mock.patch.object(generate, "rms_norm", rms_norm):
-        generate.ColumnStep(model, model.init_state(1))(random_ids(model, 1))
-    assert [call.args[0].dtype for call in rms_norm.call_args_list] == [dtype] * 3
+    with mock.patch.object(generate.Layer, "step", lambda self, u: seen.append(u.dtype) or u):
+        seen: list[torch.dtype] = []
+        generate.LayerStep(model, model.init_state(1))(random_ids(model, 1))
+    assert seen == [dtype] * 2
 
 
 @pytest.mark.parametrize("dtype", OF_A_STEP)
-def test_a_norm_is_computed_in_float32(dtype):
-    """The squares of these numbers are too large for float16."""
-    norm, u = small_model(dtype, norm_eps=0.1).backbone.norm_f, 1000 * normal(8, dtype=dtype)
-    rms = (u.double().square().mean() + 0.1).sqrt()
-    actual = generate.rms_norm(u, norm)
-    assert actual.dtype == torch.float32
-    assert_close("norm", actual, u.double() / rms * norm.weight.double(), 1e-6)
+def test_a_stream_whose_squares_are_too_large_for_float16_is_normed(dtype, small_pieces):
+    model = small_model(dtype, norm_eps=0.1, residual_in_fp32=False)
+    model.backbone.embedding.weight.mul_(1000)
+    check_step(model)
 
 
 @pytest.mark.parametrize("bias", [-30.0, -12.0, 30.0])
@@ -244,19 +248,19 @@ def test_delta_has_float32_digits_at_every_size(bias):
     block.A_log.fill_(-5.0)  # so that a long step does not forget everything
     start, ids = random_state(model), random_ids(model, 1)
     start.h.zero_()
-    step = generate.ColumnStep(model, start)
+    step = generate.LayerStep(model, start)
     step(ids)
     _, expected = copy.deepcopy(model).double().step(ids, start.map(Tensor.double))
-    assert_close("h", step.read_state().h, expected.h, 1e-5)
+    assert_close("h", step.state.clone().h, expected.h, 1e-5)
 
 
 ## ================================================================================================
-## What is decoded by columns
+## What is decoded by layers
 ## ================================================================================================
 
 
 def can_copy(model: Mamba, batch: int = 1, tokens: int = 64) -> bool:
-    return generate.can_copy(model, model.init_state(batch), tokens)
+    return generate.worth_copies(model, model.init_state(batch), tokens)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -293,7 +297,7 @@ def test_a_model_that_takes_too_much_memory_is_not(changes, monkeypatch):
 
 
 def test_a_model_elsewhere_is_not():
-    assert generate.can_copy(small_model().to("meta"), random_state(small_model()), 64) is False
+    assert generate.worth_copies(small_model().to("meta"), random_state(small_model()), 64) is False
 
 
 def test_a_model_with_a_hook_is_not_while_it_has_it():
@@ -339,15 +343,14 @@ def test_nothing_is_under_autocast():
 
 @pytest.fixture
 def made(monkeypatch, small_pieces) -> list[weakref.ref]:
-    """The steps by columns that are made from now on, for streams of three tokens or more."""
-    references = []
+    """The copies of weights that are made from now on, for streams of three tokens or more."""
+    references, copy_weights = [], generate.LayerStep.copy_weights
 
-    class Noted(generate.ColumnStep):
-        def __init__(self, model: Mamba, state: MambaState) -> None:
-            super().__init__(model, state)
-            references.append(weakref.ref(self))
+    def noted(self) -> None:
+        copy_weights(self)
+        references.append(weakref.ref(self.layers[0]))
 
-    monkeypatch.setattr(generate, "ColumnStep", Noted)
+    monkeypatch.setattr(generate.LayerStep, "copy_weights", noted)
     monkeypatch.setattr(generate, "COPY_FOR_TOKENS", 3)
     return references
 
@@ -358,18 +361,18 @@ def streamed(model: Mamba, ids: Tensor, new: int = 12, **options) -> list[list[i
     return [step.tolist() for step in generate.stream(model, ids, **options)]
 
 
-def without_columns():
-    return mock.patch.object(generate, "can_copy", lambda *arguments: False)
+def by_step():
+    return mock.patch.object(generate, "worth_copies", lambda *arguments: False)
 
 
 def assert_right(model: Mamba, ids: Tensor, **options) -> None:
     tokens = streamed(model, ids, **options)
-    with without_columns():
+    with by_step():
         assert tokens == streamed(model, ids, **options)
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_stream_has_the_tokens_that_it_has_without_columns(rule, made):
+def test_a_stream_by_layers_has_the_tokens_of_the_stream_by_step(rule, made):
     model = small_model(rule=rule, n_layer=2)
     ids, mask = random_ids(model, 1, 7), torch.arange(7).unsqueeze(0) >= 3
     for count, options in enumerate(
@@ -392,7 +395,7 @@ def test_a_padded_prompt_has_the_continuation_of_its_tokens(made):
     assert streamed(model, ids, mask=mask) == streamed(model, ids[:, 3:])
 
 
-def test_columns_are_made_once_and_for_what_can_be_copied(made, monkeypatch):
+def test_copies_are_made_once_and_only_where_they_pay(made, monkeypatch):
     monkeypatch.setattr(generate, "COPY_FOR_TOKENS", 32)
     model, ids = small_model(), random_ids(small_model(), 2, 4)
     streamed(model, ids[:1], 31)
@@ -406,7 +409,7 @@ def test_columns_are_made_once_and_for_what_can_be_copied(made, monkeypatch):
     assert len(made) == 2
 
 
-def test_no_columns_are_made_for_a_stream_that_is_left_after_its_first_token(made):
+def test_no_copies_are_made_for_a_stream_that_is_left_after_its_first_token(made):
     model = small_model()
     steps = generate.stream(model, random_ids(model, 1, 4), max_new_tokens=9)
     next(steps)
@@ -418,7 +421,7 @@ def test_no_columns_are_made_for_a_stream_that_is_left_after_its_first_token(mad
 def test_interleaved_streams_of_one_model_do_not_disturb_each_other(made):
     model = small_model(n_layer=2)
     prompts = [random_ids(model, 1, 4, seed=seed) for seed in range(2)]
-    with without_columns():
+    with by_step():
         expected = [streamed(model, prompt) for prompt in prompts]
     assert expected[0] != expected[1]
     options = {"temperature": 0, "max_new_tokens": 12}
@@ -478,7 +481,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_of_the_weights_in_place_counts_from_the_next_token(change, made):
-    """Of a stream that waits: it goes on as it does without columns, and not as if unchanged."""
+    """Of a stream that waits: it goes on as it does by `step`, and not as if unchanged."""
 
     def tokens() -> list[int]:
         model = small_model(n_layer=2)
@@ -489,26 +492,26 @@ def test_a_change_of_the_weights_in_place_counts_from_the_next_token(change, mad
 
     actual = tokens()
     assert len(made) == 2
-    with without_columns():
+    with by_step():
         assert actual == tokens()
     model = small_model(n_layer=2)
     assert [[token] for token in actual] != streamed(model, random_ids(model, 1, 4), 14)
 
 
 @pytest.mark.parametrize("dtype", OF_A_STEP)
-def test_so_does_a_change_of_any_weight_and_the_state_goes_on(dtype, made):
+def test_a_change_of_any_weight_counts_and_the_state_goes_on(dtype, made):
     """Weights that are kept in another form, such as A, are no exception."""
     model = small_model(dtype, n_layer=2, bias=True)
     start, exact = random_state(model), copy.deepcopy(model).double()
     state, names = start.map(Tensor.double), dict(model.named_parameters())
     text = random_ids(model, len(names), 1)
-    with generate.by_columns(model, start) as step:
-        for name, token_ids in zip(names, text, strict=True):
-            for changed in (model, exact):
-                changed.get_parameter(name).neg_()
-            expected, state = exact.step(token_ids, state)
-            logits = step(token_ids)
-            assert_close(f"logits after a change of {name}", logits, expected, OF_A_STEP[dtype])
+    step = generate.LayerStep(model, start)
+    for name, token_ids in zip(names, text, strict=True):
+        for changed in (model, exact):
+            changed.get_parameter(name).neg_()
+        expected, state = exact.step(token_ids, state)
+        logits = step(token_ids)
+        assert_close(f"logits after a change of {name}", logits, expected, OF_A_STEP[dtype])
     assert len(made) == len(names)
 
 
@@ -528,7 +531,7 @@ def leave_by_an_error_inside(steps) -> None:
 
 
 @pytest.mark.parametrize("leave", [leave_at_the_end, leave_by_closing, leave_by_an_error_inside])
-def test_a_stream_that_has_ended_keeps_neither_its_columns_nor_the_model(leave, made):
+def test_a_stream_that_has_ended_keeps_neither_its_copies_nor_the_model(leave, made):
     """They are as large as the model, so they go at once and not with the next collection."""
     model = small_model()
     steps = generate.stream(model, random_ids(model, 1, 4), max_new_tokens=9)

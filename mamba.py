@@ -9,26 +9,25 @@
     block = mamba.MambaBlock(mamba.MambaConfig(d_model=64))         # a layer for your own network
     y = block(torch.randn(2, 100, 64))                              # (b, l, d_model) in and out
 
-Part I is Mamba, all of it. Part II runs the same recurrence faster. Nothing in part III is about
-Mamba: checks, then files.
+Part I is Mamba. Part II runs the same recurrence faster. Nothing in part III is about Mamba.
 
-Symbols. Capital letters are parameters of the state space model (SSM), lowercase letters are
-signals or axes: b batch, l seqlen, d d_inner (channels), n d_state (states of a channel).
+Symbols. Capital letters belong to the state space model (SSM), lowercase letters are signals or
+axes: b batch, l seqlen, d d_inner (channels), n d_state (states of a channel).
 
     stream  (b, l, d_model)  the residual stream, to which every block adds
     u       (b, l, d_model)  input of a Mamba block: the stream, normed
     raw, z  (b, l, d)        what in_proj makes of u: the input of a short convolution, and the gate
     x, y    (b, l, d)        input and output of the SSM; x comes out of the convolution
-    dt      (b, l, d)        Δ before its bias is added and softplus is taken
+    dt      (b, l, d)        Δ = softplus(dt + bias), where softplus(a) = log(1 + e^a)
     delta   (b, l, d)        Δ, the step size: how much a token counts
-    A       (d, n)           how fast each state decays, negative
-    B, C    (b, l, n)        what is written into the state, what is read out of it
-    D       (d,)             the direct path from x to y
+    A       (d, n)           how fast each state decays, negative; learned
+    B, C    (b, l, n)        what is written into the state, what is read out of it; from the token
+    D       (d,)             the direct path from x to y; learned
     h       (b, d, n)        the state, always float32 (float64 for float64 inputs)
     A_bar, B_bar  (b, d, n)  Ā and B̄: A and B for one step of length Δ
 
-All of Mamba in numbers: one channel, one state, A = -1, B = C = 1, from h = 0. Each token has its
-own Δ, which gives Ā = exp(ΔA) and B̄ = ΔB. Then h_t = Ā h_{t-1} + B̄ x_t and y_t = C h_t.
+The core of Mamba in numbers: one channel, one state, A = -1, B = C = 1, from h = 0. Each token has
+its own Δ, which gives Ā = exp(ΔA) and B̄ = ΔB. Then h_t = Ā h_{t-1} + B̄ x_t and y_t = C h_t.
 
     x     Δ       Ā       B̄       y = h
     3     1       0.368   1       0.368 · 0    + 1    · 3  =  3       is written into the state
@@ -61,7 +60,8 @@ from torch import Tensor, nn
 ## Part I: Mamba
 ## ================================================================================================
 ##
-## Lines that begin with ## teach; comments with a single # protect the code.
+## Lines that begin with ## teach; comments with a single # protect the code. Functions called
+## check_... raise errors (part III), `companion` finds a GPU kernel (part II): read past them.
 ##
 ## A sequence model turns the inputs x_1 ... x_t into an output y_t, for every t. Attention keeps
 ## all past inputs and looks through them again at each step. A recurrent model keeps a summary of
@@ -79,27 +79,27 @@ from torch import Tensor, nn
 ##
 ## In S4 (arXiv 2111.00396) Δ, A, B and C are the same at every step. Unroll (2a), and powers of one
 ## Ā appear: y_t = C B̄ x_t + C Ā B̄ x_{t-1} + C Ā² B̄ x_{t-2} + ... This is a convolution with one
-## kernel as long as the text (eq. 3), which a fast Fourier transform computes for all t at once.
+## filter as long as the text (eq. 3), which a fast Fourier transform computes for all t at once.
 ## But it treats every token alike: it cannot keep this name and skip that filler word.
 ##
 ## Mamba's one idea is selection: Δ, B and C are computed from the current input (`select`). Ā now
-## differs at every step, so no fixed kernel exists and the convolution is gone. What is left is
+## differs at every step: there is no such filter, and no Fourier transform. What is left is
 ## (2a) itself, to be run as a scan: like a cumulative sum, it yields a result at every position,
 ## each from the one before. "The combine" below says why it runs in parallel all the same.
 ##
 ## An LSTM or GRU gates its memory too, but its gates read h_{t-1}, through a matrix and a sigmoid:
 ## nobody can compute step t + 1 before step t is done. Here Ā_t and B̄_t read only the input. Given
-## these, (2a) is linear in h, and linear steps can be merged before h is known. (A GRU without
-## h_{t-1} in its gates, minGRU, arXiv 2410.01201, is (2a) with n = 1. Mamba has n = 16: a channel
-## remembers at 16 time scales and, through B and C, 16 different things.)
+## these, (2a) is linear in h, and linear steps can be merged before h is known. Mamba has n = 16: a
+## channel remembers at 16 time scales and, through B and C, 16 different things.
 ##
-## A layer remembers d x n numbers for the SSM and d x (d_conv - 1) for its short convolution. For
-## mamba-130m in float32 these are 24 layers x 1536 x (16 + 3) x 4 bytes = 2.8 MB a sequence, after
-## ten tokens and after a million. A transformer of that width and depth, with attention in every
-## other layer, caches 12 x 2 x 768 x 4 bytes for each token: 2.8 MB at token 38. The price: a state
-## of fixed size cannot hold everything. To copy a long random string, or to find one number in a
-## long phone book, takes more bits than it has (arXiv 2402.01032). Selection chooses what to lose.
-## (And the published models saw 2048 tokens at a time: not far beyond, they get worse.)
+## A layer remembers d x n numbers for the SSM and d x (d_conv - 1) for its short convolution (see
+## the block). For mamba-130m in float32: 24 layers x 1536 x (16 + 3) x 4 bytes = 2.8 MB a sequence,
+## after ten tokens and after a million. A transformer of that width and depth, half of it attention
+## and half MLPs, caches 12 layers x (key + value) x 768 x 4 bytes for each token: 2.8 MB at token
+## 38. The price: a state of fixed size cannot hold everything. To copy a long random string, or to
+## find one number in a long phone book, takes more bits than it has (arXiv 2402.01032). Selection
+## chooses what to lose. And what runs for ever need not stay good: the published models saw 2048
+## tokens at a time. Not far beyond, where states are older than any in training, they get worse.
 
 
 @dataclass
@@ -107,7 +107,7 @@ class MambaConfig:
     """Every number that defines a model; `MambaConfig(d_model=64)` is enough for one block. Raises
     ValueError for values of the wrong type or size and for unknown names."""
 
-    d_model: int  # width of the stream (the paper's D, which is also its d_inner, and D above)
+    d_model: int  # width of the stream (the paper's D; it writes D for d_inner as well)
     n_layer: int = 1
     vocab_size: int = 50277  # rows of the embedding that stand for tokens
     d_state: int = 16  # the paper's N: states per channel
@@ -146,8 +146,9 @@ class MambaConfig:
 ## The language model ------------------------------------------------------------------------------
 ##
 ## Token ids become vectors, n_layer residual blocks transform them, a norm and a matrix turn them
-## into logits: scores of every possible next token. Nothing here knows about positions; order
-## enters through the recurrence alone. Each star below is one block at one time:
+## into logits: scores of every possible next token. There are no positions and no heads: order
+## enters through the recurrence and its short convolution, and each channel is an SSM of its own.
+## Each star below is one block at one time:
 ##
 ##     layers[2]    *-----*-----*-----*-----*     The state moves right (time), the stream moves up.
 ##                  |     |     |     |     |     A star needs the star to its left (the state of
@@ -174,7 +175,7 @@ class Mamba(nn.Module):
         logits, state = model.step(token_ids, state)   # (b,) -> (b, padded_vocab_size)
 
     Raises ValueError for ids of another shape or type and a state that does not fit; IndexError for
-    an id without a row. from_pretrained, save_pretrained and param_groups: at the end of this file.
+    an id without a row. from_pretrained and save_pretrained stand at the end of this file.
     """
 
     def __init__(self, config: MambaConfig) -> None:
@@ -240,6 +241,19 @@ class Mamba(nn.Module):
         """The state before the first token: zeros, with the layers stacked in front."""
         return MambaState.stack([layer.mixer.init_state(batch) for layer in self.backbone.layers])
 
+    ## Weight decay is for the weights of the projections, the convolution and the embedding. dt's
+    ## bias pulled towards 0 is Δ pulled towards 0.69, and A_log pulled towards 0 is every rate of
+    ## decay pulled towards 1.
+
+    def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Two groups for torch.optim.AdamW: with weight decay and without."""
+        groups = [{"params": [], "weight_decay": decay} for decay in (weight_decay, 0.0)]
+        for name, parameter in self.named_parameters():
+            # A_log has two axes, as a matrix has: its name tells, not its shape.
+            is_weight = parameter.ndim >= 2 and not name.endswith("A_log")
+            groups[0 if is_weight else 1]["params"].append(parameter)
+        return groups
+
 
 ## A block adds a correction to the stream and never overwrites it: gradients reach every layer
 ## along the plain sum. A transformer alternates two kinds of blocks, attention and MLP. Mamba has
@@ -247,7 +261,7 @@ class Mamba(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """stream + mixer(norm(stream)). mixer: another block than MambaBlock; options reach it."""
+    """stream + mixer(norm(stream)). mixer: used instead of a MambaBlock; it gets the options."""
 
     def __init__(self, config: MambaConfig, mixer: nn.Module | None = None) -> None:
         super().__init__()
@@ -287,21 +301,21 @@ class RMSNorm(nn.Module):
 ##        |----> select: Δ, B, C  |        What this token wants written, kept and read.
 ##        |        |              |
 ##      selective scan           silu      The recurrence (2a), (2b): here, and only here,
-##        |        + D x          |        information travels along time without limit.
+##        |        + D x          |        information travels along time over any distance.
 ##        | y                     |
-##        `--------- * -----------'        The gate.
+##        `--------- * -----------'        The gate. silu(a) = a sigmoid(a)
 ##                   |
 ##                out_proj -> (b, l, d_model)
 ##
-## Each of the d channels runs its own SSM with n states, so A has (d, n) entries. Channels mix in
-## the projections and nowhere else. Each state is a leaky sum of its own, h = Ā h + B̄ x.
+## A is diagonal, so each of the d channels needs n numbers of it. Channels mix in the projections
+## and nowhere else.
 ##
-## The convolution: Δ, B and C should depend on more than a bare token: "not" means something else
-## after "why". Four inputs side by side are cheap, and a recurrence is poor at exactly this: it
-## smears the past by exponentials and has no sharp view of "two tokens ago". The gate z multiplies
-## what the scan recalls by what the current token has to say, as in a gated MLP. It comes from u
-## directly; it is not a residual. D x: y_t = C h_t goes through the state even to pass x_t on
-## unchanged; a direct path, a weight per channel, leaves the SSM to learn what to add to it.
+## The convolution (not S4's: d_conv = 4 taps): Δ, B and C should depend on more than a bare token.
+## "Not" means something else after "why". Four inputs side by side are cheap, and a recurrence is
+## poor at exactly this: it smears the past by exponentials and has no sharp view of "two tokens
+## ago". The gate z multiplies what the scan recalls by what the current token has to say, as in a
+## gated MLP. It comes from u directly; it is not a residual. D x: without it x_t could reach y_t
+## only through the state.
 
 
 class MambaBlock(nn.Module):
@@ -319,7 +333,7 @@ class MambaBlock(nn.Module):
         self.in_proj = nn.Linear(config.d_model, 2 * d, bias=config.bias)
         self.conv1d = nn.Conv1d(d, d, config.d_conv, groups=d, bias=config.conv_bias)
         self.x_proj = nn.Linear(d, rank + 2 * n, bias=False)
-        self.dt_proj = DeltaProjection(rank, d)  # a Linear that leaves its bias to others
+        self.dt_proj = DeltaProjection(rank, d)  # a Linear that leaves its bias to selective_scan
         self.A_log = nn.Parameter(torch.empty(d, n))
         self.D = nn.Parameter(torch.empty(d))
         self.out_proj = nn.Linear(d, config.d_model, bias=config.bias)
@@ -339,9 +353,9 @@ class MambaBlock(nn.Module):
         self.A_log.copy_(torch.arange(1, config.d_state + 1).log().expand_as(self.A_log))
         nn.init.ones_(self.D)
 
-        ## Δ starts log-uniform in [0.001, 0.1]: time scales from 10 to 1000 tokens for A = -1. It
-        ## lives in the bias, so that Δ = softplus(bias) while dt_proj's input is near zero. Hence
-        ## softplus is inverted: log(1 + e^bias) = Δ  <=>  bias = log(e^Δ - 1) = Δ + log(1 - e^-Δ).
+        ## Δ starts log-uniform in [0.001, 0.1]: time scales from 10 to 1000 tokens for A = -1. This
+        ## start lives in dt_proj's bias (Algorithm 2's "Parameter"), and what the token adds to it
+        ## is small at first. Hence softplus inverted: bias = log(e^Δ - 1) = Δ + log(1 - e^-Δ).
         bound = config.dt_scale * config.dt_rank**-0.5
         lower = bound if config.dt_init == "constant" else -bound
         nn.init.uniform_(self.dt_proj.weight, lower, bound)
@@ -359,8 +373,8 @@ class MambaBlock(nn.Module):
             nn.init.zeros_(self.out_proj.bias)
 
     ## A is negative, because Ā = exp(ΔA) must stay below 1 or the state would grow without bound.
-    ## -exp(.) is negative whatever the optimiser does, and one step of it changes a rate of decay
-    ## by a factor and not by an amount: rates of 1 and of 16 are equally easy to adjust.
+    ## -exp(.) is negative whatever the optimiser does, and an update changes a rate of decay by a
+    ## factor and not by an amount: rates of 1 and of 16 are equally easy to adjust.
 
     @property
     def A(self) -> Tensor:
@@ -370,12 +384,12 @@ class MambaBlock(nn.Module):
     def forward(
         self, u: Tensor, state: MambaState | None = None, *, reset: Tensor | None = None
     ) -> Tensor | tuple[Tensor, MambaState]:
-        """reset (b, l) bool: True where a new document starts; nothing crosses that point. Padding
-        on the left is a document that starts late: reset at each row's first real token."""
+        """reset (b, l) bool: True where a new document starts; nothing crosses that point."""
         check_block(self.config, u, 3, state, reset)
         start = self.init_state(len(u)) if state is None else state
         raw, z = self.in_proj(u).chunk(2, dim=-1)  # (b, l, d) each
-        ## x_t = silu(bias + Σ_j weight_j raw_{t - (d_conv - 1) + j}), for all t: see part II.
+        ## x_t = silu(bias + Σ_j weight_j raw_{t - (d_conv - 1) + j}), j = 0 ... d_conv - 1. With
+        ## reset no term reaches back over the start of a document. (Its code: part II.)
         x, conv = causal_conv(
             raw, self.conv1d.weight, self.conv1d.bias, start.conv, reset, scan=self.config.scan
         )
@@ -387,9 +401,15 @@ class MambaBlock(nn.Module):
         out = self.out_proj(y)
         return out if state is None else (out, MambaState(conv, h))
 
+    ## Padding on the left would write into h and into the convolution: even a zero becomes
+    ## silu(bias). With reset at each row's first real token it is a document before the text:
+    ## Ā = 0 forgets it, and what comes out on it means nothing. Padding on the right is not seen by
+    ## the tokens to its left, only by the state that is returned. Time runs one way: to read from
+    ## both sides takes two blocks (examples/recipes.py), and there is no step.
+    ##
     ## `step` is `forward` without the axis l: lay one over the other. The convolution is the same
-    ## sum over a window that slides, the scan one application of (2a), (2b). Nothing depends on how
-    ## many tokens came before: constant time, constant memory.
+    ## sum over a window that slides, the scan one application of (2a), (2b). A new document starts
+    ## from init_state.
 
     def step(self, u: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         """One token: u (b, d_model) and the state before it -> (b, d_model), next state."""
@@ -417,15 +437,15 @@ class MambaBlock(nn.Module):
     ##   Δ -> 0:    exp(Δ A) -> 1 and Δ B -> 0. The state stays as it is and the token is skipped.
     ##   Δ -> inf:  exp(Δ A) -> 0 and Δ B -> inf. The past is forgotten, the token takes over.
     ## These belong together: Δ is a step in time, and a long step is at once a long time to decay
-    ## and a long time under the influence of this input. With n = 1, A = -1, B = 1 and the exact
-    ## solution of (1a) over a step (rule "zoh" below) it is a gate, g = sigmoid(dt + bias), the
-    ## paper's Theorem 1: h_t = (1 - g) h_{t-1} + g x_t. A needs no selection: only ΔA matters.
+    ## and a long time under the influence of this input. With n = 1, A = -1, B = 1 and B̄ = 1 - Ā
+    ## (rule "zoh" below) it is a gate, g = sigmoid(dt + bias), the paper's Theorem 1:
+    ## h_t = (1 - g) h_{t-1} + g x_t. A needs no selection: ΔA depends on the token already.
     ##
-    ## Δ = softplus(dt + bias), where softplus(a) = log(1 + e^a) is positive: nearly 0 for very
-    ## negative a, nearly a for large ones. The bias is the time scale that a channel has before a
-    ## token says anything. dt has low rank: a d x d matrix would have 2.4 million weights in
-    ## mamba-130m, as many as in_proj, but tokens do not differ in that many ways as to how much
-    ## they count. x_proj maps to R = d_model / 16 numbers and dt_proj, with nothing between, to d.
+    ## softplus is positive, nearly 0 for very negative numbers and nearly the identity for large
+    ## ones. The bias is the time scale that a channel has before a token says anything. dt has low
+    ## rank: a d x d matrix would have 2.4 million weights in mamba-130m, as many as in_proj, but
+    ## tokens do not differ in that many ways as to how much they count. x_proj maps to R = d_model
+    ## / 16 numbers and dt_proj, with nothing between, to d.
 
     def select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., d) -> dt (..., d) without its bias, B (..., n), C (..., n)."""
@@ -438,6 +458,18 @@ class MambaBlock(nn.Module):
         conv_shape = (batch, self.config.d_inner, self.config.d_conv - 1)
         h_shape = (batch, self.config.d_inner, self.config.d_state)
         return MambaState(self.D.new_zeros(conv_shape), at_least_float32(self.D.new_zeros(h_shape)))
+
+
+class DeltaProjection(nn.Linear):
+    """A Linear whose bias is left to the caller, who adds it in float32.
+
+    The bias starts between -7 and -2, and what the weights add to it is small: a sum in bfloat16,
+    with its 8 significant bits, would round much of it away. It is called as a module, so that
+    adapters such as LoRA can wrap it; a wrapper has to pass `.bias` on.
+    """
+
+    def forward(self, low_rank: Tensor) -> Tensor:
+        return F.linear(low_rank, self.weight)
 
 
 @dataclass
@@ -466,7 +498,7 @@ class MambaState:
         return self.map(torch.clone)
 
     def detach(self) -> MambaState:
-        """Back-propagation stops here (truncated back-propagation)."""
+        """Back-propagation stops here: for training on window after window (truncated)."""
         return self.map(torch.detach)
 
     def to(self, device: torch.device | str) -> MambaState:
@@ -477,8 +509,8 @@ class MambaState:
 ##
 ## (1a) speaks of continuous time. Over one step of length Δ, with A and B constant, what does it do
 ## to h? Without input, h' = A h gives h(t + Δ) = exp(ΔA) h(t): that is Ā. How the input enters
-## depends on what one assumes x to be between the samples. To the right of each rule, where h ends
-## if x = 1 for ever, A = -1 and B = 1; the exact solution of (1a) ends at 1.
+## depends on what one assumes x to be between the samples. The last two columns: where h ends if
+## x = 1 for ever, A = -1 and B = 1; the exact solution of (1a) ends at 1.
 ##
 ##                                                                      Δ = 0.1   Δ = 4
 ##   "mamba"     Ā = exp(ΔA)                  B̄ = ΔB                     1.051    4.075
@@ -512,9 +544,6 @@ def discretize(delta: Tensor, A: Tensor, B: Tensor, rule: str = "mamba") -> tupl
     raise ValueError(f"rule must be one of {RULES}, got {rule!r}")
 
 
-## The recurrence ----------------------------------------------------------------------------------
-
-
 def recurrence(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor,
     *, rule: str = "mamba", reset: Tensor | None = None,
@@ -530,8 +559,8 @@ def recurrence(
 
 ## A scan runs it for all t. Every scan in this file has this signature, is differentiable in every
 ## tensor, h0 and h_last included, and computes in float32 even if it is given less: errors in h add
-## up along time, and bfloat16 has no number between 0.9961 and 1 for a decay. This one is the
-## definition, a loop. It is slow on parallel hardware, where each step waits for the one before.
+## up along time, and in bfloat16 a decay of 0.999 would be 1. This one is the definition, a loop.
+## It is slow on parallel hardware, where each step waits for the one before.
 
 
 def scan_sequential(
@@ -553,13 +582,6 @@ def scan_sequential(
     return torch.stack(ys, dim=1), h
 
 
-def at_least_float32(*tensors: Tensor) -> Any:
-    """float16 and bfloat16 become float32; if one is float64, all do. One in, one out."""
-    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
-    results = [tensor.to(torch.float64 if wide else torch.float32) for tensor in tensors]
-    return results if len(results) > 1 else results[0]
-
-
 ## The combine. One step of (2a) is the map h -> a h + v, with a = Ā_t and v = B̄_t x_t. Do one such
 ## map and then another, and the result is again such a map:
 ##
@@ -569,8 +591,8 @@ def at_least_float32(*tensors: Tensor) -> Any:
 ## The pair on the right was computed without knowing h, so half of the work can start in the middle
 ## of the sequence. And combine is associative: any bracketing gives the same result. Combine
 ## neighbours, then pairs of pairs: log2(l) rounds up the tree give the whole, and as many back down
-## hand every position the combination of all before it. Nothing of the kind holds for
-## tanh(W h + v), which is why an LSTM must wait. The scans of part II use it.
+## hand every position the combination of all before it: about twice the work of the loop, in
+## 2 log2(l) rounds in place of l. Nothing of the kind holds for tanh(W h + v): an LSTM must wait.
 
 
 ## The selective scan ------------------------------------------------------------------------------
@@ -584,8 +606,7 @@ def selective_scan(
     z: Tensor | None = None, h0: Tensor | None = None, *, dt_bias: Tensor | None = None,
     dt_softplus: bool = True, rule: str = "mamba", reset: Tensor | None = None, scan: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Lines 4 to 6 of Algorithm 2 and what surrounds them: Δ = softplus(dt + dt_bias), then
-    y = (scan(x, Δ, A, B, C) + D x) silu(z).
+    """Δ = softplus(dt + dt_bias), then y = (scan(x, Δ, A, B, C) + D x) silu(z).
 
     x, dt, z (b, l, d), A (d, n), B, C (b, l, n), D, dt_bias (d,), h0 (b, d, n), reset (b, l) bool;
     or one token, with h0 and without the axis l. Returns y in x's dtype and h_last (b, d, n) in
@@ -916,7 +937,7 @@ def is_our_own(model: nn.Module) -> bool:
     )
 
 
-## The convolution for all t, and two functions of which part I needs only the names --------------
+## The convolution for all t, and two functions of part I that say what they do by their names ----
 
 
 def causal_conv(
@@ -954,16 +975,11 @@ def causal_conv(
     return F.silu(x).to(raw.dtype), next_past
 
 
-class DeltaProjection(nn.Linear):
-    """A Linear whose bias is left to the caller, who adds it in float32.
-
-    The bias starts between -7 and -2, and what the weights add to it is small: a sum in bfloat16,
-    with its 8 significant bits, would round much of it away. It is called as a module, so that
-    adapters such as LoRA can wrap it; a wrapper has to pass `.bias` on.
-    """
-
-    def forward(self, low_rank: Tensor) -> Tensor:
-        return F.linear(low_rank, self.weight)
+def at_least_float32(*tensors: Tensor) -> Any:
+    """float16 and bfloat16 become float32; if one is float64, all do. One in, one out."""
+    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    results = [tensor.to(torch.float64 if wide else torch.float32) for tensor in tensors]
+    return results if len(results) > 1 else results[0]
 
 
 def expm1_over(a: Tensor) -> Tensor:
@@ -1058,24 +1074,6 @@ def check_scan(scan: str, x: Tensor, **tensors: Tensor | None) -> None:
 def check_chunk(chunk: int) -> None:
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
-
-
-## What is decayed. Weight decay is for the weights of the projections, the convolution and the
-## embedding. Biases, norms and D are no such weights, and A_log pulled towards 0 is every rate
-## pulled towards 1.
-
-
-def param_groups(model: Mamba, weight_decay: float) -> list[dict[str, Any]]:
-    """Two parameter groups for torch.optim.AdamW: with weight decay and without."""
-    decay, keep = [], []
-    for name, parameter in model.named_parameters():
-        # A_log has two axes, as a matrix has: its name tells, not its shape.
-        is_weight = parameter.ndim >= 2 and not name.endswith("A_log")
-        (decay if is_weight else keep).append(parameter)
-    return [
-        {"params": decay, "weight_decay": weight_decay},
-        {"params": keep, "weight_decay": 0.0},
-    ]
 
 
 ## Files. A folder or a repository of the Hub holds config.json and the weights, in the layout of
@@ -1386,4 +1384,3 @@ def save(model: Mamba, path: str | os.PathLike) -> None:
 
 
 Mamba.from_pretrained, Mamba.save_pretrained = classmethod(load), save
-Mamba.param_groups = param_groups

@@ -1255,6 +1255,7 @@ def fits(tensors: Iterable[Tensor | None], rule: str, d_state: int, d_conv: int)
         rule in RULES
         and 1 <= d_state <= MAX_STATE
         and 1 <= d_conv <= MAX_WIDTH
+        # A list, not a generator: asked twice for each layer, and eager time is Python's time.
         and all([tensor is None or tensor.dtype in DTYPES for tensor in tensors])
     )
 
@@ -1264,19 +1265,17 @@ def takes(
 ) -> bool:
     """Whether the kernels can run on x (b, l, d) and the others, and should.
 
-    Not on a CPU, where the interpreter is for tests. Not under torch.func and torch.jit.trace,
+    That all are on x's device is for the call to check. Not on a CPU, where the interpreter is for tests. Not under torch.func and torch.jit.trace,
     which want plain operators. Under torch.compile they can: the kernels are operators of their
     own there.
     """
     return (
         x.is_cuda
         and x.ndim == 3
-        and len(x) <= MAX_BATCH
         and not torch._C._are_functorch_transforms_active()
         and not torch.jit.is_tracing()
+        and len(x) <= MAX_BATCH
         and fits((x, *others), rule, d_state, d_conv)
-        # A list, not a generator: it is asked twice for each layer, and eager time is Python's.
-        and all([tensor is None or tensor.device == x.device for tensor in others])
     )
 
 

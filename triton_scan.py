@@ -1265,9 +1265,9 @@ def takes(
 ) -> bool:
     """Whether the kernels can run on x (b, l, d) and the others, and should.
 
-    That all are on x's device is for the call to check. Not on a CPU, where the interpreter is for tests. Not under torch.func and torch.jit.trace,
-    which want plain operators. Under torch.compile they can: the kernels are operators of their
-    own there.
+    That all are on x's device is for the call to check. Not on a CPU, where the interpreter is for
+    tests. Not under torch.func and torch.jit.trace, which want plain operators. Under torch.compile
+    they can: the kernels are operators of their own there.
     """
     return (
         x.is_cuda

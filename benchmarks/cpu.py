@@ -20,7 +20,7 @@ transformers has a choice of scans: eager it loops over time, compiled it uses P
 associative_scan; both are its defaults.
 
 decode   130m (768 x 24, vocabulary 50280), batch 1: time of a token. Ours is `stream` of
-         generate.py, without the copy of the weights that it makes before its second token;
+         generate.py, without the copies of weights that it makes before its second token;
          transformers is its forward with cache_params, which is what its `generate` runs, without
          what that adds; mambapy is its `step`. All take the most probable token, but for one row of
          ours, which samples as the command line does by default. Two rows more are ours without
@@ -170,7 +170,9 @@ class Transformers:
             token_ids = out.logits[:, -1].argmax(-1)
             yield token_ids
             ids = token_ids.unsqueeze(-1)
-            out = self.model(ids, cache_params=out.cache_params, use_cache=True)
+            # 5.24 calls it cache, and the versions before cache_params.
+            name = "cache" if "cache" in out else "cache_params"
+            out = self.model(ids, **{name: out[name]}, use_cache=True)
 
 
 class Mambapy:
@@ -688,6 +690,7 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
         entries = {key.strip(): value.strip() for key, _, value in lines}
         name, flags = entries.get("model name", name), entries.get("flags", "")
     has = {flag: "yes" if flag in flags.split() else "no" for flag in ("avx512_bf16", "amx_tile")}
+    has["PyTorch uses"] = torch.backends.cpu.get_cpu_capability()
     versions = {"torch": torch.__version__, **options.peers}
     return {"cpu": name, **has, "threads": options.threads, **versions}
 

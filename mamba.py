@@ -74,8 +74,9 @@ from torch import Tensor, nn
 ##     y(t)  = C h(t)              (1b)          y_t = C h_t                 (2b)
 ##
 ## with Ā and B̄ computed from Δ, A and B (`discretize`). Here x_t and y_t are one number each, and
-## h_t holds n numbers. A is diagonal: each state decays at a rate of its own, and they do not mix.
-## A layer runs d such SSMs side by side, one for each channel of its input.
+## h_t holds n numbers. A is diagonal, n numbers and not n x n: each state decays at a rate of its
+## own, and they do not mix. A layer runs d such SSMs side by side, one for each channel of its
+## input, and stores their A as (d, n).
 ##
 ## In S4 (arXiv 2111.00396) Δ, A, B and C are the same at every step. Unroll (2a), and powers of one
 ## Ā appear: y_t = C B̄ x_t + C Ā B̄ x_{t-1} + C Ā² B̄ x_{t-2} + ... This is a convolution with one
@@ -139,7 +140,7 @@ class MambaConfig:
         return self.expand * self.d_model
 
     @property
-    def padded_vocab_size(self) -> int:  # rows of the embedding; those that are added mean nothing
+    def padded_vocab_size(self) -> int:  # matrix units like multiples; added rows mean nothing
         return -(-self.vocab_size // self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
 
 
@@ -159,10 +160,10 @@ class MambaConfig:
 ##     embedding   t=0   t=1   t=2   t=3   t=4    `step`: column by column, left to right. All
 ##                                                layers for one token, then the next. Generation.
 ##
-## Both give the same numbers up to rounding (sums in another order). Rows show a layer all its
-## inputs at once, which a parallel scan needs. Columns need of the past only the state, and token
-## t + 1 is not known before column t is done. Completing a text takes both: `forward` for the
-## prompt (the prefill), which leaves a state behind, then `step` by `step`.
+## Both give the same numbers up to rounding (sums in another order: 1e-6 in float32). Rows show a
+## layer all its inputs at once, which a parallel scan needs; columns need of the past only the
+## state. Completing a text takes both: `forward` for the prompt (the prefill), which leaves a state
+## behind, then `step` by `step`.
 
 
 class Mamba(nn.Module):
@@ -242,8 +243,8 @@ class Mamba(nn.Module):
         return MambaState.stack([layer.mixer.init_state(batch) for layer in self.backbone.layers])
 
     ## Weight decay is for the weights of the projections, the convolution and the embedding. dt's
-    ## bias pulled towards 0 is Δ pulled towards 0.69, and A_log pulled towards 0 is every rate of
-    ## decay pulled towards 1.
+    ## bias pulled towards 0 is Δ pulled towards 0.69, A_log pulled towards 0 is every rate of decay
+    ## pulled towards 1, and norms and D pulled towards 0 would close a path.
 
     def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Two groups for torch.optim.AdamW: with weight decay and without."""
@@ -307,8 +308,7 @@ class RMSNorm(nn.Module):
 ##                   |
 ##                out_proj -> (b, l, d_model)
 ##
-## A is diagonal, so each of the d channels needs n numbers of it. Channels mix in the projections
-## and nowhere else.
+## Channels mix in the projections and nowhere else.
 ##
 ## The convolution (not S4's: d_conv = 4 taps): Δ, B and C should depend on more than a bare token.
 ## "Not" means something else after "why". Four inputs side by side are cheap, and a recurrence is
@@ -353,9 +353,10 @@ class MambaBlock(nn.Module):
         self.A_log.copy_(torch.arange(1, config.d_state + 1).log().expand_as(self.A_log))
         nn.init.ones_(self.D)
 
-        ## Δ starts log-uniform in [0.001, 0.1]: time scales from 10 to 1000 tokens for A = -1. This
-        ## start lives in dt_proj's bias (Algorithm 2's "Parameter"), and what the token adds to it
-        ## is small at first. Hence softplus inverted: bias = log(e^Δ - 1) = Δ + log(1 - e^-Δ).
+        ## Δ starts log-uniform in [0.001, 0.1]: time scales from 10 to 1000 tokens for A = -1, as
+        ## many channels below 100 as above. This start lives in dt_proj's bias (Algorithm 2's
+        ## "Parameter"), and what the token adds to it is small at first. Hence softplus inverted:
+        ## bias = log(e^Δ - 1) = Δ + log(1 - e^-Δ).
         bound = config.dt_scale * config.dt_rank**-0.5
         lower = bound if config.dt_init == "constant" else -bound
         nn.init.uniform_(self.dt_proj.weight, lower, bound)
@@ -393,23 +394,18 @@ class MambaBlock(nn.Module):
         x, conv = causal_conv(
             raw, self.conv1d.weight, self.conv1d.bias, start.conv, reset, scan=self.config.scan
         )
-        dt, B, C = self.select(x)
-        y, h = selective_scan(
-            x, dt, self.A, B, C, self.D, z, start.h, dt_bias=self.dt_proj.bias,
-            rule=self.config.rule, reset=reset, scan=self.config.scan,
-        )  # fmt: skip
+        y, h = self.ssm(x, z, start.h, reset)
         out = self.out_proj(y)
         return out if state is None else (out, MambaState(conv, h))
 
     ## Padding on the left would write into h and into the convolution: even a zero becomes
-    ## silu(bias). With reset at each row's first real token it is a document before the text:
+    ## silu(bias). With reset at each row's first real token padding is a document before the text:
     ## Ā = 0 forgets it, and what comes out on it means nothing. Padding on the right is not seen by
     ## the tokens to its left, only by the state that is returned. Time runs one way: to read from
     ## both sides takes two blocks (examples/recipes.py), and there is no step.
     ##
     ## `step` is `forward` without the axis l: lay one over the other. The convolution is the same
-    ## sum over a window that slides, the scan one application of (2a), (2b). A new document starts
-    ## from init_state.
+    ## sum over a window that slides, the scan one application of (2a), (2b).
 
     def step(self, u: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         """One token: u (b, d_model) and the state before it -> (b, d_model), next state."""
@@ -418,12 +414,18 @@ class MambaBlock(nn.Module):
         window = torch.cat([state.conv.to(raw.dtype), raw.unsqueeze(-1)], dim=-1)  # (b, d, d_conv)
         x = (at_least_float32(window) * self.conv1d.weight.squeeze(1)).sum(-1)
         x = F.silu(x if self.conv1d.bias is None else x + self.conv1d.bias).to(raw.dtype)
-        dt, B, C = self.select(x)
-        y, h = selective_scan(
-            x, dt, self.A, B, C, self.D, z, state.h, dt_bias=self.dt_proj.bias,
-            rule=self.config.rule,
-        )  # fmt: skip
+        y, h = self.ssm(x, z, state.h)
         return self.out_proj(y), MambaState(window[..., 1:], h)
+
+    def ssm(
+        self, x: Tensor, z: Tensor, h: Tensor, reset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x, z (b, l, d), or (b, d) for one token, and the h before them -> y, the next h."""
+        dt, B, C = self.select(x)
+        return selective_scan(
+            x, dt, self.A, B, C, self.D, z, h, dt_bias=self.dt_proj.bias,
+            rule=self.config.rule, reset=reset, scan=self.config.scan,
+        )  # fmt: skip
 
     ## Selection. Here a token decides what happens to the memory. From x_t, which since the
     ## convolution knows of this token and the three before it, come
@@ -439,7 +441,8 @@ class MambaBlock(nn.Module):
     ## These belong together: Δ is a step in time, and a long step is at once a long time to decay
     ## and a long time under the influence of this input. With n = 1, A = -1, B = 1 and B̄ = 1 - Ā
     ## (rule "zoh" below) it is a gate, g = sigmoid(dt + bias), the paper's Theorem 1:
-    ## h_t = (1 - g) h_{t-1} + g x_t. A needs no selection: ΔA depends on the token already.
+    ## h_t = (1 - g) h_{t-1} + g x_t. A needs no selection: ΔA depends on the token already. (Ā and
+    ## B̄ straight from the token would be 2 d n numbers, with nothing to tie forgetting to writing.)
     ##
     ## softplus is positive, nearly 0 for very negative numbers and nearly the identity for large
     ## ones. The bias is the time scale that a channel has before a token says anything. dt has low
@@ -518,8 +521,8 @@ class MambaState:
 ##   "bilinear"  Ā = (1 + ΔA/2) / (1 - ΔA/2)  B̄ = ΔB / (1 - ΔA/2)        1.000    1.000
 ##   "dirac"     Ā = exp(ΔA)                  B̄ = B                     10.508    1.019
 ##
-## A departure from the paper: it prints "zoh" (zero-order hold: x keeps its value for the whole
-## step, eq. 4), but the code that trained the published checkpoints runs "mamba"; the authors
+## A departure from the paper: it prints "zoh" (zero-order hold, eq. 4: x_t holds for the whole step
+## that ends at t), but the code that trained the published checkpoints runs "mamba"; the authors
 ## confirm it (github.com/state-spaces/mamba, issue 114). zoh's B̄ is Δ (1 + ΔA/2 + ...) B, and
 ## "mamba" keeps the first term, as Euler's method does. The factor left out is near 1 for small ΔA
 ## and 1/2 at ΔA = -1.6; x, Δ and B are learned without it. For Ā the same shortcut, 1 + ΔA, would
@@ -590,15 +593,13 @@ def scan_sequential(
 ##
 ## The pair on the right was computed without knowing h, so half of the work can start in the middle
 ## of the sequence. And combine is associative: any bracketing gives the same result. Combine
-## neighbours, then pairs of pairs: log2(l) rounds up the tree give the whole, and as many back down
+## neighbours, then pairs of pairs: log2(l) rounds, up a tree, give the whole, and as many back down
 ## hand every position the combination of all before it: about twice the work of the loop, in
-## 2 log2(l) rounds in place of l. Nothing of the kind holds for tanh(W h + v): an LSTM must wait.
+## 2 log2(l) rounds in place of l. (Part II cuts time into chunks instead, which suits PyTorch.)
+## Nothing of the kind holds for tanh(W h + v): an LSTM must wait.
 
 
-## The selective scan ------------------------------------------------------------------------------
-##
-## What surrounds the recurrence: Δ from dt, the direct path D x, the gate. It is the piece that one
-## lifts into another network.
+## The selective scan: the recurrence and what surrounds it, the piece to lift elsewhere -----------
 
 
 def selective_scan(
@@ -616,11 +617,13 @@ def selective_scan(
     fit and unknown names, RuntimeError if "triton" is asked for and cannot run.
     """
     tensors = (x, dt, A, B, C, D, z, h0)
-    if kernels := companion(scan, *tensors, dt_bias, rule=rule, d_state=A.shape[-1]):
+    one_token = x.ndim == 2
+    needs = {"rule": rule, "d_state": A.shape[-1]}
+    if not one_token and (kernels := companion(scan, *tensors, dt_bias, **needs)):
         options = {"dt_bias": dt_bias, "dt_softplus": dt_softplus, "rule": rule, "reset": reset}
         return kernels.selective_scan_triton(*tensors, **options)
     check_scan(scan, x, A=A, dt=dt, B=B, C=C, D=D, z=z, h0=h0, dt_bias=dt_bias, reset=reset)
-    run = recurrence if x.ndim == 2 else SCANS[scan]
+    run = recurrence if one_token else SCANS[scan]
     delta = at_least_float32(dt)
     if dt_bias is not None:
         delta = delta + dt_bias
@@ -930,7 +933,7 @@ def is_our_own(model: nn.Module) -> bool:
         and all(type(parameter) is nn.Parameter for parameter in model.parameters())
         and all(
             type(module) in own
-            and not {"forward", "step", "select", "embed"} & vars(module).keys()
+            and not {"forward", "step", "select", "ssm", "embed"} & vars(module).keys()
             and not (module._forward_hooks or module._forward_pre_hooks)
             for module in model.modules()
         )

@@ -395,7 +395,8 @@ def measure_decode(options: argparse.Namespace) -> dict[str, Any]:
         for name, tokens in streams.items()
     }
     times = interleaved(runs | {"sum": matrix.sum, "mv": lambda: matrix @ vector}, options)
-    read = min((times.pop(name)["ms"], name) for name in ("sum", "mv"))
+    reads = {name: times.pop(name)["ms"] for name in ("sum", "mv")}
+    read = min((ms, name) for name, ms in reads.items())
     limits = {
         dtype: read[0] * sum(p.nbytes for p in model.parameters()) / matrix.nbytes
         for dtype, model in models.items()
@@ -407,6 +408,7 @@ def measure_decode(options: argparse.Namespace) -> dict[str, Any]:
         rows.append({"system": system, "dtype": dtype, "how": "".join(how) or "greedy"} | row)
     return {
         "bandwidth_GB_per_s": matrix.nbytes / read[0] / 1e6, "read_by": read[1],
+        "reads_GB_per_s": {name: matrix.nbytes / ms / 1e6 for name, ms in reads.items()},
         "limit_ms": limits, "rows": rows,
     }  # fmt: skip
 
@@ -587,6 +589,8 @@ def decode_table(part: dict[str, Any]) -> str:
     for dtype, limit in part["limit_ms"].items():
         name = f"limit, {dtype}: weights at {number(part['bandwidth_GB_per_s'])} GB/s"
         lines.append([name, number(limit), number(1000 / limit), "", "1"])
+    for name, speed in part.get("reads_GB_per_s", {}).items():
+        lines.append([f"read by {name}: {number(speed)} GB/s", "", "", "", ""])
     return table(titles, lines)
 
 

@@ -1402,8 +1402,7 @@ def read_json(path: Path) -> dict[str, Any]:
 ## What the Hub's client raises, by the name of the class or of its nearest base class here, and
 ## what is said instead. By name, because the client is imported only when it is needed.
 
-UNDELIVERED = "{files} is not in the cache and the Hub did not deliver it ({why}): check the "
-UNDELIVERED += "network, try again later, or wait longer with HF_HUB_ETAG_TIMEOUT=10"
+OUT_OF_REACH = "{files} is not in the cache and the Hub is out of reach ({why}): check the network"
 # fmt: off
 HUB_FAULTS = {
     "GatedRepoError": (RuntimeError,
@@ -1415,8 +1414,10 @@ HUB_FAULTS = {
     "HFValidationError": (ValueError, "this cannot be the name of a Hub repository ({why})"),
     "OfflineModeIsEnabled": (FileNotFoundError,
         "{files} is not in the cache: load once without HF_HUB_OFFLINE and local_files_only"),
-    "HfHubHTTPError": (RuntimeError, UNDELIVERED),
-    "Exception": (FileNotFoundError, UNDELIVERED),
+    "ConnectError": (FileNotFoundError, OUT_OF_REACH),
+    "TimeoutException": (FileNotFoundError, OUT_OF_REACH),
+    "TimeoutError": (FileNotFoundError, OUT_OF_REACH + " or set HF_HUB_ETAG_TIMEOUT=10"),
+    "Exception": (RuntimeError, "{files} could not be downloaded ({why}): try again later"),
 }
 # fmt: on
 
@@ -1464,12 +1465,11 @@ def file_finder(
                     return Path(path)
             raise failure
         except Exception as error:
-            # LocalEntryNotFoundError: another error made the client look into its cache.
-            local = type(error).__name__ == "LocalEntryNotFoundError"
-            cause = (local and error.__cause__) or error
+            # The client's FileNotFoundError: another error made it look into its cache.
+            cause = (isinstance(error, FileNotFoundError) and error.__cause__) or error
             fault = next(c.__name__ for c in type(cause).__mro__ if c.__name__ in HUB_FAULTS)
             kind, sentence = HUB_FAULTS[fault]
-            words = {"name": name, "files": " or ".join(files), "revision": revision}
+            words = {"name": name, "files": file or " or ".join(files), "revision": revision}
             sentence = sentence.format(**words, why=first_sentence(cause))
             raise kind(f"{name}: {sentence}") from error
 
@@ -1565,11 +1565,14 @@ def read_tensors(path: Path, device: Device, dtype: torch.dtype) -> dict[str, Te
         raise RuntimeError(f"{message}: {remedy}") from error
     if not isinstance(tensors, dict):
         raise RuntimeError(f"{path} must hold a dict of tensors, got {type(tensors).__name__}")
-    for name, tensor in tensors.items():
-        kind = getattr(tensor, "dtype", type(tensor).__name__)
-        numbers = kind in FLOATS and tensor.layout == torch.strided and not tensor.is_meta
-        if not (isinstance(name, str) and numbers):
-            raise RuntimeError(f"{path} must hold tensors of real numbers, but {name!r} is {kind}")
+    odd = [  # in a list of its own: a variable for a tensor would keep the file mapped
+        f"{name!r} is {type(t).__name__} {getattr(t, 'dtype', '')}"
+        for name, t in tensors.items()
+        if not (isinstance(name, str) and isinstance(t, Tensor) and t.dtype in FLOATS)
+        or (t.layout, t.is_meta) != (torch.strided, False)
+    ]
+    if odd:
+        raise RuntimeError(f"{path} must hold dense tensors of real numbers, but {odd[0]}")
     if any(tensor.dtype != dtype for tensor in tensors.values()):
         tensors = read(mapped=False)
     return {name: tensors.pop(name).to(device, dtype).contiguous() for name in list(tensors)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -537,6 +538,8 @@ def test_a_download_that_breaks_once_is_resumed_where_it_broke(hub, monkeypatch,
     publish(hub, tmp_path / "source")
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # whole chunks are kept
     hub.faults[BIN] = "cut-once"
+    with contextlib.suppress(RuntimeError):  # the first clients 1.x resume in the next call
+        Mamba.from_pretrained(NAME)
     assert_loads(NAME)
     half = len(hub.repositories[NAME][BIN]) // 2
     assert hub.ranges == [f"bytes={half // 1000 * 1000}-"]
@@ -546,11 +549,11 @@ HUB_FAULTS = {
     "gated": (RuntimeError, "hf auth login"),
     "private": (FileNotFoundError, "hf auth login"),
     "500": (RuntimeError, "500"),
-    "portal": (FileNotFoundError, "not in the cache"),
-    "slow": (FileNotFoundError, "HF_HUB_ETAG_TIMEOUT"),
+    "portal": (RuntimeError, "try again"),
+    "slow": (FileNotFoundError, "out of reach"),
     "500-body": (RuntimeError, "500"),
-    "cut": (FileNotFoundError, "try again"),
-    "short": (FileNotFoundError, "try again"),
+    "cut": (RuntimeError, "try again"),
+    "short": (RuntimeError, "try again"),
 }
 
 
@@ -619,7 +622,7 @@ def test_without_a_network_the_cache_decides_at_once_and_not_after_many_tries(
     else:
         kind, message = error_of(lambda: Mamba.from_pretrained(NAME))
         assert kind is FileNotFoundError
-        assert "check the network" in message and NAME in message
+        assert "out of reach" in message and NAME in message
     # The client alone tries for 23 seconds. benchmarks/load.py measures how long it takes here.
     assert time.perf_counter() - start < 10
 
@@ -630,7 +633,7 @@ def test_what_is_only_partly_in_the_cache_is_missed_by_name_without_a_network(hu
     error_of(lambda: Mamba.from_pretrained(NAME))
     hub.stop()
     kind, message = error_of(lambda: Mamba.from_pretrained(NAME))
-    assert kind is FileNotFoundError and SHARD in message and "check the network" in message
+    assert kind is FileNotFoundError and SHARD in message and "out of reach" in message
 
 
 @pytest.mark.parametrize("fault", ["500", "private", "gated", "portal"])

@@ -1411,7 +1411,6 @@ HUB_FAULTS = {
         "the Hub has no such repository, or it is private: check the name or run `hf auth login`"),
     "RevisionNotFoundError": (FileNotFoundError,
         "no revision {revision!r}: choose one of https://huggingface.co/{name}/commits"),
-    "HFValidationError": (ValueError, "this cannot be the name of a Hub repository ({why})"),
     "OfflineModeIsEnabled": (FileNotFoundError,
         "{files} is not in the cache: load once without HF_HUB_OFFLINE and local_files_only"),
     "ConnectError": (FileNotFoundError, OUT_OF_REACH),
@@ -1439,63 +1438,64 @@ def file_finder(
     if is_folder:
         listed = {path.name for path in folder.iterdir() if path.is_file()}
     elif is_name:
+        import huggingface_hub as hub
+        from huggingface_hub import errors, utils
+
+        utils.validate_repo_id(name)
         try:
-            listed = list_repository(name, revision, local_files_only)
+            if local_files_only:
+                raise errors.OfflineModeIsEnabled
+            info = in_time(hub.HfApi().model_info, name, revision=revision)
+            listed = {file.rfilename for file in info.siblings or ()}
         except Exception as error:
             failure = error
     else:
         raise FileNotFoundError(f"{name!r} is neither a folder nor the name of a Hub repository")
 
     def find(*files: str) -> Path:
+        nonlocal failure
         file = next((file for file in files if file in listed), None)
         if file is None and failure is None:
             raise FileNotFoundError(f"{name} has no file {' or '.join(files)}")
         if is_folder:
             return folder / file
-        from huggingface_hub import hf_hub_download, try_to_load_from_cache
-
         try:
             if failure is None:
+                url = hub.hf_hub_url(name, file, revision=where["revision"])
+                in_time(hub.get_hf_file_metadata, url)
                 # Not snapshot_download: it shows a bar even for what is there.
-                path = hf_hub_download(name, file, **where)
-                where["revision"] = Path(path).parent.name  # its commit: all files are of the same
-                return Path(path)
-            for file in files:
-                if isinstance(path := try_to_load_from_cache(name, file, **where), str):
-                    return Path(path)
-            raise failure
+                path = Path(hub.hf_hub_download(name, file, **where))
+                where["revision"] = path.parent.name  # its commit: all files are of the same
+                return path
         except Exception as error:
-            # The client's FileNotFoundError: another error made it look into its cache.
-            cause = (isinstance(error, FileNotFoundError) and error.__cause__) or error
-            fault = next(c.__name__ for c in type(cause).__mro__ if c.__name__ in HUB_FAULTS)
-            kind, sentence = HUB_FAULTS[fault]
-            words = {"name": name, "files": file or " or ".join(files), "revision": revision}
-            sentence = sentence.format(**words, why=first_sentence(cause))
-            raise kind(f"{name}: {sentence}") from error
+            failure = error
+        for cached in files:
+            if isinstance(path := hub.try_to_load_from_cache(name, cached, **where), str):
+                return Path(path)
+        fault = next(c.__name__ for c in type(failure).__mro__ if c.__name__ in HUB_FAULTS)
+        kind, sentence = HUB_FAULTS[fault]
+        words = {"name": name, "files": file or " or ".join(files), "revision": revision}
+        sentence = sentence.format(**words, why=first_sentence(failure))
+        raise kind(f"{name}: {sentence}") from failure
 
     return find
 
 
-def list_repository(name: str, revision: str | None, local_files_only: bool) -> set[str]:
-    """The names of a repository's files; raises what the client raises, or TimeoutError.
+def in_time(ask: Callable[..., Any], *question: Any, **options: Any) -> Any:
+    """What the Hub's client answers or raises, or TimeoutError.
 
-    The client's downloads try for 23 seconds, and to look up an address may take as long as it
+    Its downloads try for 23 seconds and more, and to look up an address may take as long as it
     likes: hence a thread, which is left alone when its time is over.
     """
-    from huggingface_hub import HfApi, errors
-
     seconds, answer = float(os.environ.get("HF_HUB_ETAG_TIMEOUT", 1.5)), Future()
 
-    def ask() -> None:
+    def run() -> None:
         try:
-            info = HfApi().model_info(name, revision=revision, timeout=seconds)
-            answer.set_result({file.rfilename for file in info.siblings or ()})
+            answer.set_result(ask(*question, **options, timeout=seconds))
         except Exception as error:
             answer.set_exception(error)
 
-    if local_files_only:
-        raise errors.OfflineModeIsEnabled
-    threading.Thread(target=ask, daemon=True).start()
+    threading.Thread(target=run, daemon=True).start()
     return answer.result(seconds)
 
 

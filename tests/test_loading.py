@@ -502,7 +502,8 @@ def test_a_model_is_downloaded_once_and_then_only_asked_for(layout, hub, capfd, 
     hub.requests.clear()
     capfd.readouterr()
     assert_loads(NAME)
-    assert hub.requests == [("GET", NAME, LIST), ("HEAD", NAME, "config.json")]
+    assert hub.requests[0] == ("GET", NAME, LIST)
+    assert {method for method, _, _ in hub.requests[1:]} == {"HEAD"}
     assert capfd.readouterr() == ("", "")  # no bar where nothing is downloaded
 
 
@@ -560,11 +561,10 @@ HUB_FAULTS = {
 @pytest.mark.parametrize(
     ("fault", "file"),
     [(fault, LIST) for fault in ("gated", "private", "500", "portal", "slow")]
-    + [(fault, BIN) for fault in ("gated", "500", "500-body", "cut", "short")],
+    + [(fault, BIN) for fault in ("gated", "500", "slow", "500-body", "cut", "short")],
 )
-def test_a_fault_of_the_hub_is_one_sentence_with_a_remedy(fault, file, hub, monkeypatch, tmp_path):
+def test_a_fault_of_the_hub_is_one_sentence_with_a_remedy(fault, file, hub, tmp_path):
     publish(hub, tmp_path / "source")
-    monkeypatch.setattr(time, "sleep", lambda _: None)  # the client's waits between its tries
     hub.faults[file] = fault
     kind, message = error_of(lambda: Mamba.from_pretrained(NAME))
     expected, named = HUB_FAULTS[fault]
@@ -593,7 +593,7 @@ def test_a_repository_a_revision_or_a_file_that_is_not_there_is_named(hub, tmp_p
 @pytest.mark.parametrize("name", ["a--b/c", "someone/small..mamba", "someone/" + "m" * 200])
 def test_a_name_that_cannot_be_one_is_a_wrong_value(name, hub):
     kind, message = error_of(lambda: Mamba.from_pretrained(name))
-    assert kind is ValueError and name in message
+    assert issubclass(kind, ValueError) and name in message
     assert hub.requests == hub.others == []
 
 
@@ -644,7 +644,7 @@ def test_what_is_in_the_cache_loads_whatever_the_hub_says(fault, hub, tmp_path):
     assert_loads(NAME)
 
 
-@pytest.mark.parametrize("fault", ["500", "private", "gated", "portal"])
+@pytest.mark.parametrize("fault", ["500", "private", "gated", "portal", "slow"])
 def test_what_is_in_the_cache_loads_if_the_hub_lists_but_does_not_give_it(fault, hub, tmp_path):
     publish(hub, tmp_path / "source")
     assert_loads(NAME)

@@ -1336,9 +1336,12 @@ def first_sentence(error: BaseException) -> str:
 ## fields of the SSM in "ssm_cfg" and all others at the top. That of transformers has everything at
 ## the top, under other names, with defaults of its own, and ignores what it does not know.
 
-TOP_FIELDS = "d_model n_layer vocab_size residual_in_fp32 pad_vocab_size_multiple tie_embeddings"
-SSM_FIELDS = "d_state d_conv expand dt_rank dt_min dt_max dt_init dt_scale dt_init_floor"
-TOP_FIELDS, SSM_FIELDS = TOP_FIELDS.split(), f"{SSM_FIELDS} conv_bias bias".split()
+TOP_FIELDS = (
+    "d_model n_layer vocab_size residual_in_fp32 pad_vocab_size_multiple tie_embeddings"
+).split()
+SSM_FIELDS = (
+    "d_state d_conv expand dt_rank dt_min dt_max dt_init dt_scale dt_init_floor conv_bias bias"
+).split()
 EXTRA_FIELDS = ["norm_eps", "tokenizer", "rule"]  # written only when they are not the default
 FIELDS = {name: name for name in TOP_FIELDS + EXTRA_FIELDS + SSM_FIELDS}
 HF_FIELDS = dict(

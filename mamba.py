@@ -1128,9 +1128,12 @@ def load(
 ## fields of the SSM in "ssm_cfg" and all others at the top. That of transformers has everything at
 ## the top, under other names, with defaults of its own, and ignores what it does not know.
 
-TOP_FIELDS = "d_model n_layer vocab_size residual_in_fp32 pad_vocab_size_multiple tie_embeddings"
-SSM_FIELDS = "d_state d_conv expand dt_rank dt_min dt_max dt_init dt_scale dt_init_floor"
-TOP_FIELDS, SSM_FIELDS = TOP_FIELDS.split(), f"{SSM_FIELDS} conv_bias bias".split()
+TOP_FIELDS = (
+    "d_model n_layer vocab_size residual_in_fp32 pad_vocab_size_multiple tie_embeddings"
+).split()
+SSM_FIELDS = (
+    "d_state d_conv expand dt_rank dt_min dt_max dt_init dt_scale dt_init_floor conv_bias bias"
+).split()
 EXTRA_FIELDS = ["norm_eps", "tokenizer", "rule"]  # written only when they are not the default
 FIELDS = {name: name for name in TOP_FIELDS + EXTRA_FIELDS + SSM_FIELDS}
 HF_FIELDS = dict(
@@ -1194,8 +1197,7 @@ def read_json(path: Path) -> dict[str, Any]:
 ## What the Hub's client raises, by the name of the class or of its nearest base class here, and
 ## what is said instead. By name, because the client is imported only when it is needed.
 
-UNDELIVERED = "{files} is not in the cache and the Hub did not deliver it ({why}): check the "
-UNDELIVERED += "network, try again later, or wait longer with HF_HUB_ETAG_TIMEOUT=10"
+OUT_OF_REACH = "{files} is not in the cache and the Hub is out of reach ({why}): check the network"
 # fmt: off
 HUB_FAULTS = {
     "GatedRepoError": (RuntimeError,
@@ -1204,11 +1206,12 @@ HUB_FAULTS = {
         "the Hub has no such repository, or it is private: check the name or run `hf auth login`"),
     "RevisionNotFoundError": (FileNotFoundError,
         "no revision {revision!r}: choose one of https://huggingface.co/{name}/commits"),
-    "HFValidationError": (ValueError, "this cannot be the name of a Hub repository ({why})"),
     "OfflineModeIsEnabled": (FileNotFoundError,
         "{files} is not in the cache: load once without HF_HUB_OFFLINE and local_files_only"),
-    "HfHubHTTPError": (RuntimeError, UNDELIVERED),
-    "Exception": (FileNotFoundError, UNDELIVERED),
+    "ConnectError": (FileNotFoundError, OUT_OF_REACH),
+    "TimeoutException": (FileNotFoundError, OUT_OF_REACH),
+    "TimeoutError": (FileNotFoundError, OUT_OF_REACH + " or set HF_HUB_ETAG_TIMEOUT=10"),
+    "Exception": (RuntimeError, "{files} could not be downloaded ({why}): try again later"),
 }
 # fmt: on
 
@@ -1230,64 +1233,64 @@ def file_finder(
     if is_folder:
         listed = {path.name for path in folder.iterdir() if path.is_file()}
     elif is_name:
+        import huggingface_hub as hub
+        from huggingface_hub import errors, utils
+
+        utils.validate_repo_id(name)
         try:
-            listed = list_repository(name, revision, local_files_only)
+            if local_files_only:
+                raise errors.OfflineModeIsEnabled
+            info = in_time(hub.HfApi().model_info, name, revision=revision)
+            listed = {file.rfilename for file in info.siblings or ()}
         except Exception as error:
             failure = error
     else:
         raise FileNotFoundError(f"{name!r} is neither a folder nor the name of a Hub repository")
 
     def find(*files: str) -> Path:
+        nonlocal failure
         file = next((file for file in files if file in listed), None)
         if file is None and failure is None:
             raise FileNotFoundError(f"{name} has no file {' or '.join(files)}")
         if is_folder:
             return folder / file
-        from huggingface_hub import hf_hub_download, try_to_load_from_cache
-
         try:
             if failure is None:
+                url = hub.hf_hub_url(name, file, revision=where["revision"])
+                in_time(hub.get_hf_file_metadata, url)
                 # Not snapshot_download: it shows a bar even for what is there.
-                path = hf_hub_download(name, file, **where)
-                where["revision"] = Path(path).parent.name  # its commit: all files are of the same
-                return Path(path)
-            for file in files:
-                if isinstance(path := try_to_load_from_cache(name, file, **where), str):
-                    return Path(path)
-            raise failure
+                path = Path(hub.hf_hub_download(name, file, **where))
+                where["revision"] = path.parent.name  # its commit: all files are of the same
+                return path
         except Exception as error:
-            # LocalEntryNotFoundError: another error made the client look into its cache.
-            local = type(error).__name__ == "LocalEntryNotFoundError"
-            cause = (local and error.__cause__) or error
-            fault = next(c.__name__ for c in type(cause).__mro__ if c.__name__ in HUB_FAULTS)
-            kind, sentence = HUB_FAULTS[fault]
-            words = {"name": name, "files": file or " or ".join(files), "revision": revision}
-            sentence = sentence.format(**words, why=first_sentence(cause))
-            raise kind(f"{name}: {sentence}") from error
+            failure = error
+        for cached in files:
+            if isinstance(path := hub.try_to_load_from_cache(name, cached, **where), str):
+                return Path(path)
+        fault = next(c.__name__ for c in type(failure).__mro__ if c.__name__ in HUB_FAULTS)
+        kind, sentence = HUB_FAULTS[fault]
+        words = {"name": name, "files": file or " or ".join(files), "revision": revision}
+        sentence = sentence.format(**words, why=first_sentence(failure))
+        raise kind(f"{name}: {sentence}") from failure
 
     return find
 
 
-def list_repository(name: str, revision: str | None, local_files_only: bool) -> set[str]:
-    """The names of a repository's files; raises what the client raises, or TimeoutError.
+def in_time(ask: Callable[..., Any], *question: Any, **options: Any) -> Any:
+    """What the Hub's client answers or raises, or TimeoutError.
 
-    The client's downloads try for 23 seconds, and to look up an address may take as long as it
+    Its downloads try for 23 seconds and more, and to look up an address may take as long as it
     likes: hence a thread, which is left alone when its time is over.
     """
-    from huggingface_hub import HfApi, errors
-
     seconds, answer = float(os.environ.get("HF_HUB_ETAG_TIMEOUT", 1.5)), Future()
 
-    def ask() -> None:
+    def run() -> None:
         try:
-            info = HfApi().model_info(name, revision=revision, timeout=seconds)
-            answer.set_result({file.rfilename for file in info.siblings or ()})
+            answer.set_result(ask(*question, **options, timeout=seconds))
         except Exception as error:
             answer.set_exception(error)
 
-    if local_files_only:
-        raise errors.OfflineModeIsEnabled
-    threading.Thread(target=ask, daemon=True).start()
+    threading.Thread(target=run, daemon=True).start()
     return answer.result(seconds)
 
 
@@ -1357,11 +1360,14 @@ def read_tensors(path: Path, device: Device, dtype: torch.dtype) -> dict[str, Te
         raise RuntimeError(f"{message}: {remedy}") from error
     if not isinstance(tensors, dict):
         raise RuntimeError(f"{path} must hold a dict of tensors, got {type(tensors).__name__}")
-    for name, tensor in tensors.items():
-        kind = getattr(tensor, "dtype", type(tensor).__name__)
-        numbers = kind in FLOATS and tensor.layout == torch.strided and not tensor.is_meta
-        if not (isinstance(name, str) and numbers):
-            raise RuntimeError(f"{path} must hold tensors of real numbers, but {name!r} is {kind}")
+    odd = [  # in a list of its own: a variable for a tensor would keep the file mapped
+        f"{name!r} is {type(t).__name__} {getattr(t, 'dtype', '')}"
+        for name, t in tensors.items()
+        if not (isinstance(name, str) and isinstance(t, Tensor) and t.dtype in FLOATS)
+        or (t.layout, t.is_meta) != (torch.strided, False)
+    ]
+    if odd:
+        raise RuntimeError(f"{path} must hold dense tensors of real numbers, but {odd[0]}")
     if any(tensor.dtype != dtype for tensor in tensors.values()):
         tensors = read(mapped=False)
     return {name: tensors.pop(name).to(device, dtype).contiguous() for name in list(tensors)}

@@ -200,7 +200,7 @@ def test_a_model_on_the_hub_is_completed_online_and_then_from_the_cache(hub, run
     elsewhere = {"env": hub.environment(tmp_path / "other", HF_HUB_OFFLINE="0")}
     cached, uncached = start(*call, **online), start(*call, **elsewhere)
     assert finish(cached) == expected
-    assert_one_line(finish(uncached), 1, "someone/model", "did not deliver")
+    assert_one_line(finish(uncached), 1, "someone/model", "out of reach")
 
 
 ## ================================================================================================

@@ -259,8 +259,7 @@ def test_the_three_steps_worked_by_hand_in_the_docstring_are_what_the_code_compu
     A, one = torch.tensor([[-1.0]]), torch.ones(1, 3, 1)
     A_bar, B_bar = mamba.discretize(delta, A, one)
     y, _ = mamba.scan_sequential(x, delta, A, one, one)
-    h_before = F.pad(y, (0, 0, 1, 0))[:, :3]
-    computed = (x, delta, A_bar, B_bar, A_bar, h_before, B_bar, x, y)
+    computed = (x, delta, A_bar, B_bar, A_bar, F.pad(y, (0, 0, 1, -1)), B_bar, x, y)
     for t, row in enumerate(rows):
         for printed, values in zip(row, computed, strict=True):
             digits = len(printed.partition(".")[2])
@@ -408,8 +407,8 @@ def test_initial_step_sizes_are_log_uniform_from_dt_min_to_dt_max_and_not_below_
 
 
 def test_A_starts_at_minus_one_to_minus_n_and_D_at_one():
-    block = MambaBlock(MambaConfig(d_model=8, d_state=6))
-    assert_close("A", block.A, -torch.arange(1.0, 7).expand(16, 6), 1e-6)
+    block = MambaBlock(MambaConfig(d_model=8, d_state=20))
+    assert_close("A", block.A, -torch.arange(1.0, 21).expand(16, 20), 1e-6)
     assert torch.equal(block.D, torch.ones(16))
 
 
@@ -638,11 +637,12 @@ def test_the_selective_scan_is_the_recurrence_with_softplus_D_and_the_gate_aroun
     actual_y, actual_h = selective_scan(**inputs, scan=scan)
     assert_close("y", actual_y, (y + D * x) * z / (1 + torch.exp(-z)), 1e-5)
     assert_close("h_last", actual_h, h_last, 1e-5)
-    y, h_last = by_hand(x, dt.abs(), A, B, C)
-    x, dt, A, B, C = (tensor.float() for tensor in (x, dt.abs(), A, B, C))
-    actual_y, actual_h = selective_scan(x, dt, A, B, C, dt_softplus=False, scan=scan)
-    assert_close("y alone", actual_y, y, 1e-5)
-    assert_close("h_last alone", actual_h, h_last, 1e-5)
+    alone = {name: inputs[name] for name in "xABC"} | {"dt": inputs["dt"].abs()}
+    for options in ({}, {"dt_bias": inputs["dt_bias"].abs()}):
+        y, h_last = by_hand(x, alone["dt"] + options.get("dt_bias", 0), A, B, C)
+        actual = selective_scan(**alone, **options, dt_softplus=False, scan=scan)
+        for name, *pair in zip(("y", "h_last"), actual, (y, h_last), strict=True):
+            assert_close(f"{name} alone", *pair, 1e-5)
 
 
 def test_the_selective_scan_of_one_token_equals_that_of_a_sequence_of_one():

@@ -8,8 +8,7 @@ Models are random in every parameter: a fresh one hides errors, because its norm
 its biases 0. An error is norm(actual - expected) / norm(expected). Short floats are judged by what
 rounding alone would cost, or by what transformers loses in the same dtype.
 
-The sections follow mamba.py. More about the scans is in tests/test_scans.py; what wrong calls get,
-in tests/test_model.py.
+The sections follow mamba.py. Edges, and what wrong calls get, are in tests/.
 """
 
 from __future__ import annotations
@@ -98,17 +97,13 @@ def by_hand(x, delta, A, B, C, h0=None, *, rule="mamba", reset=None) -> tuple[Te
     return torch.stack(ys, dim=1), h
 
 
-def log_uniform(bounds: tuple[float, float], *shape: int) -> Tensor:
-    return torch.empty(shape).uniform_(*map(math.log, bounds)).exp()
-
-
 def scan_inputs(seqlen: int, delta=(1e-3, 1.0), minus_A=(0.1, 8.0)) -> dict[str, Tensor]:
     """x, delta, A, B, C and h0 of a scan, delta and -A log-uniform between two bounds."""
     batch, d_inner, d_state = 2, 3, 4
     inputs = {
         "x": torch.randn(batch, seqlen, d_inner),
-        "delta": log_uniform(delta, batch, seqlen, d_inner),
-        "A": -log_uniform(minus_A, d_inner, d_state),
+        "delta": torch.empty(batch, seqlen, d_inner).uniform_(*map(math.log, delta)).exp(),
+        "A": -torch.empty(d_inner, d_state).uniform_(*map(math.log, minus_A)).exp(),
         "B": torch.randn(batch, seqlen, d_state),
         "C": torch.randn(batch, seqlen, d_state),
         "h0": torch.randn(batch, d_inner, d_state),
@@ -264,8 +259,7 @@ def test_the_three_steps_worked_by_hand_in_the_docstring_are_what_the_code_compu
     A, one = torch.tensor([[-1.0]]), torch.ones(1, 3, 1)
     A_bar, B_bar = mamba.discretize(delta, A, one)
     y, _ = mamba.scan_sequential(x, delta, A, one, one)
-    h_before = F.pad(y, (0, 0, 1, 0))[:, :3]
-    computed = (x, delta, A_bar, B_bar, A_bar, h_before, B_bar, x, y)
+    computed = (x, delta, A_bar, B_bar, A_bar, F.pad(y, (0, 0, 1, -1)), B_bar, x, y)
     for t, row in enumerate(rows):
         for printed, values in zip(row, computed, strict=True):
             digits = len(printed.partition(".")[2])
@@ -407,11 +401,14 @@ def test_initial_step_sizes_are_log_uniform_from_dt_min_to_dt_max_and_not_below_
     assert quantiles.min() > -1e-6 and quantiles.max() < 1 + 1e-6
     floored = F.softplus(MambaBlock(MambaConfig(**changes, dt_init_floor=0.05)).dt_proj.bias)
     assert floored.min().item() == pytest.approx(0.05) and floored.max() > 0.2
+    for step in (1e-4, 0.3):  # and the inverse of softplus is exact
+        bias = MambaBlock(MambaConfig(d_model=4, dt_min=step, dt_max=step)).dt_proj.bias
+        assert_close("Δ", F.softplus(bias.double()), torch.full((8,), step), 1e-6)
 
 
 def test_A_starts_at_minus_one_to_minus_n_and_D_at_one():
-    block = MambaBlock(MambaConfig(d_model=8, d_state=6))
-    assert_close("A", block.A, -torch.tensor([1.0, 2, 3, 4, 5, 6]).expand(16, 6), 1e-6)
+    block = MambaBlock(MambaConfig(d_model=8, d_state=20))
+    assert_close("A", block.A, -torch.arange(1.0, 21).expand(16, 20), 1e-6)
     assert torch.equal(block.D, torch.ones(16))
 
 
@@ -640,11 +637,12 @@ def test_the_selective_scan_is_the_recurrence_with_softplus_D_and_the_gate_aroun
     actual_y, actual_h = selective_scan(**inputs, scan=scan)
     assert_close("y", actual_y, (y + D * x) * z / (1 + torch.exp(-z)), 1e-5)
     assert_close("h_last", actual_h, h_last, 1e-5)
-    y, h_last = by_hand(x, dt.abs(), A, B, C)
-    x, dt, A, B, C = (tensor.float() for tensor in (x, dt.abs(), A, B, C))
-    actual_y, actual_h = selective_scan(x, dt, A, B, C, dt_softplus=False, scan=scan)
-    assert_close("y alone", actual_y, y, 1e-5)
-    assert_close("h_last alone", actual_h, h_last, 1e-5)
+    alone = {name: inputs[name] for name in "xABC"} | {"dt": inputs["dt"].abs()}
+    for options in ({}, {"dt_bias": inputs["dt_bias"].abs()}):
+        y, h_last = by_hand(x, alone["dt"] + options.get("dt_bias", 0), A, B, C)
+        actual = selective_scan(**alone, **options, dt_softplus=False, scan=scan)
+        for name, *pair in zip(("y", "h_last"), actual, (y, h_last), strict=True):
+            assert_close(f"{name} alone", *pair, 1e-5)
 
 
 def test_the_selective_scan_of_one_token_equals_that_of_a_sequence_of_one():
@@ -753,8 +751,7 @@ def test_gradients_for_each_sample_by_torch_func_are_those_of_each_alone():
 
 
 def test_a_compiled_model_is_the_model_and_is_compiled_whole():
-    """fullgraph: a graph break is an error. Forward, training and step. The backend is what a CPU
-    without a C++ compiler has: what is traced and differentiated runs as it is."""
+    """fullgraph: a graph break is an error. The backend needs no C++ compiler."""
     model, ids = random_model(n_layer=1), random_ids(2, 5)
     torch.compiler.reset()
     whole, state = {"backend": "aot_eager", "fullgraph": True}, random_state(model, 2)
@@ -777,9 +774,11 @@ def test_the_state_has_float32_digits_whatever_the_precision_around_the_scan(sca
     inputs = scan_inputs(300, delta=(1e-4, 1e-3), minus_A=(1.0, 4.0))
     dt = torch.log(torch.expm1(inputs.pop("delta"))).detach()
     inputs = {n: t.detach().to(dtype if n in "xBC" else t.dtype) for n, t in inputs.items()}
-    y, h_last = by_hand(**inputs, delta=F.softplus(dt.to(dtype).double()))
+    D, z, dt = torch.randn(3).to(dtype), torch.randn(2, 300, 3).to(dtype), dt.to(dtype)
+    y, h_last = by_hand(**inputs, delta=F.softplus(dt.double()))
+    y = (y + D.double() * inputs["x"]) * F.silu(z.double())
     with torch.autocast("cpu", dtype):
-        actual_y, actual_h = selective_scan(**inputs, dt=dt.to(dtype), scan=scan)
+        actual_y, actual_h = selective_scan(**inputs, D=D, z=z, dt=dt, scan=scan)
     assert (actual_y.dtype, actual_h.dtype) == (dtype, torch.float32)
     assert_close("h_last", actual_h, h_last, 1e-5)
     assert_close("y", actual_y, y, 1.02 * error_of(y.to(dtype), y))  # rounded once

@@ -139,7 +139,7 @@ def stream(
         token only pad; None trusts the model's configuration to know how many there are.
     seed: None draws from torch's global generator, an integer from one of this call's own. The
         same seed and the same arguments, max_new_tokens among them, give the same tokens.
-    mask: (batch, seqlen) bool, False on left padding.
+    mask: (batch, seqlen), bool or integers 0 and 1, 0 on left padding (`reset_after_padding`).
 
     All arguments are checked when the first token is asked for. Raises ValueError for values out
     of range and shapes that do not fit, IndexError for an id that is not in the vocabulary. Raises

@@ -8,8 +8,8 @@
     print(generate(model, tokenizer, "Mamba is the", temperature=0.7, seed=1))
 
 From the outside in: `generate` (text in, text out) -> `stream` (ids in, ids out, one at a time) ->
-`prefill` (the prompt) -> the steps on a GPU and on a CPU -> `sample` (logits in, ids out) -> the
-tokenizers -> the checks -> the command line.
+`prefill` (the prompt) -> one token on a CPU -> `sample` (logits in, ids out) -> the tokenizers ->
+the checks -> the command line.
 """
 
 from __future__ import annotations
@@ -139,11 +139,12 @@ def stream(
         token only pad; None trusts the model's configuration to know how many there are.
     seed: None draws from torch's global generator, an integer from one of this call's own. The
         same seed and the same arguments, max_new_tokens among them, give the same tokens.
-    mask: (batch, seqlen), bool or integers 0 and 1, 0 on left padding (`reset_after_padding`).
+    mask: (batch, seqlen), bool or integers 0 and 1, 0 on left padding (`reset_after_padding`). The
+        ids there may be any of the vocabulary.
 
     All arguments are checked when the first token is asked for. Raises ValueError for values out
     of range and shapes that do not fit, IndexError for an id that is not in the vocabulary. Raises
-    RuntimeError for logits that are not finite; on a GPU only those after the prompt are looked at.
+    RuntimeError for logits that are not finite; on a GPU only those of the prompt are looked at.
     """
     cuts = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     check_sampling(
@@ -246,10 +247,11 @@ def prefill(
         shapes = f"{tuple(input_ids.shape)}, got {tuple(mask.shape)}"
         raise ValueError(f"mask must have the shape of input_ids, {shapes}")
     state = model.init_state(len(input_ids))
-    reset = None if mask is None else reset_after_padding(mask, state)
+    reset = None if mask is None else reset_after_padding(mask)
     reader, (batch, length) = model, input_ids.shape
     if is_our_own(model):
-        reader = by_convolution(model) if can_convolve(model, batch * length) else model
+        if can_convolve(model, batch * length):
+            reader = by_convolution(model)
         length = max(1, (GPU_READS if input_ids.is_cuda else CPU_READS) // batch)
     parts = input_ids.split(length, dim=1)
     resets = [None] * len(parts) if reset is None else reset.split(length, dim=1)
@@ -277,18 +279,24 @@ class Convolution(nn.Module):
         return image.permute(0, 2, 3, 1).reshape(*u.shape[:-1], -1)
 
 
-def by_convolution(module: nn.Module) -> Any:
+def by_convolution(model: Mamba) -> Mamba:
     """A twin of a model, in which the two large products of each layer are convolutions.
 
-    Everything else is shared, parameters, hooks and buffers. Gradients reach the parameters: call
-    the twin, but change the model.
+    The parameters are shared: gradients reach them, and changes in place count. Raises ValueError
+    for a model with hooks, adapters or modules that are not ours: it would pass them by.
     """
-    twin = copy.copy(module)
-    twin._modules = {
-        name: Convolution(child) if name in ("in_proj", "out_proj") else by_convolution(child)
-        for name, child in module._modules.items()
-    }
-    return twin
+    if not is_our_own(model):
+        raise ValueError("by_convolution takes a model of our own modules only, without hooks")
+
+    def twin_of(module: nn.Module) -> Any:
+        twin = copy.copy(module)
+        twin._modules = {
+            name: Convolution(child) if name in ("in_proj", "out_proj") else twin_of(child)
+            for name, child in module._modules.items()
+        }
+        return twin
+
+    return twin_of(model)
 
 
 def can_convolve(model: Mamba, tokens: int) -> bool:
@@ -367,7 +375,8 @@ def reset_after_padding(mask: Tensor, state: MambaState | None = None) -> Tensor
 
 
 class Parts:
-    """W (rows, columns) times one vector, in float32: one product for each thread."""
+    """W (rows, columns) times one vector, float32: as many products as there are threads, if their
+    number divides the rows."""
 
     def __init__(self, weight: Tensor) -> None:
         rows, columns = weight.shape
@@ -591,7 +600,7 @@ def sample(
 
 def most_probable(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     """The largest of probs (batch, vocab), in order, with a sum of top_p or more; their tokens."""
-    # To sort 50,000 numbers takes a CPU 4 ms, a quarter of the time of a token of mamba-130m. The
+    # To sort 50,000 numbers takes a CPU 4 ms, a sixth of the time of a token of mamba-130m. The
     # first 1024 are nearly always enough. (To ask a GPU that would be to wait for it.)
     if probs.device.type == "cpu" and probs.shape[-1] > 1024:
         best, token_ids = probs.topk(1024)

@@ -610,8 +610,8 @@ def selective_scan(
     """Δ = softplus(dt + dt_bias), then y = (scan(x, Δ, A, B, C) + D x) silu(z).
 
     x, dt, z (b, l, d), A (d, n), B, C (b, l, n), D, dt_bias (d,), h0 (b, d, n), reset (b, l) bool;
-    or one token, with h0 and without the axis l. Returns y in x's dtype and h_last (b, d, n) in
-    float32 (float64 for float64 inputs). scan: a name in SCANS, or "triton", the fused kernel.
+    or one token, with h0 and without the axis l: no scan. Returns y in x's dtype, h_last (b, d, n)
+    in float32 (float64 for float64 inputs). scan: a name in SCANS, or "triton", the fused kernel.
     "auto": on a GPU the kernel where it takes these tensors, else chunked; on a CPU recompute, but
     chunked under torch.compile, torch.func and torch.jit. Raises ValueError for shapes that do not
     fit and unknown names, RuntimeError if "triton" is asked for and cannot run.
@@ -623,13 +623,16 @@ def selective_scan(
         options = {"dt_bias": dt_bias, "dt_softplus": dt_softplus, "rule": rule, "reset": reset}
         return kernels.selective_scan_triton(*tensors, **options)
     check_scan(scan, x, A=A, dt=dt, B=B, C=C, D=D, z=z, h0=h0, dt_bias=dt_bias, reset=reset)
-    run = recurrence if one_token else SCANS[scan]
     delta = at_least_float32(dt)
     if dt_bias is not None:
         delta = delta + dt_bias
     if dt_softplus:
         delta = F.softplus(delta)
-    y, h_last = run(x, delta, A, B, C, h0, rule=rule, reset=reset)  # (2a), (2b)
+    inputs = (x, delta, A, B, C, h0)
+    if one_token:
+        y, h_last = recurrence(*at_least_float32(*inputs), rule=rule, reset=reset)
+    else:
+        y, h_last = SCANS[scan](*inputs, rule=rule, reset=reset)
     if D is not None:
         y = y + at_least_float32(D) * x
     if z is not None:

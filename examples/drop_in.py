@@ -36,7 +36,8 @@ def selective_scan_fn(
     z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
     return_last_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """out (b, d, l) in u's dtype; with return_last_state also the state, (b, d, n) in float32.
+    """out (b, d, l) in u's dtype; with return_last_state also the state, (b, d, n) in float32
+    (float64 for float64 inputs).
 
     u, delta, z (b, d, l): time is the last axis here. A (d, n), D and delta_bias (d,). B and C each
     (b, n, l), the same for all channels, or (b, g, n, l), the same for d / g channels side by side,
@@ -139,6 +140,9 @@ class Mixer(nn.Module):
 
     def __init__(self, mixer: nn.Module) -> None:
         super().__init__()
+        # Others have the same names, and more inside: FalconMamba's norms are in its buffers.
+        if type(mixer).__name__ != "MambaMixer":
+            raise ValueError(f"need a MambaMixer of transformers, got {type(mixer).__name__}")
         c = mixer.config
         if c.intermediate_size != c.expand * c.hidden_size or c.hidden_act != "silu":
             raise ValueError(

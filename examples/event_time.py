@@ -40,6 +40,7 @@ from mamba import (
     at_least_float32,
     causal_conv,
     check_block,
+    in_functorch,
     selective_scan,
 )
 
@@ -65,17 +66,27 @@ class EventBlock(MambaBlock):
 
     time_steps: the time since the event before, finite and not negative, in a unit in which a
     typical one is about 1. The first has no effect without a state. reset as in MambaBlock. Raises
-    ValueError for times that do not fit (negative ones are not looked for on a GPU or under
-    torch.compile), and for a config with another rule: this block brings its own.
+    ValueError for times that do not fit (negative ones are not looked for on a GPU, under
+    torch.compile or torch.func), and for a config with another rule: this block brings its own.
     """
 
     def __init__(self, config: MambaConfig) -> None:
         if config.rule != "mamba":
             raise ValueError(f"EventBlock brings its own rule: leave rule out, got {config.rule!r}")
         super().__init__(config)
+        self.dt_A_bias = nn.Parameter(torch.empty(config.d_inner))
+        if not self.D.is_meta:
+            self.reset_rates()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if hasattr(self, "dt_A_bias"):  # not while MambaBlock is built
+            self.reset_rates()
+
+    @torch.no_grad()
+    def reset_rates(self) -> None:
         ## The rates start spread as Δ is, but not in step with it.
-        shuffled = torch.randperm(config.d_inner)
-        self.dt_A_bias = nn.Parameter(self.dt_proj.bias.detach()[shuffled])
+        self.dt_A_bias.copy_(self.dt_proj.bias[torch.randperm(len(self.dt_A_bias))])
 
     def forward(
         self, u: Tensor, state: MambaState | None = None, *, time_steps: Tensor,
@@ -96,7 +107,10 @@ class EventBlock(MambaBlock):
     ) -> tuple[Tensor, MambaState]:
         check_block(self.config, u, 2, state)
         raw, z = self.in_proj(u).chunk(2, dim=-1)  # (b, d) each
-        x, conv = causal_conv(raw.unsqueeze(1), self.conv1d.weight, self.conv1d.bias, state.conv)
+        x, conv = causal_conv(
+            raw.unsqueeze(1), self.conv1d.weight, self.conv1d.bias, state.conv,
+            scan=self.config.scan,
+        )  # fmt: skip
         y, h = self.scan_events(x.squeeze(1), z, time_steps, state.h)
         return self.out_proj(y), MambaState(conv, h)
 
@@ -125,8 +139,9 @@ def check_time_steps(time_steps: Tensor, x: Tensor) -> None:
             f"time_steps must be real numbers {shape}, one for each event, "
             f"got {time_steps.dtype} {tuple(time_steps.shape)}"
         )
-    # A look at numbers makes the CPU wait for a GPU, and breaks a compiled graph.
-    if time_steps.device.type == "cpu" and not torch.compiler.is_compiling():
+    # A look at numbers makes the CPU wait for a GPU, breaks a compiled graph, and fails in vmap.
+    plain = torch.compiler.is_compiling() or in_functorch()
+    if time_steps.device.type == "cpu" and not plain:
         if not ((time_steps >= 0) & time_steps.isfinite()).all():
             raise ValueError("time_steps must be finite and not negative: one of them is not")
 

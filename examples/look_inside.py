@@ -36,10 +36,14 @@ def watch(model: nn.Module) -> Iterator[list[dict[str, Tensor]]]:
     """What goes into the scan of every MambaBlock of a model, in their order, at its last call.
 
     Of each layer x (b, l, d), dt (b, l, d) without its bias, delta (b, l, d), A (d, n), B and C
-    (b, l, n); without the axis l after a `step`. They carry gradients where the call does. With an
-    EventBlock delta is Δ_B.
+    (b, l, n); without the axis l after a `step`. They carry gradients where the call does. Raises
+    ValueError where there is no MambaBlock, and for blocks of another kind, such as EventBlock:
+    these five would not say what its state does.
     """
     blocks = [module for module in model.modules() if isinstance(module, MambaBlock)]
+    if not blocks or any(type(block) is not MambaBlock for block in blocks):
+        kinds = ", ".join(sorted({type(block).__name__ for block in blocks})) or "none"
+        raise ValueError(f"watch reads models of MambaBlocks, found {kinds}")
     layers: list[dict[str, Tensor]] = [{} for _ in blocks]
     with contextlib.ExitStack() as hooks:
         for block, layer in zip(blocks, layers, strict=True):
@@ -68,6 +72,8 @@ def steps(
     inside: dict[str, Tensor], rule: str, reset: Tensor | None, channels: Sequence[int] | slice
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """For every token Ā and B̄ (b, d, n), x (b, d, 1) and C (b, 1, n), for these d channels."""
+    if "x" not in inside or inside["x"].ndim != 3:
+        raise ValueError("there is no sequence here: watch a call of the model, not a step")
     x, delta, A, B, C = (at_least_float32(inside[name]) for name in ("x", "delta", "A", "B", "C"))
     if reset is not None and reset.shape != x.shape[:2]:
         raise ValueError(f"reset must be {tuple(x.shape[:2])}, got {tuple(reset.shape)}")

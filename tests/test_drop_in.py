@@ -246,6 +246,16 @@ def test_the_mixer_refuses_whatever_the_host_gives_it_and_it_does_not_know():
             mixer(u, attention_mask=mask)
 
 
+def test_a_mixer_of_another_architecture_is_refused():
+    """FalconMamba's has the same names and weights, and norms in its buffers."""
+
+    class FalconMambaMixer(torch.nn.Module):
+        pass
+
+    with pytest.raises(ValueError, match="need a MambaMixer of transformers, got FalconMambaMixer"):
+        Mixer(FalconMambaMixer())
+
+
 def test_a_mixer_with_an_activation_that_ours_has_not_is_refused():
     other = transformers_model(hidden_act="gelu")
     with pytest.raises(ValueError, match="gelu"):

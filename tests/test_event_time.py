@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import mamba
 from mamba import Mamba, MambaBlock, MambaConfig, MambaState, ResidualBlock
-from test_mamba import assert_all_close, assert_close, by_hand, error_of
+from test_mamba import assert_all_close, assert_close, error_of
 
 SCANS = ("auto", "sequential", "logspace", "chunked", "recompute")
 SIZES = {"d_model": 6, "d_state": 3, "dt_rank": 2}
@@ -200,14 +200,29 @@ def test_left_padding_and_packed_documents_change_nothing():
         assert_same((stream[:, length:], states), alone, where=f"{name}: ")
 
 
-def test_what_watch_sees_gives_the_state_under_the_rule_dirac():
-    block, times = random_block(), some_times(2, 7)
-    with watch(block) as (layer,):
-        _, state = block(torch.randn(2, 7, 6), block.init_state(2), time_steps=times)
-    rate = F.softplus(block.dt_A_bias)
-    impulses, intervals = layer["delta"] * layer["x"], times.unsqueeze(-1) * rate
-    _, h = by_hand(impulses, intervals, layer["A"], layer["B"], layer["C"], rule="dirac")
-    assert_close("h", state.h, h, 1e-6)
+def test_watch_refuses_a_block_whose_state_it_could_not_tell():
+    with pytest.raises(ValueError, match="found EventBlock"), watch(random_block()):
+        pass
+
+
+def test_initialising_again_sets_the_rates_too_also_after_meta():
+    with torch.device("meta"):
+        block = EventBlock(MambaConfig(d_model=6))
+    block = block.to_empty(device="cpu")
+    block.dt_A_bias.data.fill_(torch.nan)
+    block.reset_parameters()
+    assert torch.equal(block.dt_A_bias.sort().values, block.dt_proj.bias.sort().values)
+    assert not torch.equal(block.dt_A_bias, block.dt_proj.bias)
+
+
+def test_an_event_block_runs_under_vmap():
+    config = MambaConfig(d_model=6, scan="chunked")
+    block, u, gaps = EventBlock(config), torch.randn(3, 2, 5, 6), torch.rand(3, 2, 5)
+    found = torch.func.vmap(lambda u, gaps: block(u, time_steps=gaps))(u, gaps)
+    expected = torch.stack(
+        [block(*one[:1], time_steps=one[1]) for one in zip(u, gaps, strict=True)]
+    )
+    assert torch.allclose(found, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -321,3 +321,15 @@ def test_what_goes_wrong_is_one_line(arguments, code, words, monkeypatch, capsys
     assert exit.value.code == (2 if code == 2 else message) and out == ""
     assert message.startswith("look_inside.py: error: ") and words in message
     assert message.strip().count("\n") == 0
+
+
+def test_watch_says_what_it_cannot_read():
+    with pytest.raises(ValueError, match="found none"), look.watch(torch.nn.Linear(2, 2)):
+        pass
+    model = Mamba(MambaConfig(d_model=8, vocab_size=11))
+    with look.watch(model) as layers:
+        with pytest.raises(ValueError, match="there is no sequence here"):
+            look.states(layers[0])
+        model.step(torch.zeros(1, dtype=torch.long), model.init_state(1))
+        with pytest.raises(ValueError, match="there is no sequence here"):
+            look.states(layers[0])

@@ -421,3 +421,12 @@ def test_on_a_gpu_the_parts_are_larger_and_the_products_stay(right_machine, monk
     assert_close("logits", logits, expected[:, -1], 1e-5)
     assert_close("state.h", state.h, last.h, 1e-5)
     assert isinstance(state, MambaState)
+
+
+def test_a_model_by_convolution_is_refused_where_the_twin_would_pass_something_by():
+    model = small_model(torch.float32)
+    hook = model.backbone.layers[1].mixer.in_proj.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="of our own modules only"):
+        generate.by_convolution(model)
+    hook.remove()
+    generate.by_convolution(model)

@@ -206,10 +206,8 @@ def test_an_explicit_triton_that_is_not_there_is_an_error_and_no_silent_fallback
 @pytest.mark.parametrize("rule", mamba.RULES)
 def test_one_token_of_short_floats_leaves_the_state_of_a_sequence_of_one(rule, dtype):
     generator = torch.Generator().manual_seed(0)
-    x, dt, A, B, C = (
-        torch.randn(shape, generator=generator)
-        for shape in ((2, 1, 3), (2, 1, 3), (3, 4), (2, 1, 4), (2, 1, 4))
-    )
+    shapes = ((2, 1, 3), (2, 1, 3), (3, 4), (2, 1, 4), (2, 1, 4))
+    x, dt, A, B, C = (torch.randn(shape, generator=generator) for shape in shapes)
     x, dt, B, C, A = x.to(dtype), dt.to(dtype), B.to(dtype), C.to(dtype), -A.exp()
     h0 = torch.randn(2, 3, 4, generator=generator)
     y, h = mamba.selective_scan(x, dt, A, B, C, h0=h0, rule=rule, scan="sequential")

@@ -752,7 +752,7 @@ def test_gradients_for_each_sample_by_torch_func_are_those_of_each_alone():
 
 def test_a_compiled_model_is_the_model_and_is_compiled_whole():
     """fullgraph: a graph break is an error. The backend needs no C++ compiler."""
-    model, ids = random_model(n_layer=1), random_ids(2, 5)
+    model, ids = random_model(n_layer=1), random_ids(2, 3)
     torch.compiler.reset()
     whole, state = {"backend": "aot_eager", "fullgraph": True}, random_state(model, 2)
     forward, step = torch.compile(model, **whole), torch.compile(model.step, **whole)

@@ -170,9 +170,12 @@ class Transformers:
             token_ids = out.logits[:, -1].argmax(-1)
             yield token_ids
             ids = token_ids.unsqueeze(-1)
-            # 5.24 calls it cache, and the versions before cache_params.
-            name = "cache" if "cache" in out else "cache_params"
-            out = self.model(ids, **{name: out[name]}, use_cache=True)
+            if "cache" in out:  # from 5.24 on
+                cache = {"cache": out["cache"]}
+            else:  # the first versions also ask where the token stands: past the window is enough
+                past = torch.tensor([2**31])
+                cache = {"cache_params": out["cache_params"], "cache_position": past}
+            out = self.model(ids, **cache, use_cache=True)
 
 
 class Mambapy:

@@ -36,31 +36,35 @@ def selective_scan_fn(
     z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
     return_last_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """out (b, d, l) in u's dtype; with return_last_state also the state, (b, d, n) in float32
-    (float64 for float64 inputs).
+    """out (b, d, l) in u's dtype, contiguous; with return_last_state also the state, (b, d, n) in
+    float32 (float64 for float64 inputs).
 
     u, delta, z (b, d, l): time is the last axis here. A (d, n), D and delta_bias (d,). B and C each
     (b, n, l), the same for all channels, or (b, g, n, l), the same for d / g channels side by side,
     or (d, n), constant in time. Raises ValueError for shapes that do not fit and for complex A.
     """
     check(u, delta, A, B, C, D, z, delta_bias)
+    if len(u) == 0:  # a scan takes no empty batch: add a row that nobody sees
+        u, delta, z = (None if t is None else F.pad(t, (0, 0, 0, 0, 0, 1)) for t in (u, delta, z))
+        B, C = (t if t.ndim == 2 else F.pad(t, (0, 0) * (t.ndim - 1) + (0, 1)) for t in (B, C))
+        out, h = selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus, True)
+        return (out[:0], h[:0]) if return_last_state else out[:0]
     x, delta, z = u.mT, delta.mT, None if z is None else z.mT  # (b, l, d) from here on
     if B.ndim == 2 or C.ndim == 2:
-        y, h = scan_state_by_state(x, delta, A, B, C, delta_bias, delta_softplus)
-        if D is not None:
-            y = y + at_least_float32(D) * x
-        if z is not None:
-            y = y * F.silu(at_least_float32(z))
-        y = y.to(u.dtype)
+        y, h = scan_state_by_state(x, delta, A, B, C, D, delta_bias, delta_softplus)
+        y = y if z is None else y * F.silu(at_least_float32(z))
     else:
         y, h = scan_group_by_group(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    return (y.mT, h) if return_last_state else y.mT
+    out = y.mT.to(u.dtype).contiguous()
+    return (out, h) if return_last_state else out
 
 
 def scan_group_by_group(x, delta, A, B, C, D, z, delta_bias, delta_softplus):
     """mamba.py's scan has one B and one C for all channels: here for those of one group."""
     B, C = (tensor.unsqueeze(1) if tensor.ndim == 3 else tensor for tensor in (B, C))
     groups = math.lcm(B.shape[1], C.shape[1])
+    # What is repeated is cast first: the copies' gradients are then summed before they are rounded.
+    B, C = (at_least_float32(t) if t.shape[1] < groups else t for t in (B, C))
     B, C = (tensor.repeat_interleave(groups // tensor.shape[1], 1) for tensor in (B, C))
     B, C = B.mT.unbind(1), C.mT.unbind(1)
     results, size = [], len(A) // groups
@@ -78,18 +82,20 @@ def scan_group_by_group(x, delta, A, B, C, D, z, delta_bias, delta_softplus):
     return torch.cat(ys, dim=-1), torch.cat(hs, dim=1)
 
 
-def scan_state_by_state(x, delta, A, B, C, delta_bias, delta_softplus):
+def scan_state_by_state(x, delta, A, B, C, D, delta_bias, delta_softplus):
     """Where B or C is (d, n), each channel has its own. But states do not mix: scan them singly.
 
     With one state, B scales the input and C the output, and the scan itself needs only ones.
     """
-    B, C = (for_every_state(tensor, len(A)) for tensor in (B, C))
+    # Once, and not for every state: each cast rounds its share of the gradient.
+    x, delta = at_least_float32(x, delta)
+    bias = None if delta_bias is None else at_least_float32(delta_bias)
+    B, C = (for_every_state(at_least_float32(tensor), len(A)) for tensor in (B, C))
     one = x.new_ones(()).expand(*x.shape[:2], 1)
-    y, hs = 0, []
+    y, hs = 0 if D is None else D * x, []
     for A_i, B_i, C_i in zip(A.unbind(1), B, C, strict=True):
-        x_i = at_least_float32(x) * B_i
-        options = {"dt_bias": delta_bias, "dt_softplus": delta_softplus}
-        h_i, h_last = selective_scan(x_i, delta, A_i.unsqueeze(-1), one, one, **options)
+        options = {"dt_bias": bias, "dt_softplus": delta_softplus}
+        h_i, h_last = selective_scan(x * B_i, delta, A_i.unsqueeze(-1), one, one, **options)
         y = y + h_i * C_i
         hs.append(h_last)
     return y, torch.cat(hs, dim=-1)
@@ -110,8 +116,11 @@ def check(u, delta, A, B, C, D, z, delta_bias) -> None:
         raise ValueError("A is complex: complex states are not implemented, take a real A")
     if not u.is_floating_point():
         raise ValueError(f"u must be real and of a float dtype, got {u.dtype}")
-    if u.ndim != 3 or A.ndim != 2 or len(A) != u.shape[1]:
-        raise ValueError(f"need u (b, d, l) and A (d, n), got {tuple(u.shape)}, {tuple(A.shape)}")
+    if u.ndim != 3 or A.ndim != 2 or len(A) != u.shape[1] or 0 in (*u.shape[1:], *A.shape):
+        raise ValueError(
+            f"need u (b, d, l) and A (d, n), with d, l and n at least 1, got {tuple(u.shape)}, "
+            f"{tuple(A.shape)}"
+        )
     for name, tensor in (("delta", delta), ("z", z)):
         if tensor is not None and tensor.shape != u.shape:
             raise ValueError(f"{name} must be {tuple(u.shape)}, as u is, got {tuple(tensor.shape)}")

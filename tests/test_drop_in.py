@@ -141,6 +141,57 @@ def test_the_output_has_the_dtype_of_u_and_the_state_is_float32(B):
     assert (out - exact).norm() < 2e-2 * exact.norm()
 
 
+@pytest.mark.parametrize("d_state", [4, 64])
+@pytest.mark.parametrize(
+    "B, C", [("constant", "shared"), ("groups", "constant"), ("shared", "groups")]
+)
+def test_bfloat16_gradients_are_as_exact_as_those_of_one_cast_before_the_recurrence(B, C, d_state):
+    """The official reference casts its inputs to float32 once, and rounds each gradient once."""
+
+    def of_reference(**inputs):
+        return written_out(**{name: t.float() for name, t in inputs.items()})[0].bfloat16()
+
+    # Where B and C vary with time, `selective_scan` takes x for D x in a cast of its own.
+    without = () if "constant" in (B, C) else ("D",)
+    inputs = make_inputs(65, B, C, groups=8, n=d_state, d=8, without=without)
+    inputs = {name: tensor.bfloat16() for name, tensor in inputs.items()}
+    weights = torch.randn(2, 8, 65, generator=torch.Generator().manual_seed(1)).bfloat16()
+    found = []
+    for function, dtype in (
+        (lambda **leaves: written_out(**leaves)[0], torch.float64),
+        (of_reference, torch.bfloat16),
+        (selective_scan_fn, torch.bfloat16),
+    ):
+        leaves = {name: tensor.to(dtype).requires_grad_() for name, tensor in inputs.items()}
+        loss = (function(**leaves) * weights).sum()
+        found.append(torch.autograd.grad(loss, list(leaves.values())))
+    for name, exact, reference, ours in zip(inputs, *found, strict=True):
+        errors = [((t.double() - exact).norm() / exact.norm()).item() for t in (ours, reference)]
+        assert errors[0] < 1.2 * errors[1], f"gradient of {name}: {errors[0]:.1e}, {errors[1]:.1e}"
+
+
+@pytest.mark.parametrize("B, C", [("shared", "groups"), ("constant", "groups")])
+def test_an_empty_batch_gives_empty_results_and_gradients_of_zero(B, C):
+    """As the official reference does; so a rank of a parallel run that has no row goes on."""
+    inputs = make_inputs(7, B, C, batch=0)
+    inputs["u"] = inputs["u"].bfloat16()
+    leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+    out, h = selective_scan_fn(**leaves, delta_softplus=True, return_last_state=True)
+    expected = written_out(**leaves)
+    assert out.shape == expected[0].shape == (0, 4, 7) and out.dtype == torch.bfloat16
+    assert h.shape == expected[1].shape == (0, 4, 3) and h.dtype == torch.float32
+    assert selective_scan_fn(**leaves).shape == out.shape
+    gradients = torch.autograd.grad(out.sum() + h.sum(), list(leaves.values()))
+    for (name, tensor), gradient in zip(leaves.items(), gradients, strict=True):
+        assert gradient.shape == tensor.shape and not gradient.any(), name
+
+
+@pytest.mark.parametrize("B", LAYOUTS)
+def test_what_is_returned_is_contiguous(B):
+    for tensor in selective_scan_fn(**make_inputs(6, B), return_last_state=True):
+        assert tensor.is_contiguous()
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -153,8 +204,9 @@ def test_the_output_has_the_dtype_of_u_and_the_state_is_float32(B):
         ({"D": torch.zeros(5)}, r"D must be \(4,\)"),
         ({"delta_bias": torch.zeros(8)}, r"delta_bias must be \(4,\)"),
         ({"u": torch.zeros(2, 4, 7, dtype=torch.int64)}, "float dtype"),
+        ({"u": torch.zeros(2, 4, 0)}, r"l and n at least 1, got \(2, 4, 0\)"),
     ],
-    ids=["complex", "A", "B", "groups", "delta", "z", "D", "bias", "integers"],
+    ids=["complex", "A", "B", "groups", "delta", "z", "D", "bias", "integers", "length"],
 )
 def test_what_does_not_fit_is_named(change, words):
     for B in ("shared", "constant"):

@@ -27,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":  # from a clone that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from generate import reset_after_padding
 from mamba import MambaBlock, MambaConfig, MambaState, at_least_float32, selective_scan
@@ -213,3 +214,7 @@ class Mixer(MambaBlock):
             raise ValueError("Mixer cannot take tokens back: generate without an assistant model")
         conv, h = cache.get_conv_state(self.layer_idx), cache.get_recurrent_state(self.layer_idx)
         return zero if conv is None else MambaState(conv[..., 1:], h)
+
+
+if __name__ == "__main__":
+    print(__doc__)

@@ -3,7 +3,7 @@
     python examples/look_inside.py "To be, or not to be, that is the question" --layer 2
 
 draws them into look_inside.png, for the model that ships here; --out names another picture, --model
-another model. It needs the project installed, and matplotlib (pip install -e ".[notebook]").
+another model. It needs matplotlib (pip install matplotlib).
 
 The functions are there to be lifted out. They read what `watch` sees in a layer:
 
@@ -18,12 +18,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if __name__ == "__main__":  # from a clone that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from generate import DEFAULT_MODEL, Parser, Tokenizer, load_tokenizer
 from mamba import Mamba, MambaBlock, at_least_float32, discretize
@@ -241,10 +245,14 @@ def look(options: argparse.Namespace, parser: Parser) -> None:
 
 
 def main() -> None:
-    parser = Parser("look_inside.py", description=__doc__.split("\n")[0])
+    parser = Parser(
+        "look_inside.py",
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("prompt", help="the text to look at")
     parser.add_argument("--layer", type=int, default=2, help="counted from 0")
-    parser.add_argument("--out", type=Path, default=Path("look_inside.png"))
+    parser.add_argument("--out", type=Path, default=Path("look_inside.png"), help="the picture")
     parser.add_argument("--model", default=str(DEFAULT_MODEL), help="a folder, or on the Hub")
     options = parser.parse_args()
     try:
@@ -252,6 +260,7 @@ def main() -> None:
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         message = " ".join(str(error).split())
         raise SystemExit(f"look_inside.py: error: {message}") from error
+    print(f"wrote {options.out}")
 
 
 if __name__ == "__main__":

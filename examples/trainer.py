@@ -80,7 +80,7 @@ def main() -> None:
         trainer.save_model()
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"trainer.py: error: {error}") from error
-    print(f"{options.out}: wrote config.json and model.safetensors")
+    print(f"wrote {options.out}: config.json, model.safetensors, and checkpoints to go on from")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +32,56 @@ And then is heard no more: it is a tale
 Told by an idiot, full of sound and fury,
 Signifying nothing.
 """
+
+
+SCRIPTS = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """The Python files alone, elsewhere; each says so when it is imported."""
+    folder = tmp_path_factory.mktemp("clone")
+    shutil.copytree(ROOT / "examples", folder / "examples")
+    for name in ("mamba.py", "generate.py", "triton_scan.py"):
+        (folder / name).write_text((ROOT / name).read_text() + "\nFROM_THE_CLONE = True\n")
+    return folder
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_runs_from_a_bare_clone_and_answers_help_with_its_defaults(
+    name, clone, monkeypatch, capsys, tmp_path
+):
+    if name == "trainer.py":
+        pytest.importorskip("accelerate", reason="the Trainer of transformers needs accelerate")
+    # As `python examples/name --help` begins: its own folder in front, nothing of ours imported.
+    elsewhere = [path for path in sys.path if path and not Path(path, "mamba.py").exists()]
+    monkeypatch.setattr(sys, "path", [str(clone / "examples"), *elsewhere])
+    for module in ("mamba", "generate", "triton_scan"):
+        monkeypatch.setitem(sys.modules, module, sys.modules.get(module))  # to be put back
+        del sys.modules[module]
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    monkeypatch.chdir(tmp_path)
+    try:
+        script = runpy.run_path(str(clone / "examples" / name), run_name="__main__")
+    except SystemExit as exit:
+        assert exit.code == 0
+    else:
+        assert name == "drop_in.py" and script["MambaBlock"]
+    assert sys.modules["mamba"].FROM_THE_CLONE
+    printed, source = capsys.readouterr().out, (ROOT / "examples" / name).read_text()
+    assert source.split("\n")[0].removeprefix('"""') in " ".join(printed.split())
+    options = re.findall(r"^  --[\w-]+", printed, re.MULTILINE)
+    assert len(options) == printed.count("(default:")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_that_is_imported_leaves_the_path_alone(name, monkeypatch):
+    if name == "trainer.py":
+        pytest.importorskip("accelerate", reason="the Trainer of transformers needs accelerate")
+    before = list(sys.path)
+    runpy.run_path(str(ROOT / "examples" / name), run_name="imported")
+    assert sys.path == before
 
 
 @torch.no_grad()
@@ -322,7 +374,7 @@ def test_the_script_of_the_trainer_goes_on_and_says_what_it_wrote(
         script.main()
         written.append((tmp_path / "out" / "checkpoint-2" / "optimizer.pt").stat().st_mtime_ns)
     assert written[0] == written[1]
-    assert "out: wrote config.json and model.safetensors" in capsys.readouterr().out
+    assert "wrote out: config.json, model.safetensors" in capsys.readouterr().out
     assert Mamba.from_pretrained(tmp_path / "out").config == small
     history = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())
     assert history["global_step"] == 3

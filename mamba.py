@@ -894,36 +894,23 @@ def causal_conv(
 
     raw (b, l, d), past (b, d, d_conv - 1): the inputs before raw, oldest first; or one token, raw
     (b, d). With reset (b, l), no term reaches back over the start of a document. scan: as in
-    `selective_scan`. Returns x in the shape of raw, and the past of what follows. Raises ValueError
-    for a reset after the first position if conv1d has hooks or an adapter: it is called as it is.
+    `selective_scan`. Returns x in the shape of raw, and the past of what follows.
     """
+    if not is_plain(conv1d, nn.Conv1d):
+        return adapted_conv(raw, conv1d, past, reset)
     weight, bias, past = conv1d.weight, conv1d.bias, past.to(raw.dtype)
-    plain, reach, one_token = is_plain(conv1d, nn.Conv1d), past.shape[-1], raw.ndim == 2
-    if one_token:
+    if raw.ndim == 2:  # one token
         window = torch.cat([past, raw.unsqueeze(-1)], dim=-1)  # (b, d, d_conv)
-        if plain:
-            x = (at_least_float32(window) * weight.squeeze(1)).sum(-1)
-            x = x if bias is None else x + bias
-        else:
-            x = conv1d(window).squeeze(-1)
-        return F.silu(x).to(raw.dtype), window[..., 1:]
+        x = (at_least_float32(window) * weight.squeeze(1)).sum(-1)
+        return F.silu(x if bias is None else x + bias).to(raw.dtype), window[..., 1:]
 
-    seqlen = raw.shape[1]
+    seqlen, reach = raw.shape[1], past.shape[-1]
     # A new tensor: a view would keep all of raw in memory for as long as the state lives.
     next_past = torch.cat([past[..., seqlen:], raw[:, max(0, seqlen - reach) :].mT], dim=-1)
     if reset is not None:
         # Number the documents; the past belongs to number 0.
         document = F.pad(reset.cumsum(-1), (reach, 0)).unsqueeze(-1)  # (b, d_conv - 1 + l, 1)
         next_past = next_past * (document[:, seqlen:] == document[:, -1:]).mT
-    if not plain:
-        if reset is not None:
-            if reset[:, 1:].any():
-                raise ValueError(
-                    "conv1d has a hook or an adapter and would look across a reset inside the "
-                    "sequence: feed such documents, or unequal prompts, one by one"
-                )
-            past = past.masked_fill(reset[:, :1, None], 0)
-        return F.silu(conv1d(torch.cat([past, raw.mT], dim=-1))).mT, next_past
     if kernels := companion(scan, raw, weight, bias, past, d_conv=reach + 1):
         return kernels.causal_conv_triton(raw, weight, bias, past, reset, silu=True), next_past
 
@@ -937,6 +924,22 @@ def causal_conv(
             weight_j = weight_j * (document[:, j : j + seqlen] == document[:, reach:])
         x = torch.addcmul(x, window[:, j : j + seqlen], weight_j)
     return F.silu(x).to(raw.dtype), next_past
+
+
+def adapted_conv(
+    raw: Tensor, conv1d: nn.Module, past: Tensor, reset: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`causal_conv` for a module that is called as it is: an adapter such as LoRA, or with hooks.
+    Raises ValueError for a reset after the first position, over which it would look."""
+    if reset is not None and reset[:, 1:].any():
+        raise ValueError(
+            "conv1d has a hook or an adapter and would look across a reset inside the sequence: "
+            "feed such documents, or unequal prompts, one by one"
+        )
+    past = past if reset is None else past.masked_fill(reset[:, :1, None], 0)
+    window = torch.cat([past.to(raw.dtype), raw.reshape(len(raw), -1, raw.shape[-1]).mT], -1)
+    x = F.silu(conv1d(window)).mT  # (b, l, d)
+    return x.reshape(raw.shape), window[..., x.shape[1] :].clone()
 
 
 def at_least_float32(*tensors: Tensor) -> Any:

@@ -256,8 +256,8 @@ def prefill(
     parts = input_ids.split(length, dim=1)
     resets = [None] * len(parts) if reset is None else reset.split(length, dim=1)
     for ids, part_reset in zip(parts, resets, strict=True):
-        u, state = reader.features(ids, state, reset=part_reset)
-    return model.lm_head(u[:, -1]), state
+        last, state = reader(ids, state, reset=part_reset, head=lambda hidden: hidden[:, -1])
+    return model.lm_head(last), state
 
 
 # Tokens of all rows in a part. More of them take more memory and no less time.

@@ -47,6 +47,7 @@ import zipfile
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, fields, replace
+from numbers import Real
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -73,10 +74,9 @@ from torch import Tensor, nn
 ##     h'(t) = A h(t) + B x(t)     (1a)          h_t = Ā h_{t-1} + B̄ x_t     (2a)
 ##     y(t)  = C h(t)              (1b)          y_t = C h_t                 (2b)
 ##
-## with Ā and B̄ computed from Δ, A and B (`discretize`). Here x_t and y_t are one number each, and
-## h_t holds n numbers. A is diagonal, n numbers and not n x n: each state decays at a rate of its
-## own, and they do not mix. A layer runs d such SSMs side by side, one for each channel of its
-## input, and stores their A as (d, n).
+## with Ā and B̄ computed from Δ, A and B (`discretize`). x_t and y_t are one number each, h_t holds
+## n. A is diagonal, n numbers and not n x n: each state decays at its own rate, and none mix. A
+## layer runs d such SSMs side by side, one for each channel, and stores their A as (d, n).
 ##
 ## In S4 (arXiv 2111.00396) Δ, A, B and C are the same at every step. Unroll (2a), and powers of one
 ## Ā appear: y_t = C B̄ x_t + C Ā B̄ x_{t-1} + C Ā² B̄ x_{t-2} + ... This is a convolution with one
@@ -84,36 +84,35 @@ from torch import Tensor, nn
 ## But it treats every token alike: it cannot keep this name and skip that filler word.
 ##
 ## Mamba's one idea is selection: Δ, B and C are computed from the current input (`select`). Ā now
-## differs at every step: there is no such filter, and no Fourier transform. What is left is
-## (2a) itself, to be run as a scan: like a cumulative sum, it yields a result at every position,
-## each from the one before. "The combine" below says why it runs in parallel all the same.
+## differs at every step, so there is no such filter. What is left is (2a) itself, to be run as a
+## scan: like a cumulative sum, it yields a result at every position, each from the one before.
 ##
 ## An LSTM or GRU gates its memory too, but its gates read h_{t-1}, through a matrix and a sigmoid:
 ## nobody can compute step t + 1 before step t is done. Here Ā_t and B̄_t read only the input. Given
-## these, (2a) is linear in h, and linear steps can be merged before h is known. Mamba has n = 16: a
-## channel remembers at 16 time scales and, through B and C, 16 different things.
+## these, (2a) is linear in h, and linear steps can be merged before h is known ("The combine"). And
+## with n = 16 a channel remembers at 16 time scales and, through B and C, 16 different things.
 ##
-## A layer remembers d x n numbers for the SSM and d x (d_conv - 1) for its short convolution (see
-## the block). For mamba-130m in float32: 24 layers x 1536 x (16 + 3) x 4 bytes = 2.8 MB a sequence,
-## after ten tokens and after a million. A transformer of that width and depth, half of it attention
-## and half MLPs, caches 12 layers x (key + value) x 768 x 4 bytes for each token: 2.8 MB at token
-## 38. The price: a state of fixed size cannot hold everything. To copy a long random string, or to
-## find one number in a long phone book, takes more bits than it has (arXiv 2402.01032). Selection
-## chooses what to lose. And what runs for ever need not stay good: the published models saw 2048
-## tokens at a time. Not far beyond, where states are older than any in training, they get worse.
+## A layer remembers d x n numbers for the SSM and d x (d_conv - 1) for its short convolution:
+## 24 layers x 1536 x (16 + 3) x 4 bytes = 2.8 MB a sequence for mamba-130m in float32, after ten
+## tokens and after a million. A transformer of that width, 12 layers of attention and 12 of MLPs,
+## caches 12 x (key + value) x 768 x 4 bytes for each token: 2.8 MB at token 38. The price: a state
+## of fixed size cannot hold everything. A long random string, or a long phone book, takes more bits
+## than it has (arXiv 2402.01032). Selection chooses what to lose. And what runs for ever need not
+## stay good: the published models saw 2048 tokens at a time, and not far beyond, where states are
+## older than any in training, they get worse.
 
 
 @dataclass
 class MambaConfig:
     """Every number that defines a model; `MambaConfig(d_model=64)` is enough for one block. Raises
-    ValueError for values of the wrong type or size and for unknown names."""
+    ValueError for values of the wrong type or size. (In the official names dt_... means Δ.)"""
 
     d_model: int  # width of the stream (the paper's D; it writes D for d_inner as well)
     n_layer: int = 1
     vocab_size: int = 50277  # rows of the embedding that stand for tokens
     d_state: int = 16  # the paper's N: states per channel
     d_conv: int = 4  # width of the causal convolution
-    expand: int = 2  # the paper's E: d_inner = E * d_model
+    expand: float = 2  # the paper's E: d_inner = E * d_model
     dt_rank: int | str = "auto"  # the paper's R: rank of the projection to Δ. "auto": d_model / 16
     rule: str = "mamba"  # how A and B are discretised: see `discretize`
     bias: bool = False  # in in_proj and out_proj
@@ -121,8 +120,8 @@ class MambaConfig:
     dt_min: float = 0.001  # Δ starts log-uniform in [dt_min, dt_max] ...
     dt_max: float = 0.1
     dt_init_floor: float = 1e-4  # ... and not below this
-    dt_init: str = "random"  # dt_proj.weight: "random" (uniform) or "constant"
-    dt_scale: float = 1.0  # times this
+    dt_init: str = "random"  # dt_proj.weight starts "random" (uniform) or "constant" ...
+    dt_scale: float = 1.0  # ... times this
     norm_eps: float = 1e-5
     residual_in_fp32: bool = True
     tie_embeddings: bool = True  # lm_head.weight is embedding.weight
@@ -131,13 +130,13 @@ class MambaConfig:
     scan: str = "auto"  # how to run the recurrence, not what it is: never saved. See part II
 
     def __post_init__(self) -> None:
-        if self.dt_rank == "auto" and type(self.d_model) is int:
-            self.dt_rank = math.ceil(self.d_model / 16)
         check_config(self)
+        if self.dt_rank == "auto":
+            self.dt_rank = math.ceil(self.d_model / 16)
 
     @property
     def d_inner(self) -> int:
-        return self.expand * self.d_model
+        return int(self.expand * self.d_model)
 
     @property
     def padded_vocab_size(self) -> int:  # matrix units like multiples; added rows mean nothing
@@ -148,8 +147,7 @@ class MambaConfig:
 ##
 ## Token ids become vectors, n_layer residual blocks transform them, a norm and a matrix turn them
 ## into logits: scores of every possible next token. There are no positions and no heads: order
-## enters through the recurrence and its short convolution, and each channel is an SSM of its own.
-## Each star below is one block at one time:
+## enters through the recurrence and the convolution. Each star below is one block at one time:
 ##
 ##     layers[2]    *-----*-----*-----*-----*     The state moves right (time), the stream moves up.
 ##                  |     |     |     |     |     A star needs the star to its left (the state of
@@ -160,10 +158,8 @@ class MambaConfig:
 ##     embedding   t=0   t=1   t=2   t=3   t=4    `step`: column by column, left to right. All
 ##                                                layers for one token, then the next. Generation.
 ##
-## Both give the same numbers up to rounding (sums in another order: 1e-6 in float32). Rows show a
-## layer all its inputs at once, which a parallel scan needs; columns need of the past only the
-## state. Completing a text takes both: `forward` for the prompt (the prefill), which leaves a state
-## behind, then `step` by `step`.
+## Both give the same numbers up to rounding (sums in another order: 1e-6 in float32). A completion
+## takes both: `forward` for the prompt (prefill), which leaves a state behind, then step by `step`.
 
 
 class Mamba(nn.Module):
@@ -175,8 +171,8 @@ class Mamba(nn.Module):
         logits, state = model(input_ids, state)        # the same, continuing from a state
         logits, state = model.step(token_ids, state)   # (b,) -> (b, padded_vocab_size)
 
-    Raises ValueError for ids of another shape or type and a state that does not fit; IndexError for
-    an id without a row. from_pretrained and save_pretrained stand at the end of this file.
+    Raises ValueError for ids of another shape or type and a state that does not fit, IndexError for
+    an id without a row. In part III: from_pretrained, save_pretrained, param_groups (optimisers).
     """
 
     def __init__(self, config: MambaConfig) -> None:
@@ -199,28 +195,23 @@ class Mamba(nn.Module):
             self.lm_head.weight = self.backbone.embedding.weight
 
     def forward(
-        self, input_ids: Tensor, state: MambaState | None = None, *, reset: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, MambaState]:
+        self, input_ids: Tensor, state: MambaState | None = None, *, reset: Tensor | None = None,
+        head: Callable[[Tensor], Any] | None = None,
+    ) -> Any:  # fmt: skip
         """(b, l) ids -> logits (b, l, padded_vocab_size); with a state, (logits, next state).
 
-        reset (b, l) bool: True where a new document starts, in all layers.
+        reset (b, l) bool: True where a new document starts, in all layers. head: called in place of
+        lm_head, on (b, l, d_model), and what it returns stands in place of the logits: for a loss
+        of a few positions at a time, or a prompt, of which only the last logits count.
         """
         start = self.init_state(len(input_ids)) if state is None else state
-        features, next_state = self.features(input_ids, start, reset=reset)
-        logits = self.lm_head(features)
-        return logits if state is None else (logits, next_state)
-
-    def features(
-        self, input_ids: Tensor, state: MambaState, *, reset: Tensor | None = None
-    ) -> tuple[Tensor, MambaState]:
-        """`forward` without its last matrix, (b, l, d_model): for a prompt, of which only the last
-        logits count, or for a loss a few positions at a time."""
-        check_ids(self.config, input_ids, 2, state)
+        check_ids(self.config, input_ids, 2, start)
         stream, next_states = self.embed(input_ids), []
         for i, layer in enumerate(self.backbone.layers):
-            stream, next_state = layer(stream, state[i], reset=reset)
+            stream, next_state = layer(stream, start[i], reset=reset)
             next_states.append(next_state)
-        return self.backbone.norm_f(stream), MambaState.stack(next_states)
+        logits = (head or self.lm_head)(self.backbone.norm_f(stream))
+        return logits if state is None else (logits, MambaState.stack(next_states))
 
     def step(self, token_ids: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         """One token: (b,) ids and the state before it -> logits (b, padded_vocab_size), state."""
@@ -242,27 +233,10 @@ class Mamba(nn.Module):
         """The state before the first token: zeros, with the layers stacked in front."""
         return MambaState.stack([layer.mixer.init_state(batch) for layer in self.backbone.layers])
 
-    ## Weight decay is for the weights of the projections, the convolution and the embedding. dt's
-    ## bias pulled towards 0 is Δ pulled towards 0.69, A_log pulled towards 0 is every rate of decay
-    ## pulled towards 1, and norms and D pulled towards 0 would close a path.
-
-    def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Two groups for torch.optim.AdamW: with weight decay and without."""
-        groups = [{"params": [], "weight_decay": decay} for decay in (weight_decay, 0.0)]
-        for name, parameter in self.named_parameters():
-            # A_log has two axes, as a matrix has: its name tells, not its shape.
-            is_weight = parameter.ndim >= 2 and not name.endswith("A_log")
-            groups[0 if is_weight else 1]["params"].append(parameter)
-        return groups
-
-
-## A block adds a correction to the stream and never overwrites it: gradients reach every layer
-## along the plain sum. A transformer alternates two kinds of blocks, attention and MLP. Mamba has
-## one kind: its gate z (below) does the MLP's work inside the same block.
-
 
 class ResidualBlock(nn.Module):
-    """stream + mixer(norm(stream)). mixer: used instead of a MambaBlock; it gets the options."""
+    """stream + mixer(norm(stream)). A block adds to the stream and never overwrites it: gradients
+    reach every layer along the plain sum. mixer: in place of a MambaBlock; it gets the options."""
 
     def __init__(self, config: MambaConfig, mixer: nn.Module | None = None) -> None:
         super().__init__()
@@ -308,14 +282,12 @@ class RMSNorm(nn.Module):
 ##                   |
 ##                out_proj -> (b, l, d_model)
 ##
-## Channels mix in the projections and nowhere else.
-##
-## The convolution (not S4's: d_conv = 4 taps): Δ, B and C should depend on more than a bare token.
-## "Not" means something else after "why". Four inputs side by side are cheap, and a recurrence is
-## poor at exactly this: it smears the past by exponentials and has no sharp view of "two tokens
-## ago". The gate z multiplies what the scan recalls by what the current token has to say, as in a
-## gated MLP. It comes from u directly; it is not a residual. D x: without it x_t could reach y_t
-## only through the state.
+## Channels mix in the projections and nowhere else. The convolution (not S4's: d_conv = 4 taps):
+## Δ, B and C should depend on more than a bare token. "Not" means something else after "why". Four
+## inputs side by side are cheap, and a recurrence is poor at exactly this: it smears the past by
+## exponentials and has no sharp view of "two tokens ago". The gate z multiplies what the scan
+## recalls by what the current token has to say: it does the work of an MLP, from u directly, and is
+## not a residual. D x: without it x_t could reach y_t only through the state.
 
 
 class MambaBlock(nn.Module):
@@ -337,16 +309,14 @@ class MambaBlock(nn.Module):
         self.A_log = nn.Parameter(torch.empty(d, n))
         self.D = nn.Parameter(torch.empty(d))
         self.out_proj = nn.Linear(d, config.d_model, bias=config.bias)
+        mark_parameters(self)  # for the optimisers and initialisers of others: see part III
         if not self.D.is_meta:
             self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The official initialisation, where it is not PyTorch's own.
-
-        Do not run a generic initialiser over this block afterwards: setting every bias of every
-        Linear to zero would set Δ = softplus(0) = 0.69 and leave a memory of one or two tokens.
-        """
+        """The official initialisation, where it is not PyTorch's own. Run no generic one after it:
+        all biases zero would be Δ = softplus(0) = 0.69, a memory of one or two tokens."""
         config = self.config
         ## A = -1, -2, ..., -n in every channel (S4D-Real, arXiv 2206.11893): state number i fades
         ## to 1/e in 1 / (Δ i) tokens. n states are n time scales.
@@ -355,7 +325,7 @@ class MambaBlock(nn.Module):
 
         ## Δ starts log-uniform in [0.001, 0.1]: time scales from 10 to 1000 tokens for A = -1, as
         ## many channels below 100 as above. This start lives in dt_proj's bias (Algorithm 2's
-        ## "Parameter"), and what the token adds to it is small at first. Hence softplus inverted:
+        ## "Parameter"; what the token adds is small at first), which is softplus inverted:
         ## bias = log(e^Δ - 1) = Δ + log(1 - e^-Δ).
         bound = config.dt_scale * config.dt_rank**-0.5
         lower = bound if config.dt_init == "constant" else -bound
@@ -375,7 +345,7 @@ class MambaBlock(nn.Module):
 
     ## A is negative, because Ā = exp(ΔA) must stay below 1 or the state would grow without bound.
     ## -exp(.) is negative whatever the optimiser does, and an update changes a rate of decay by a
-    ## factor and not by an amount: rates of 1 and of 16 are equally easy to adjust.
+    ## factor and not by an amount. No weight decay here (`param_groups`, part III).
 
     @property
     def A(self) -> Tensor:
@@ -387,45 +357,38 @@ class MambaBlock(nn.Module):
     ) -> Tensor | tuple[Tensor, MambaState]:
         """reset (b, l) bool: True where a new document starts; nothing crosses that point."""
         check_block(self.config, u, 3, state, reset)
-        start = self.init_state(len(u)) if state is None else state
-        raw, z = self.in_proj(u).chunk(2, dim=-1)  # (b, l, d) each
-        ## x_t = silu(bias + Σ_j weight_j raw_{t - (d_conv - 1) + j}), j = 0 ... d_conv - 1. With
-        ## reset no term reaches back over the start of a document. (Its code: part II.)
-        x, conv = causal_conv(
-            raw, self.conv1d.weight, self.conv1d.bias, start.conv, reset, scan=self.config.scan
-        )
-        y, h = self.ssm(x, z, start.h, reset)
-        out = self.out_proj(y)
-        return out if state is None else (out, MambaState(conv, h))
-
-    ## Padding on the left would write into h and into the convolution: even a zero becomes
-    ## silu(bias). With reset at each row's first real token padding is a document before the text:
-    ## Ā = 0 forgets it, and what comes out on it means nothing. Padding on the right is not seen by
-    ## the tokens to its left, only by the state that is returned. Time runs one way: to read from
-    ## both sides takes two blocks (examples/recipes.py), and there is no step.
-    ##
-    ## `step` is `forward` without the axis l: lay one over the other. The convolution is the same
-    ## sum over a window that slides, the scan one application of (2a), (2b).
+        out, next_state = self.mix(u, self.init_state(len(u)) if state is None else state, reset)
+        return out if state is None else (out, next_state)
 
     def step(self, u: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         """One token: u (b, d_model) and the state before it -> (b, d_model), next state."""
         check_block(self.config, u, 2, state)
-        raw, z = self.in_proj(u).chunk(2, dim=-1)  # (b, d) each
-        window = torch.cat([state.conv.to(raw.dtype), raw.unsqueeze(-1)], dim=-1)  # (b, d, d_conv)
-        x = (at_least_float32(window) * self.conv1d.weight.squeeze(1)).sum(-1)
-        x = F.silu(x if self.conv1d.bias is None else x + self.conv1d.bias).to(raw.dtype)
-        y, h = self.ssm(x, z, state.h)
-        return self.out_proj(y), MambaState(window[..., 1:], h)
+        return self.mix(u, state)
 
-    def ssm(
-        self, x: Tensor, z: Tensor, h: Tensor, reset: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """x, z (b, l, d), or (b, d) for one token, and the h before them -> y, the next h."""
+    ## The block, once for both. For one token the axis l is not there: the convolution is one sum
+    ## and the scan one application of (2a), (2b). (The code of the convolution is in part II.)
+    ##
+    ##     x_t = silu(bias + Σ_j weight_j raw_{t - (d_conv - 1) + j}),   j = 0 ... d_conv - 1
+    ##
+    ## Padding on the left would write into h and into the convolution: even a zero becomes
+    ## silu(bias). With reset at each row's first real token padding is a document before the text:
+    ## Ā = 0 forgets it, the convolution does not reach back, and what comes out on it means
+    ## nothing. Padding on the right is not seen by the tokens to its left, only by the state that
+    ## is returned. Time runs one way: to read from both sides takes two blocks, and has no step.
+
+    def mix(
+        self, u: Tensor, state: MambaState, reset: Tensor | None = None
+    ) -> tuple[Tensor, MambaState]:
+        """u (b, l, d_model), or (b, d_model) for one token -> the same shape, next state."""
+        config = self.config
+        raw, z = self.in_proj(u).chunk(2, dim=-1)  # (b, l, d) each
+        x, conv = causal_conv(raw, self.conv1d, state.conv, reset, scan=config.scan)
         dt, B, C = self.select(x)
-        return selective_scan(
-            x, dt, self.A, B, C, self.D, z, h, dt_bias=self.dt_proj.bias,
-            rule=self.config.rule, reset=reset, scan=self.config.scan,
+        y, h = selective_scan(
+            x, dt, self.A, B, C, self.D, z, state.h, dt_bias=self.dt_proj.bias,
+            rule=config.rule, reset=reset, scan=config.scan,
         )  # fmt: skip
+        return self.out_proj(y), MambaState(conv, h)
 
     ## Selection. Here a token decides what happens to the memory. From x_t, which since the
     ## convolution knows of this token and the three before it, come
@@ -446,9 +409,8 @@ class MambaBlock(nn.Module):
     ##
     ## softplus is positive, nearly 0 for very negative numbers and nearly the identity for large
     ## ones. The bias is the time scale that a channel has before a token says anything. dt has low
-    ## rank: a d x d matrix would have 2.4 million weights in mamba-130m, as many as in_proj, but
-    ## tokens do not differ in that many ways as to how much they count. x_proj maps to R = d_model
-    ## / 16 numbers and dt_proj, with nothing between, to d.
+    ## rank: a d x d matrix would have as many weights as in_proj, but tokens do not differ in that
+    ## many ways as to how much they count. x_proj maps to R = d_model / 16 numbers, dt_proj to d.
 
     def select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., d) -> dt (..., d) without its bias, B (..., n), C (..., n)."""
@@ -458,17 +420,16 @@ class MambaBlock(nn.Module):
 
     def init_state(self, batch: int) -> MambaState:
         """The state before the first token: zeros."""
-        conv_shape = (batch, self.config.d_inner, self.config.d_conv - 1)
-        h_shape = (batch, self.config.d_inner, self.config.d_state)
-        return MambaState(self.D.new_zeros(conv_shape), at_least_float32(self.D.new_zeros(h_shape)))
+        config, options = self.config, {"device": self.D.device, "dtype": self.D.dtype}
+        conv = torch.zeros(batch, config.d_inner, config.d_conv - 1, **options)
+        h = torch.zeros(batch, config.d_inner, config.d_state, **options)
+        return MambaState(conv, at_least_float32(h))
 
 
 class DeltaProjection(nn.Linear):
-    """A Linear whose bias is left to the caller, who adds it in float32.
-
-    The bias starts between -7 and -2, and what the weights add to it is small: a sum in bfloat16,
-    with its 8 significant bits, would round much of it away. It is called as a module, so that
-    adapters such as LoRA can wrap it; a wrapper has to pass `.bias` on.
+    """A Linear whose bias is left to the caller, who adds it in float32: the bias starts between -7
+    and -2, and bfloat16, with its 8 significant bits, would round away much of what is added to it.
+    It is a module, so that adapters such as LoRA can wrap it; a wrapper has to pass `.bias` on.
     """
 
     def forward(self, low_rank: Tensor) -> Tensor:
@@ -477,10 +438,9 @@ class DeltaProjection(nn.Linear):
 
 @dataclass
 class MambaState:
-    """All that a block, or a model, remembers of the past. Its size does not depend on the length.
-
-    A model's state has the layers as an additional axis in front. A state is a value: nothing here
-    changes one. `torch.save(vars(state), file)`, and `MambaState(**torch.load(file))` to go on.
+    """All that a block, or a model, remembers of the past. A model's has the layers as an axis in
+    front. It is a value: nothing here changes one. `torch.save(vars(state), file)` keeps it, and
+    `MambaState(**torch.load(file))` goes on; `state.map(torch.clone)`, `state.map(Tensor.cuda)`.
     """
 
     conv: Tensor  # (b, d, d_conv - 1): the last raw inputs of the convolution, oldest first
@@ -497,15 +457,9 @@ class MambaState:
         """state[i] is layer i of a model's state, state[:, rows] some rows of it."""
         return self.map(lambda tensor: tensor[index])
 
-    def clone(self) -> MambaState:
-        return self.map(torch.clone)
-
     def detach(self) -> MambaState:
         """Back-propagation stops here: for training on window after window (truncated)."""
         return self.map(torch.detach)
-
-    def to(self, device: torch.device | str) -> MambaState:
-        return self.map(lambda tensor: tensor.to(device))
 
 
 ## Discretisation ----------------------------------------------------------------------------------
@@ -523,11 +477,11 @@ class MambaState:
 ##
 ## A departure from the paper: it prints "zoh" (zero-order hold, eq. 4: x_t holds for the whole step
 ## that ends at t), but the code that trained the published checkpoints runs "mamba"; the authors
-## confirm it (github.com/state-spaces/mamba, issue 114). zoh's B̄ is Δ (1 + ΔA/2 + ...) B, and
-## "mamba" keeps the first term, as Euler's method does. The factor left out is near 1 for small ΔA
-## and 1/2 at ΔA = -1.6; x, Δ and B are learned without it. For Ā the same shortcut, 1 + ΔA, would
-## be wrong: it leaves (-1, 1) once ΔA < -2, and the state explodes. "bilinear" is the trapezoid
-## rule, S4's choice; "dirac" takes x for impulses that add B x, however long the step.
+## confirm it (github.com/state-spaces/mamba, issue 114). zoh's B̄ is Δ (1 + ΔA/2 + ...) B, of which
+## "mamba" keeps the first term, as Euler's method does. What is left out is a factor near 1 for
+## small ΔA and 1/2 at ΔA = -1.6; x, Δ and B are learned without it. The same shortcut for Ā would
+## be wrong: 1 + ΔA leaves (-1, 1) once ΔA < -2, and the state explodes. "bilinear" is S4's choice,
+## the trapezoid rule; "dirac" takes x for impulses that add B x, however long the step.
 
 RULES = ("mamba", "zoh", "bilinear", "dirac")
 
@@ -562,8 +516,7 @@ def recurrence(
 
 ## A scan runs it for all t. Every scan in this file has this signature, is differentiable in every
 ## tensor, h0 and h_last included, and computes in float32 even if it is given less: errors in h add
-## up along time, and in bfloat16 a decay of 0.999 would be 1. This one is the definition, a loop.
-## It is slow on parallel hardware, where each step waits for the one before.
+## up along time, and in bfloat16 a decay of 0.999 would be 1. This loop is the definition.
 
 
 def scan_sequential(
@@ -595,11 +548,10 @@ def scan_sequential(
 ## of the sequence. And combine is associative: any bracketing gives the same result. Combine
 ## neighbours, then pairs of pairs: log2(l) rounds, up a tree, give the whole, and as many back down
 ## hand every position the combination of all before it: about twice the work of the loop, in
-## 2 log2(l) rounds in place of l. (Part II cuts time into chunks instead, which suits PyTorch.)
-## Nothing of the kind holds for tanh(W h + v): an LSTM must wait.
-
-
-## The selective scan: the recurrence and what surrounds it, the piece to lift elsewhere -----------
+## 2 log2(l) rounds in place of l. (Part II cuts time into chunks instead.) Nothing like it holds
+## for tanh(W h + v): an LSTM must wait.
+##
+## The selective scan is the recurrence with what surrounds it: the piece to lift elsewhere.
 
 
 def selective_scan(
@@ -611,15 +563,12 @@ def selective_scan(
 
     x, dt, z (b, l, d), A (d, n), B, C (b, l, n), D, dt_bias (d,), h0 (b, d, n), reset (b, l) bool;
     or one token, with h0 and without the axis l: no scan. Returns y in x's dtype, h_last (b, d, n)
-    in float32 (float64 for float64 inputs). scan: a name in SCANS, or "triton", the fused kernel.
-    "auto": on a GPU the kernel where it takes these tensors, else chunked; on a CPU recompute, but
-    chunked under torch.compile, torch.func and torch.jit. Raises ValueError for shapes that do not
-    fit and unknown names, RuntimeError if "triton" is asked for and cannot run.
+    in float32 (float64 for float64 inputs). scan: a name in SCANS, or "triton", the fused kernel,
+    which "auto" takes where it can. Raises ValueError for shapes that do not fit and unknown names,
+    RuntimeError if "triton" is asked for and cannot run.
     """
-    tensors = (x, dt, A, B, C, D, z, h0)
-    one_token = x.ndim == 2
-    needs = {"rule": rule, "d_state": A.shape[-1]}
-    if not one_token and (kernels := companion(scan, *tensors, dt_bias, **needs)):
+    tensors, one_token, needs = (x, dt, A, B, C, D, z, h0), x.ndim == 2, {"d_state": A.shape[-1]}
+    if not one_token and (kernels := companion(scan, *tensors, dt_bias, rule=rule, **needs)):
         options = {"dt_bias": dt_bias, "dt_softplus": dt_softplus, "rule": rule, "reset": reset}
         return kernels.selective_scan_triton(*tensors, **options)
     check_scan(scan, x, A=A, dt=dt, B=B, C=C, D=D, z=z, h0=h0, dt_bias=dt_bias, reset=reset)
@@ -657,12 +606,10 @@ SCANS = {"auto": scan_sequential, "sequential": scan_sequential}  # part II has 
 ##     so the left is a plain sum:  h_t = exp(a*_t) (h_0 + Σ_{j<=t} v_j exp(-a*_j))
 ##     and in logarithms:           log (h_t - exp(a*_t) h_0) = a*_t + logcumsumexp(log v - a*)_t
 ##
-## Two cumulative sums, which every parallel machine has. The logarithm is no ornament: exp(-a*_j)
-## overflows as soon as a*_j < -88. log Ā needs no logarithm: it is ΔA.
-##
-## Signs. A logarithm wants positive v. Write v = v⁺ - v⁻, two non-negative parts, scan both and
-## subtract. (Complex logarithms do the same at the same price.) Ā must be positive as well; under
-## "bilinear" it need not be, so that rule is refused.
+## Two cumulative sums, which every parallel machine has. log Ā needs no logarithm: it is ΔA. But
+## the sum does: exp(-a*_j) overflows as soon as a*_j < -88. And a logarithm wants positive v: write
+## v = v⁺ - v⁻, two non-negative parts, scan both and subtract. (Complex logarithms do the same at
+## the same price.) Ā must be positive as well; under "bilinear" it need not be.
 ##
 ## Error. The share of v_j in h_t is exp(log v_j - a*_j + a*_t). An exponent is rounded relative to
 ## the size of its terms, so each share is wrong by a factor of about 1 ± ε (|a*| + |log v|), with
@@ -685,25 +632,26 @@ def scan_logspace(
     if rule == "bilinear":
         raise ValueError("scan='logspace' cannot do rule='bilinear': Ā may be negative there")
 
-    def log_cumsum(part: Tensor, a_star: Tensor) -> Tensor:
-        return (a_star + (part.log() - a_star).logcumsumexp(1)).exp()
+    def log_cumsum(v: Tensor, a_star: Tensor) -> Tensor:
+        return (a_star + (v.log() - a_star).logcumsumexp(1)).exp()
 
     h = x.new_zeros(x.shape[0], *A.shape) if h0 is None else h0
     x, delta, A, B, C, h = at_least_float32(x, delta, A, B, C, h)
+    chunks = [tensor.split(chunk, dim=1) for tensor in (x, delta, B, C)]
+    resets = [None] * len(chunks[0]) if reset is None else reset.split(chunk, dim=1)
     ys = []
-    for start in range(0, x.shape[1], chunk):
-        part = slice(start, start + chunk)
-        _, B_bar = discretize(delta[:, part], A, B[:, part], rule)  # (b, chunk, d, n)
-        v = B_bar * x[:, part].unsqueeze(-1)
-        log_A_bar = delta[:, part].unsqueeze(-1) * A
-        if reset is not None:
+    for x_k, delta_k, B_k, C_k, reset_k in zip(*chunks, resets, strict=True):
+        _, B_bar = discretize(delta_k, A, B_k, rule)  # (b, chunk, d, n)
+        v = B_bar * x_k.unsqueeze(-1)
+        log_A_bar = delta_k.unsqueeze(-1) * A
+        if reset_k is not None:
             # exp(-104) is below the smallest float32: as good as the zero that has no logarithm.
-            log_A_bar = log_A_bar.masked_fill(reset[:, part, None, None], -104.0)
+            log_A_bar = log_A_bar.masked_fill(reset_k[:, :, None, None], -104.0)
         a_star = log_A_bar.cumsum(1)
         # log 0 has no gradient; a floor of 1e-30 on both parts cancels when they are subtracted.
         plus, minus = (v.abs() + v) / 2 + 1e-30, (v.abs() - v) / 2 + 1e-30
         hs = a_star.exp() * h.unsqueeze(1) + log_cumsum(plus, a_star) - log_cumsum(minus, a_star)
-        ys.append((hs * C[:, part].unsqueeze(-2)).sum(-1))
+        ys.append((hs * C_k.unsqueeze(-2)).sum(-1))
         h = hs[:, -1].clone()  # a view would keep the states of the whole chunk in memory
     return torch.cat(ys, dim=1), h
 
@@ -716,18 +664,15 @@ def scan_logspace(
 ##
 ##     h_end = P h + end,    P = Ā_k ... Ā_2 Ā_1,    end = what the chunk makes of the zero state
 ##
-## So:
-##   1. run all chunks at once, each from zero: k steps, with the chunks as a batch axis: the ends.
-##   2. walk over the chunks with h <- P h + end: l / k steps. Gives each chunk's true start state.
-##   3. run all chunks at once again, each from its true start state: k steps. Gives y.
-## 2 k + l / k steps instead of l, fewest for k = sqrt(l / 2): 128 in place of 2048.
+##   1. Run all chunks at once, each from zero: k steps, with the chunks as a batch axis: the ends.
+##   2. Walk over the chunks with h <- P h + end: l / k steps. Gives each chunk's true start state.
+##   3. Run all chunks at once again, each from its true start state: k steps. Gives y.
 ##
-## The decay over a chunk needs no product of k factors: Ā_k ... Ā_1 = exp(Δ_k A) ... exp(Δ_1 A)
-## = exp(A ΣΔ), one sum and one exponential. (Not under "bilinear", whose Ā is no exponential.
-## There P is what the chunk makes of a state of ones when no input comes.) The code that named this
-## form "chunk-parallel" (github.com/MzeroMiko/mamba-mini) finds y in step 3 by dividing by running
-## products of decays, and fails where these underflow to 0. Here nothing is divided: no chunk is
-## too long and no decay too strong.
+## 2 k + l / k steps instead of l, fewest for k = sqrt(l / 2): 128 in place of 2048. P needs no
+## product of k factors: exp(Δ_k A) ... exp(Δ_1 A) = exp(A ΣΔ). (Under "bilinear" Ā is no
+## exponential: P is what the chunk makes of a state of ones when no input comes.) Nothing is
+## divided by running products of decays, which may underflow to 0 (as in mamba-mini, the code that
+## named this form "chunk-parallel"): no chunk is too long and no decay too strong.
 
 
 def scan_chunked(
@@ -774,11 +719,10 @@ def scan_chunked(
 
 ## Recomputation -----------------------------------------------------------------------------------
 ##
-## Training keeps what the backward pass needs. Of the loop or the chunks above, that is several
-## tensors of (b, l, d, n), each n times as large as x. But all of it can be computed again from the
-## state at the start of a chunk. So: one chunk after the other, keep only the h between them, and
-## let the backward pass run each chunk again before it differentiates it (section 3.3.2 does the
-## same on a GPU).
+## Training keeps what the backward pass needs: several tensors of (b, l, d, n), each n times as
+## large as x. But all of it can be computed again from the state at the start of a chunk. So: one
+## chunk after the other, keep only the h between them, and let the backward pass run each chunk
+## again before it differentiates it (section 3.3.2 does the same on a GPU).
 ##
 ## The gradient of (2a) is a recurrence of the same kind, from the end to the start. Let G_t be the
 ## gradient with respect to h_t, from y_t and from h_{t+1}, and ∂ that with respect to what follows:
@@ -791,8 +735,8 @@ def scan_chunked(
 ## has no recurrence and is left to autograd.
 ##
 ## One chunk at a time is also what a CPU likes: it has few cores to run chunks side by side, but a
-## short chunk stays in its cache, and every step is done once. Time is the first axis here and
-## channels are the last, so that every operation runs along long rows in memory.
+## short chunk stays in its cache, and every step is done once. Time is the first axis here and the
+## channels are the last: every operation runs along long rows in memory.
 
 
 class RecomputedChunk(torch.autograd.Function):
@@ -882,10 +826,11 @@ def scan_recompute(
 ## a GPU that traffic, not arithmetic, is the time. A fused kernel reads x, dt, B, C and z once,
 ## keeps h in registers and writes y once; for the backward pass it computes h again instead of
 ## having stored it (section 3.3.2). It is a text of its own, triton_scan.py, and goes on from here.
+## scan="auto" is that kernel on a GPU, where it takes the tensors, and else the following.
 
 
 def scan_auto(x: Tensor, *others: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """The fastest of the scans above. Compilers, tracers and transforms want plain operators."""
+    """Recompute on a CPU, else, and for torch.compile, torch.func and torch.jit, chunked."""
     plain = torch.compiler.is_compiling() or torch.jit.is_tracing() or in_functorch()
     run = scan_recompute if x.device.type == "cpu" and not plain else scan_chunked
     return run(x, *others, **options)
@@ -903,11 +848,8 @@ SCANS |= {
 
 
 def companion(scan: str, x: Tensor, *others: Tensor | None, **needs: Any) -> ModuleType | None:
-    """triton_scan.py if it is to run these tensors, else None. Only it knows what it takes.
-
-    needs: the rule and the sizes that its `takes` asks for. Raises RuntimeError if scan="triton"
-    and it cannot be imported.
-    """
+    """triton_scan.py if it is to run these tensors, else None. Only its `takes` knows what it takes
+    (needs: rule and sizes). Raises RuntimeError if scan="triton" and it cannot be imported."""
     if scan != "triton" and (scan != "auto" or not x.is_cuda):
         return None  # and Triton, whose import takes a second, is not imported
     try:
@@ -922,46 +864,49 @@ def companion(scan: str, x: Tensor, *others: Tensor | None, **needs: Any) -> Mod
     return kernels if scan == "triton" or kernels.takes(x, *others, **needs) else None
 
 
-def is_our_own(model: nn.Module) -> bool:
-    """Whether it is made of our modules only, and does nothing else.
+def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether it is of one of these very types, with no hook, and no other forward of its own."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks
+    return type(module) in kinds and not any(hooks) and "forward" not in vars(module)
 
-    A hook, an adapter or a quantised weight may do anything, and whoever computes a model without
-    calling its modules would pass it by. (Hooks on all modules at once, such as those that count
-    operations, are not looked for.)
-    """
-    own = {Mamba, ResidualBlock, MambaBlock, RMSNorm, DeltaProjection}
-    own |= {nn.ModuleDict, nn.ModuleList, nn.Embedding, nn.Conv1d, nn.Linear}
+
+def is_our_own(model: nn.Module) -> bool:
+    """Whether it is made of our modules only. A hook, an adapter or a quantised weight may do
+    anything, and whoever computes a model without calling its modules would pass it by. (Hooks on
+    all modules at once, such as those that count operations, are not looked for.)"""
+    own = Mamba, ResidualBlock, MambaBlock, RMSNorm, DeltaProjection
+    own += nn.ModuleDict, nn.ModuleList, nn.Embedding, nn.Conv1d, nn.Linear
+    replaced = {"step", "mix", "select", "embed"}
     return (
         not any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
         and all(type(parameter) is nn.Parameter for parameter in model.parameters())
-        and all(
-            type(module) in own
-            and not {"forward", "step", "select", "ssm", "embed"} & vars(module).keys()
-            and not (module._forward_hooks or module._forward_pre_hooks)
-            for module in model.modules()
-        )
+        and all(is_plain(m, *own) and not replaced & vars(m).keys() for m in model.modules())
     )
 
 
-## The convolution for all t, and two functions of part I that say what they do by their names ----
+## The convolution, and two functions of part I that say what they do by their names --------------
 
 
 def causal_conv(
-    raw: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor, reset: Tensor | None = None,
-    *, scan: str = "auto",
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    raw: Tensor, conv1d: nn.Conv1d, past: Tensor, reset: Tensor | None = None, *, scan: str = "auto"
+) -> tuple[Tensor, Tensor]:
     """A convolution along time that sees nothing to the right, one filter per channel, then SiLU.
 
-        x_t = silu(bias + Σ_j weight_j raw_{t - (d_conv - 1) + j}),   j = 0 ... d_conv - 1
-
-    raw (b, l, d), weight (d, 1, d_conv), bias (d,), past (b, d, d_conv - 1): the inputs before raw,
-    oldest first. With reset (b, l), no term reaches back over the start of a document. Returns x
-    (b, l, d) and the past of what follows (b, d, d_conv - 1). scan: as in `selective_scan`.
+    raw (b, l, d), past (b, d, d_conv - 1): the inputs before raw, oldest first; or one token, raw
+    (b, d). With reset (b, l), no term reaches back over the start of a document. scan: as in
+    `selective_scan`. Returns x in the shape of raw, and the past of what follows.
     """
-    seqlen, reach, past = raw.shape[1], weight.shape[-1] - 1, past.to(raw.dtype)
-    recent = raw[:, max(0, seqlen - reach) :].mT
+    if not is_plain(conv1d, nn.Conv1d):
+        return adapted_conv(raw, conv1d, past, reset)
+    weight, bias, past = conv1d.weight, conv1d.bias, past.to(raw.dtype)
+    if raw.ndim == 2:  # one token
+        window = torch.cat([past, raw.unsqueeze(-1)], dim=-1)  # (b, d, d_conv)
+        x = (at_least_float32(window) * weight.squeeze(1)).sum(-1)
+        return F.silu(x if bias is None else x + bias).to(raw.dtype), window[..., 1:]
+
+    seqlen, reach = raw.shape[1], past.shape[-1]
     # A new tensor: a view would keep all of raw in memory for as long as the state lives.
-    next_past = torch.cat([past[..., seqlen:], recent], dim=-1)
+    next_past = torch.cat([past[..., seqlen:], raw[:, max(0, seqlen - reach) :].mT], dim=-1)
     if reset is not None:
         # Number the documents; the past belongs to number 0.
         document = F.pad(reset.cumsum(-1), (reach, 0)).unsqueeze(-1)  # (b, d_conv - 1 + l, 1)
@@ -979,6 +924,22 @@ def causal_conv(
             weight_j = weight_j * (document[:, j : j + seqlen] == document[:, reach:])
         x = torch.addcmul(x, window[:, j : j + seqlen], weight_j)
     return F.silu(x).to(raw.dtype), next_past
+
+
+def adapted_conv(
+    raw: Tensor, conv1d: nn.Module, past: Tensor, reset: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`causal_conv` for a module that is called as it is: an adapter such as LoRA, or with hooks.
+    Raises ValueError for a reset after the first position, over which it would look."""
+    if reset is not None and reset[:, 1:].any():
+        raise ValueError(
+            "conv1d has a hook or an adapter and would look across a reset inside the sequence: "
+            "feed such documents, or unequal prompts, one by one"
+        )
+    past = past if reset is None else past.masked_fill(reset[:, :1, None], 0)
+    window = torch.cat([past.to(raw.dtype), raw.reshape(len(raw), -1, raw.shape[-1]).mT], -1)
+    x = F.silu(conv1d(window)).mT  # (b, l, d)
+    return x.reshape(raw.shape), window[..., x.shape[1] :].clone()
 
 
 def at_least_float32(*tensors: Tensor) -> Any:
@@ -1008,14 +969,21 @@ def expm1_over(a: Tensor) -> Tensor:
 
 
 def check_config(config: MambaConfig) -> None:
+    """Also makes numbers of other types, such as 16.0 or numpy's, the integers that they are."""
     for item in fields(config):
         value = getattr(config, item.name)
+        if isinstance(value, Real) and not isinstance(value, bool):
+            value = int(value) if value % 1 == 0 else float(value)
+            setattr(config, item.name, value)
         if item.type.startswith("int") and (type(value) is not int or value < 1):
-            raise ValueError(f"{item.name} must be a positive integer, got {value!r}")
+            if (item.name, value) != ("dt_rank", "auto"):
+                raise ValueError(f"{item.name} must be a positive integer, got {value!r}")
         if item.type == "bool" and type(value) is not bool:
             raise ValueError(f"{item.name} must be True or False, got {value!r}")
         if item.type == "float" and (type(value) not in (int, float) or not value > 0):
             raise ValueError(f"{item.name} must be a positive number, got {value!r}")
+    if config.d_inner < 1:
+        raise ValueError(f"expand must give at least one channel, got {config.expand}")
     scans = (*SCANS, "triton")
     for name, allowed in (("rule", RULES), ("dt_init", ("random", "constant")), ("scan", scans)):
         if getattr(config, name) not in allowed:
@@ -1081,6 +1049,45 @@ def check_scan(scan: str, x: Tensor, **tensors: Tensor | None) -> None:
 def check_chunk(chunk: int) -> None:
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
+
+
+## Optimisers. Weight decay is for the weights of projections, convolution and embedding. dt's bias
+## pulled towards 0 is Δ pulled towards 0.69, A_log pulled towards 0 is every rate of decay pulled
+## towards 1, and norms and D pulled towards 0 would close a path.
+
+
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups for torch.optim.AdamW, with weight decay and without, of any module that contains
+    MambaBlocks."""
+    groups = [{"params": [], "weight_decay": decay} for decay in (weight_decay, 0.0)]
+    for name, parameter in model.named_parameters():
+        # A_log has two axes, as a matrix has: its name tells, not its shape.
+        is_weight = parameter.ndim >= 2 and not name.endswith("A_log")
+        groups[0 if is_weight else 1]["params"].append(parameter)
+    return groups
+
+
+def mark_parameters(block: MambaBlock, *_: Any) -> None:
+    """The marks of the official layer, for code that looks for them. A parameter that takes the
+    place of another has none: they are set again after loading, copying and moving."""
+    block.A_log._no_weight_decay = block.D._no_weight_decay = True
+    block.dt_proj.bias._no_reinit = True
+    if not block._load_state_dict_post_hooks:
+        block.register_load_state_dict_post_hook(mark_parameters)
+
+
+def marked(name: str) -> Callable[..., Any]:
+    def method(block: MambaBlock, *arguments: Any, **options: Any) -> Any:
+        result = getattr(nn.Module, name)(block, *arguments, **options)
+        mark_parameters(block)
+        return result
+
+    return method
+
+
+MambaBlock._apply, MambaBlock.__setstate__ = marked("_apply"), marked("__setstate__")
+Mamba.param_groups = param_groups
+torch.export.register_dataclass(MambaState)  # a pytree: torch.export, vmap and compile look inside
 
 
 ## Files. A folder or a repository of the Hub holds config.json and the weights, in the layout of

@@ -17,6 +17,7 @@ import argparse
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,16 @@ def chunked_cross_entropy(u: Tensor, weight: Tensor, targets: Tensor, chunk: int
         return ChunkedCrossEntropy.apply(u, weight, targets, chunk, dtype)
 
 
+def loss_head(model: Mamba, targets: Tensor) -> Callable[[Tensor], Tensor]:
+    """For `model(ids, head=...)`: the loss in place of the logits. It goes through the model's own
+    `forward`, because DistributedDataParallel averages the gradients of nothing else."""
+
+    def loss(hidden: Tensor) -> Tensor:
+        return chunked_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, targets.flatten())
+
+    return loss
+
+
 @torch.no_grad()
 def evaluate(model: Mamba, texts: list[Tensor], window: int = 4096) -> float:
     """Mean loss in nats per byte, each text read once from its first byte to its last.
@@ -267,9 +278,7 @@ def train(options: argparse.Namespace) -> None:
         keep = ~jumped[:, None, None]
         state = state.detach().map(lambda tensor, keep=keep: tensor * keep)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            u, state = model.features(ids[:, :-1], state)
-            targets = ids[:, 1:].flatten()
-            loss = chunked_cross_entropy(u.flatten(0, 1), model.lm_head.weight, targets)
+            loss, state = model(ids[:, :-1], state, head=loss_head(model, ids[:, 1:]))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

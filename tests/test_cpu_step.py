@@ -190,12 +190,12 @@ def check_step(model: Mamba) -> None:
     """Five tokens, from a state that is not zero: their logits, and each state that follows."""
     exact, tolerance = copy.deepcopy(model).double(), OF_A_STEP[model.lm_head.weight.dtype]
     start = random_state(model)
-    before, expected_state = start.clone(), start.map(Tensor.double)
+    before, expected_state = start.map(torch.clone), start.map(Tensor.double)
     step = generate.LayerStep(model, start)
     for i, token_ids in enumerate(random_ids(model, 5, 1)):
         logits = step(token_ids)
         expected, expected_state = exact.step(token_ids, expected_state)
-        state = step.state.clone()
+        state = step.state.map(torch.clone)
         assert logits.dtype == state.h.dtype == torch.float32
         for name, *pair in (
             ("logits", logits, expected),
@@ -212,8 +212,8 @@ def test_a_state_that_was_asked_for_stays_what_it_is(small_pieces):
     ids = random_ids(model, 3, 1)
     step = generate.LayerStep(model, random_state(model))
     step(ids[0])
-    state = step.state.clone()
-    before = state.clone()
+    state = step.state.map(torch.clone)
+    before = state.map(torch.clone)
     expected, _ = model.step(ids[1], before)
     assert_close("logits", step(ids[1]), expected, 1e-5)
     for follower in (model, other):
@@ -251,7 +251,7 @@ def test_delta_has_float32_digits_at_every_size(bias):
     step = generate.LayerStep(model, start)
     step(ids)
     _, expected = copy.deepcopy(model).double().step(ids, start.map(Tensor.double))
-    assert_close("h", step.state.clone().h, expected.h, 1e-5)
+    assert_close("h", step.state.map(torch.clone).h, expected.h, 1e-5)
 
 
 ## ================================================================================================

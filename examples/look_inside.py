@@ -145,12 +145,12 @@ def hidden_attention(
 
 
 def mean_attention(
-    inside: dict[str, Tensor], rule: str = "mamba", reset: Tensor | None = None, block: int = 16
+    inside: dict[str, Tensor], rule: str = "mamba", reset: Tensor | None = None, at_once: int = 16
 ) -> Tensor:
-    """The mean of |alpha| over all channels, (b, l, l); `block` of them in memory at a time."""
+    """The mean of |alpha| over all channels, (b, l, l), with so many of them in memory at once."""
     total, d = 0, len(inside["A"])
-    for i in range(0, d, block):
-        total = total + hidden_attention(inside, rule, slice(i, i + block), reset).abs().sum(1)
+    for i in range(0, d, at_once):
+        total = total + hidden_attention(inside, rule, slice(i, i + at_once), reset).abs().sum(1)
     return total / d
 
 
@@ -185,12 +185,12 @@ def draw(inside: dict[str, Tensor], rule: str, labels: list[str], title: str, ou
         raise ImportError(f"to draw needs matplotlib (pip install matplotlib): {error}") from error
 
     log_delta = inside["delta"][0].log()  # (l, d)
-    ratio = (log_delta - log_delta.mean(0)).T
+    log_ratio = (log_delta - log_delta.mean(0)).T  # (d, l)
     ## Each channel is a point in the plane of the two leading principal components. In the order of
     ## their angles, channels that react alike are neighbours: 64 bands of them say most of it.
-    plane = torch.linalg.svd(F.pad(ratio, (0, 1)), full_matrices=False).U  # padded: l may be 1
-    ratio = ratio[torch.atan2(plane[:, 1], plane[:, 0]).argsort()]
-    ratio = F.adaptive_avg_pool1d(ratio.T, min(64, len(ratio))).T.exp()
+    plane = torch.linalg.svd(F.pad(log_ratio, (0, 1)), full_matrices=False).U  # l may be 1
+    in_order = log_ratio[torch.atan2(plane[:, 1], plane[:, 0]).argsort()]
+    ratio = F.adaptive_avg_pool1d(in_order.T, min(64, len(in_order))).T.exp()  # (64, l)
     norm = states(inside, rule=rule)[0].flatten(1).norm(dim=1)
     alpha = mean_attention(inside, rule)[0]
     high = alpha.max().item()

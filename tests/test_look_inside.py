@@ -258,7 +258,7 @@ def test_the_mean_over_channels_never_holds_all_channels(rule):
             return result
 
     with Watch():
-        mean = look.mean_attention(inside, rule, block=5)
+        mean = look.mean_attention(inside, rule, at_once=5)
     assert largest == 2 * 5 * 40**2
     assert mean.shape == (2, 40, 40)
     assert error(mean, look.hidden_attention(inside, rule).abs().mean(1)) < 1e-14

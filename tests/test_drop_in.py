@@ -156,7 +156,7 @@ def test_bfloat16_gradients_are_as_exact_as_those_of_one_cast_before_the_recurre
 
     # Where B and C vary with time, `selective_scan` takes x for D x in a cast of its own.
     without = () if "constant" in (B, C) else ("D",)
-    inputs = make_inputs(65, B, C, groups=8, n=d_state, d=8, without=without)
+    inputs = make_inputs(65, B, C, groups=2, n=d_state, d=8, without=without)
     inputs = {name: tensor.bfloat16() for name, tensor in inputs.items()}
     weights = torch.randn(2, 8, 65, generator=torch.Generator().manual_seed(1)).bfloat16()
     found = []

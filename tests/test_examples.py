@@ -252,6 +252,7 @@ def test_an_interrupted_training_goes_on_and_ends_with_a_model_that_has_learned(
     interrupted = train(tmp_path, "--minutes", "0")
     assert interrupted.returncode == 0, interrupted.stderr
     assert re.search(r"^step 1 .*hold-out \d\.\d+", interrupted.stdout, re.MULTILINE)
+    assert "out of time, wrote out/training.pt" in interrupted.stderr + interrupted.stdout
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
     other = train(tmp_path, "--lr", "0.02")
@@ -261,6 +262,7 @@ def test_an_interrupted_training_goes_on_and_ends_with_a_model_that_has_learned(
     resumed = train(tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert "going on after step 1" in resumed.stdout
+    assert "wrote out: config.json, model.safetensors, and training.pt" in resumed.stdout
     model = Mamba.from_pretrained(tmp_path / "out")
     said = float(re.search(r"hold-out (\d\.\d+) nats per byte, as saved", resumed.stdout)[1])
     assert nats_per_byte(model, VERSE) == pytest.approx(said, abs=1e-3)
@@ -330,6 +332,22 @@ def test_a_checkpoint_that_does_not_fit_is_refused(script, tmp_path):
     save_file(kept, weights)
     with pytest.raises(RuntimeError, match="A_log"):
         three_steps(script, tmp_path / "other", str(weights.parent), tie_embeddings=False)
+
+
+def test_the_trainer_saves_what_processes_the_data_too_and_refuses_a_part_of_a_model(
+    script, tmp_path
+):
+    class Processor:
+        def save_pretrained(self, folder):
+            (Path(folder) / "processor.json").write_text("{}")
+
+    trainer = three_steps(script, tmp_path)
+    trainer.processing_class = Processor()
+    trainer.save_model(tmp_path / "saved")
+    names = {path.name for path in (tmp_path / "saved").iterdir()}
+    assert names >= {"model.safetensors", "config.json", "processor.json"}
+    with pytest.raises(RuntimeError, match="leave out FSDP"):  # which hand over what they gathered
+        trainer._save(tmp_path / "part", state_dict={})
 
 
 def test_the_trainer_measures_the_loss_of_what_is_not_padding(script, tmp_path):

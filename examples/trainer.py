@@ -29,8 +29,11 @@ from mamba import Mamba, MambaConfig
 
 
 class TrainerMamba(Mamba):
+    _keys_to_ignore_on_save = ["lm_head.weight"]  # noqa: RUF012  not missed where it is tied
+
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """(b, l) both; labels are the ids, with -100 where none is to be predicted (padding)."""
+        """(b, l) both; labels are the ids, with -100 where none is to be predicted (padding).
+        Accumulated batches count alike, however many labels they have."""
         logits = super().forward(input_ids)
         if labels is None:
             return {"logits": logits}

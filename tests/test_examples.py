@@ -293,9 +293,10 @@ def rows_with_padding() -> list[dict[str, torch.Tensor]]:
 def three_steps(script, folder, resume=None, tie_embeddings=True, **options):
     torch.manual_seed(0)
     config = MambaConfig(8, n_layer=2, vocab_size=11, tie_embeddings=tie_embeddings)
-    rows, usual = rows_with_padding(), {"per_device_train_batch_size": 4, "weight_decay": 0.1}
+    rows = rows_with_padding()
+    usual = {"per_device_train_batch_size": 4, "weight_decay": 0.1, "save_steps": 2}
     arguments = script.TrainingArguments(
-        folder, max_steps=3, save_steps=2, learning_rate=1e-2, report_to="none", use_cpu=True,
+        folder, max_steps=3, learning_rate=1e-2, report_to="none", use_cpu=True,
         disable_tqdm=True, **usual | options,
     )  # fmt: skip
     model = script.TrainerMamba(config)
@@ -332,6 +333,17 @@ def test_a_checkpoint_that_does_not_fit_is_refused(script, tmp_path):
     save_file(kept, weights)
     with pytest.raises(RuntimeError, match="A_log"):
         three_steps(script, tmp_path / "other", str(weights.parent), tie_embeddings=False)
+
+
+def test_the_trainer_loads_the_best_of_its_checkpoints(script, tmp_path, caplog):
+    trainer = three_steps(
+        script, tmp_path, load_best_model_at_end=True, eval_strategy="steps", eval_steps=1,
+        metric_for_best_model="eval_runtime", greater_is_better=True, save_steps=1,
+    )  # fmt: skip
+    best = Mamba.from_pretrained(trainer.state.best_model_checkpoint)
+    assert not any(distances(trainer.model, best).values())
+    assert trainer.model.lm_head.weight is trainer.model.backbone.embedding.weight
+    assert "missing keys" not in caplog.text
 
 
 def test_the_trainer_saves_what_processes_the_data_too_and_refuses_a_part_of_a_model(

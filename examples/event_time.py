@@ -30,7 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":  # from a clone that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mamba import (
     MambaBlock,
@@ -193,9 +194,11 @@ def train(kind: str, steps: int, seqlen: int = 40, batch: int = 64, seed: int = 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=600, help="of training, for each model")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the events")
     options = parser.parse_args()
     if options.steps < 1:
         parser.error(f"--steps must be at least 1, got {options.steps}")

@@ -11,6 +11,7 @@ was learnt. Shapes: b rows, l positions. No recipe needs another; 1 and 4 share 
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -19,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":  # from a clone that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mamba import Mamba, MambaBlock, MambaConfig, RMSNorm
 
@@ -214,6 +216,8 @@ def repetitions(count: int) -> list[Tensor]:
 
 
 def main() -> None:
+    about = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    argparse.ArgumentParser(**about).parse_args()
     torch.set_num_threads(1)  # tensors as small as these gain nothing from more
     torch.manual_seed(0)
     config = MambaConfig(d_model=32, vocab_size=8)

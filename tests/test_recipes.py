@@ -286,6 +286,7 @@ def test_the_script_prints_two_numbers_for_each_comparison(monkeypatch, capsys):
         return fit(model, loss_of, lambda count: make(min(count, 32)), steps=1)
 
     monkeypatch.setattr(recipes, "fit", fit_a_little)
+    monkeypatch.setattr("sys.argv", ["recipes.py"])
     recipes.main()
     printed = capsys.readouterr().out
     first, second, third, fourth = re.split(r"^\d\. ", printed, flags=re.MULTILINE)[1:]

@@ -9,7 +9,7 @@
     block = mamba.MambaBlock(mamba.MambaConfig(d_model=64))         # a layer for your own network
     y = block(torch.randn(2, 100, 64))                              # (b, l, d_model) in and out
 
-Part I is Mamba. Part II runs the same recurrence faster. Nothing in part III is about Mamba.
+Part I is Mamba. Part II runs the same recurrence faster. Part III checks, loads and saves.
 
 Symbols. Capital letters belong to the state space model (SSM), lowercase letters are signals or
 axes: b batch, l seqlen, d d_inner (channels), n d_state (states of a channel).
@@ -18,7 +18,7 @@ axes: b batch, l seqlen, d d_inner (channels), n d_state (states of a channel).
     u       (b, l, d_model)  input of a Mamba block: the stream, normed
     raw, z  (b, l, d)        what in_proj makes of u: the input of a short convolution, and the gate
     x, y    (b, l, d)        input and output of the SSM; x comes out of the convolution
-    dt      (b, l, d)        Δ = softplus(dt + bias), where softplus(a) = log(1 + e^a)
+    dt      (b, l, d)        Δ = softplus(dt + dt_proj.bias), where softplus(a) = log(1 + e^a)
     delta   (b, l, d)        Δ, the step size: how much a token counts
     A       (d, n)           how fast each state decays, negative; learned
     B, C    (b, l, n)        what is written into the state, what is read out of it; from the token
@@ -74,9 +74,10 @@ from torch import Tensor, nn
 ##     h'(t) = A h(t) + B x(t)     (1a)          h_t = Ā h_{t-1} + B̄ x_t     (2a)
 ##     y(t)  = C h(t)              (1b)          y_t = C h_t                 (2b)
 ##
-## with Ā and B̄ computed from Δ, A and B (`discretize`). x_t and y_t are one number each, h_t holds
-## n. A is diagonal, n numbers and not n x n: each state decays at its own rate, and none mix. A
-## layer runs d such SSMs side by side, one for each channel, and stores their A as (d, n).
+## with Ā and B̄ computed from Δ, A and B (`discretize`). x_t and y_t are one number each; h_t, B and
+## C have n, and C h is a sum over n. A, in general n x n, is diagonal here, n numbers: each state
+## decays at its own rate, and none mix. A layer runs d such SSMs side by side, one for each
+## channel, and stores their A as (d, n).
 ##
 ## In S4 (arXiv 2111.00396) Δ, A, B and C are the same at every step. Unroll (2a), and powers of one
 ## Ā appear: y_t = C B̄ x_t + C Ā B̄ x_{t-1} + C Ā² B̄ x_{t-2} + ... This is a convolution with one
@@ -97,9 +98,9 @@ from torch import Tensor, nn
 ## tokens and after a million. A transformer of that width, 12 layers of attention and 12 of MLPs,
 ## caches 12 x (key + value) x 768 x 4 bytes for each token: 2.8 MB at token 38. The price: a state
 ## of fixed size cannot hold everything. A long random string, or a long phone book, takes more bits
-## than it has (arXiv 2402.01032). Selection chooses what to lose. And what runs for ever need not
-## stay good: the published models saw 2048 tokens at a time, and not far beyond, where states are
-## older than any in training, they get worse.
+## than it has (arXiv 2402.01032). Selection chooses what to lose. And the shape sets no limit, but
+## the training does: the published models saw 2048 tokens at a time. Beyond, h holds a longer past
+## than their weights have learned to read, and they get worse.
 
 
 @dataclass
@@ -107,9 +108,9 @@ class MambaConfig:
     """Every number that defines a model; `MambaConfig(d_model=64)` is enough for one block. Raises
     ValueError for values of the wrong type or size. (In the official names dt_... means Δ.)"""
 
-    d_model: int  # width of the stream (the paper's D; it writes D for d_inner as well)
+    d_model: int  # width of the stream (the paper's D; its code has D for the direct path, as here)
     n_layer: int = 1
-    vocab_size: int = 50277  # rows of the embedding that stand for tokens
+    vocab_size: int = 50277  # rows of the embedding that stand for tokens; no other is ever sampled
     d_state: int = 16  # the paper's N: states per channel
     d_conv: int = 4  # width of the causal convolution
     expand: float = 2  # the paper's E: d_inner = E * d_model
@@ -139,22 +140,22 @@ class MambaConfig:
         return int(self.expand * self.d_model)
 
     @property
-    def padded_vocab_size(self) -> int:  # matrix units like multiples; added rows mean nothing
+    def padded_vocab_size(self) -> int:  # matrix units like multiples. 50280 in the published files
         return -(-self.vocab_size // self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
 
 
 ## The language model ------------------------------------------------------------------------------
 ##
 ## Token ids become vectors, n_layer residual blocks transform them, a norm and a matrix turn them
-## into logits: scores of every possible next token. There are no positions and no heads: order
-## enters through the recurrence and the convolution. Each star below is one block at one time:
+## into logits: scores of every possible next token. There are no positions, no attention heads:
+## order enters through the recurrence and the convolution. Each star is one block at one time:
 ##
 ##     layers[2]    *-----*-----*-----*-----*     The state moves right (time), the stream moves up.
 ##                  |     |     |     |     |     A star needs the star to its left (the state of
 ##     layers[1]    *-----*-----*-----*-----*     the same layer, one token earlier) and the star
 ##                  |     |     |     |     |     below (the same token, one layer down).
 ##     layers[0]    *-----*-----*-----*-----*     `forward`: row by row, bottom to top. One layer
-##                  |     |     |     |     |     over all time, then the next layer. Training.
+##                  |     |     |     |     |     over all time (a scan), then the next. Training.
 ##     embedding   t=0   t=1   t=2   t=3   t=4    `step`: column by column, left to right. All
 ##                                                layers for one token, then the next. Generation.
 ##
@@ -202,7 +203,7 @@ class Mamba(nn.Module):
 
         reset (b, l) bool: True where a new document starts, in all layers. head: called in place of
         lm_head, on (b, l, d_model), and what it returns stands in place of the logits: for a loss
-        of a few positions at a time, or a prompt, of which only the last logits count.
+        that never holds all logits at once, or a prompt, of which only the last ones count.
         """
         start = self.init_state(len(input_ids)) if state is None else state
         check_ids(self.config, input_ids, 2, start)
@@ -236,7 +237,7 @@ class Mamba(nn.Module):
 
 class ResidualBlock(nn.Module):
     """stream + mixer(norm(stream)). A block adds to the stream and never overwrites it: gradients
-    reach every layer along the plain sum. mixer: in place of a MambaBlock; it gets the options."""
+    reach every layer along the plain sum. mixer: stands in place of a MambaBlock."""
 
     def __init__(self, config: MambaConfig, mixer: nn.Module | None = None) -> None:
         super().__init__()
@@ -273,7 +274,7 @@ class RMSNorm(nn.Module):
 ##        | raw                   | z
 ##      conv1d, silu              |        x_t has seen raw_t and its three left neighbours.
 ##        | x                     |
-##        |----> select: Δ, B, C  |        What this token wants written, kept and read.
+##        |----> select: dt, B, C |        What this token wants kept, written and read.
 ##        |        |              |
 ##      selective scan           silu      The recurrence (2a), (2b): here, and only here,
 ##        |        + D x          |        information travels along time over any distance.
@@ -286,8 +287,8 @@ class RMSNorm(nn.Module):
 ## Δ, B and C should depend on more than a bare token. "Not" means something else after "why". Four
 ## inputs side by side are cheap, and a recurrence is poor at exactly this: it smears the past by
 ## exponentials and has no sharp view of "two tokens ago". The gate z multiplies what the scan
-## recalls by what the current token has to say: it does the work of an MLP, from u directly, and is
-## not a residual. D x: without it x_t could reach y_t only through the state.
+## recalls by what the current token has to say, as in a gated MLP: Mamba has no other. D x: without
+## it x_t could reach y_t only through the state.
 
 
 class MambaBlock(nn.Module):
@@ -345,7 +346,8 @@ class MambaBlock(nn.Module):
 
     ## A is negative, because Ā = exp(ΔA) must stay below 1 or the state would grow without bound.
     ## -exp(.) is negative whatever the optimiser does, and an update changes a rate of decay by a
-    ## factor and not by an amount. No weight decay here (`param_groups`, part III).
+    ## factor and not by an amount. Weight decay would pull every rate towards 1, and dt's bias to
+    ## 0, which is Δ to 0.69: A_log, D, biases and norms go without it (`param_groups`, part III).
 
     @property
     def A(self) -> Tensor:
@@ -365,16 +367,16 @@ class MambaBlock(nn.Module):
         check_block(self.config, u, 2, state)
         return self.mix(u, state)
 
-    ## The block, once for both. For one token the axis l is not there: the convolution is one sum
-    ## and the scan one application of (2a), (2b). (The code of the convolution is in part II.)
+    ## The block, once for `forward` and `step`. For one token the axis l is not there: the
+    ## convolution (its code is in part II) is one sum, the scan one application of (2a), (2b).
     ##
     ##     x_t = silu(bias + Σ_j weight_j raw_{t - (d_conv - 1) + j}),   j = 0 ... d_conv - 1
     ##
-    ## Padding on the left would write into h and into the convolution: even a zero becomes
-    ## silu(bias). With reset at each row's first real token padding is a document before the text:
-    ## Ā = 0 forgets it, the convolution does not reach back, and what comes out on it means
-    ## nothing. Padding on the right is not seen by the tokens to its left, only by the state that
-    ## is returned. Time runs one way: to read from both sides takes two blocks, and has no step.
+    ## Padding on the left would enter the convolution and, by way of x, the state: even a zero
+    ## becomes silu(bias). With reset at each row's first real token padding is a document before
+    ## the text: Ā = 0 forgets it, the convolution does not reach back, and what comes out on it
+    ## means nothing. Padding on the right is not seen by the tokens to its left, only by the state
+    ## that is returned. Time runs one way: to read from both sides takes two blocks, without step.
 
     def mix(
         self, u: Tensor, state: MambaState, reset: Tensor | None = None
@@ -390,7 +392,7 @@ class MambaBlock(nn.Module):
         )  # fmt: skip
         return self.out_proj(y), MambaState(conv, h)
 
-    ## Selection. Here a token decides what happens to the memory. From x_t, which since the
+    ## Selection. Here a token decides what happens to the memory. From x_t, which through the
     ## convolution knows of this token and the three before it, come
     ##   B_t  (n numbers)  what to write: x_t is added to state i in proportion to B_t[i];
     ##   C_t  (n numbers)  what to read: the output is the sum of the states weighted by C_t[i];
@@ -403,14 +405,16 @@ class MambaBlock(nn.Module):
     ##   Δ -> inf:  exp(Δ A) -> 0 and Δ B -> inf. The past is forgotten, the token takes over.
     ## These belong together: Δ is a step in time, and a long step is at once a long time to decay
     ## and a long time under the influence of this input. With n = 1, A = -1, B = 1 and B̄ = 1 - Ā
-    ## (rule "zoh" below) it is a gate, g = sigmoid(dt + bias), the paper's Theorem 1:
-    ## h_t = (1 - g) h_{t-1} + g x_t. A needs no selection: ΔA depends on the token already. (Ā and
-    ## B̄ straight from the token would be 2 d n numbers, with nothing to tie forgetting to writing.)
+    ## (rule "zoh" below) it is a gate, g = sigmoid(dt + bias), since exp(-softplus(a)) =
+    ## 1 - sigmoid(a): h_t = (1 - g) h_{t-1} + g x_t, the paper's Theorem 1. A needs no selection:
+    ## ΔA depends on the token already. (Ā and B̄ straight from the token would be 2 d n numbers,
+    ## with nothing to tie forgetting to writing.)
     ##
     ## softplus is positive, nearly 0 for very negative numbers and nearly the identity for large
-    ## ones. The bias is the time scale that a channel has before a token says anything. dt has low
-    ## rank: a d x d matrix would have as many weights as in_proj, but tokens do not differ in that
-    ## many ways as to how much they count. x_proj maps to R = d_model / 16 numbers, dt_proj to d.
+    ## ones. softplus(bias) is a channel's step before a token says anything: a small one is a long
+    ## memory. dt has low rank: a d x d matrix would have as many weights as in_proj, but tokens do
+    ## not differ in that many ways as to how much they count. x_proj gives R = d_model / 16 numbers
+    ## for it, dt_proj makes them d, and `selective_scan` adds the bias and takes the softplus.
 
     def select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., d) -> dt (..., d) without its bias, B (..., n), C (..., n)."""
@@ -427,9 +431,9 @@ class MambaBlock(nn.Module):
 
 
 class DeltaProjection(nn.Linear):
-    """A Linear whose bias is left to the caller, who adds it in float32: the bias starts between -7
-    and -2, and bfloat16, with its 8 significant bits, would round away much of what is added to it.
-    It is a module, so that adapters such as LoRA can wrap it; a wrapper has to pass `.bias` on.
+    """A Linear whose bias is left to `selective_scan`, which adds it once, in float32: it starts at
+    -7 to -2, and bfloat16, with its 8 significant bits, would round away much of what is added. A
+    plain Linear gives the same up to this rounding (but then without dt_bias, or it counts twice).
     """
 
     def forward(self, low_rank: Tensor) -> Tensor:
@@ -471,17 +475,18 @@ class MambaState:
 ##
 ##                                                                      Δ = 0.1   Δ = 4
 ##   "mamba"     Ā = exp(ΔA)                  B̄ = ΔB                     1.051    4.075
-##   "zoh"       Ā = exp(ΔA)                  B̄ = (exp(ΔA) - 1) / A B    1.000    1.000
+##   "zoh"       Ā = exp(ΔA)                  B̄ = (exp(ΔA) - 1) / A · B  1.000    1.000
 ##   "bilinear"  Ā = (1 + ΔA/2) / (1 - ΔA/2)  B̄ = ΔB / (1 - ΔA/2)        1.000    1.000
 ##   "dirac"     Ā = exp(ΔA)                  B̄ = B                     10.508    1.019
 ##
-## A departure from the paper: it prints "zoh" (zero-order hold, eq. 4: x_t holds for the whole step
-## that ends at t), but the code that trained the published checkpoints runs "mamba"; the authors
-## confirm it (github.com/state-spaces/mamba, issue 114). zoh's B̄ is Δ (1 + ΔA/2 + ...) B, of which
-## "mamba" keeps the first term, as Euler's method does. What is left out is a factor near 1 for
-## small ΔA and 1/2 at ΔA = -1.6; x, Δ and B are learned without it. The same shortcut for Ā would
-## be wrong: 1 + ΔA leaves (-1, 1) once ΔA < -2, and the state explodes. "bilinear" is S4's choice,
-## the trapezoid rule; "dirac" takes x for impulses that add B x, however long the step.
+## A departure from the paper: it prints "zoh" (zero-order hold, eq. 4, where Δ cancels: x_t holds
+## for the step that ends at t; in forward Euler x_{t-1} would, and h_t not know its own token). But
+## the code that trained the published checkpoints runs "mamba", as its authors confirm
+## (github.com/state-spaces/mamba, issue 114). zoh's B̄ is Δ (1 + ΔA/2 + ...) B; "mamba" keeps the
+## first term. What is left out is a factor near 1 for small ΔA and 1/2 at ΔA = -1.6; the weights
+## were trained without it. The same shortcut for Ā would be wrong: 1 + ΔA leaves (-1, 1) once
+## ΔA < -2, and the state explodes. "bilinear" is S4's choice, the trapezoid rule; "dirac" takes x
+## for impulses that add B x, however long the step.
 
 RULES = ("mamba", "zoh", "bilinear", "dirac")
 
@@ -516,7 +521,9 @@ def recurrence(
 
 ## A scan runs it for all t. Every scan in this file has this signature, is differentiable in every
 ## tensor, h0 and h_last included, and computes in float32 even if it is given less: errors in h add
-## up along time, and in bfloat16 a decay of 0.999 would be 1. This loop is the definition.
+## up along time, and in bfloat16 a decay of 0.999 would be 1. This loop is the definition: to check
+## another scan, give both the same float64 tensors. In float32 two right ones differ by 1e-6 of the
+## size of y; in bfloat16, to which `selective_scan` rounds y at the end, by 2^-8 of each number.
 
 
 def scan_sequential(
@@ -544,12 +551,12 @@ def scan_sequential(
 ##     a2 (a1 h + v1) + v2  =  (a2 a1) h + (a2 v1 + v2)
 ##     combine((a1, v1), (a2, v2)) = (a2 a1, a2 v1 + v2)
 ##
-## The pair on the right was computed without knowing h, so half of the work can start in the middle
-## of the sequence. And combine is associative: any bracketing gives the same result. Combine
-## neighbours, then pairs of pairs: log2(l) rounds, up a tree, give the whole, and as many back down
-## hand every position the combination of all before it: about twice the work of the loop, in
-## 2 log2(l) rounds in place of l. (Part II cuts time into chunks instead.) Nothing like it holds
-## for tanh(W h + v): an LSTM must wait.
+## This needs no h: the second half of a sequence can be combined while the first still runs. And
+## combine is associative: any bracketing gives the same result. Combine neighbours, then pairs of
+## pairs: log2(l) rounds, up a tree, give the whole, and as many back down hand every position the
+## combination of all before it: four times the multiplications of the loop, in 2 log2(l) rounds in
+## place of l. It pays where b d n numbers do not fill the machine; on a CPU they do. (Part II cuts
+## time into chunks instead.) Nothing like it holds for tanh(W h + v): an LSTM must wait.
 ##
 ## The selective scan is the recurrence with what surrounds it: the piece to lift elsewhere.
 
@@ -589,7 +596,7 @@ def selective_scan(
     return y.to(x.dtype), h_last
 
 
-SCANS = {"auto": scan_sequential, "sequential": scan_sequential}  # part II has faster ones
+SCANS = {"auto": scan_sequential, "sequential": scan_sequential}  # part II puts faster ones here
 
 
 ## ================================================================================================
@@ -606,10 +613,10 @@ SCANS = {"auto": scan_sequential, "sequential": scan_sequential}  # part II has 
 ##     so the left is a plain sum:  h_t = exp(a*_t) (h_0 + Σ_{j<=t} v_j exp(-a*_j))
 ##     and in logarithms:           log (h_t - exp(a*_t) h_0) = a*_t + logcumsumexp(log v - a*)_t
 ##
-## Two cumulative sums, which every parallel machine has. log Ā needs no logarithm: it is ΔA. But
-## the sum does: exp(-a*_j) overflows as soon as a*_j < -88. And a logarithm wants positive v: write
-## v = v⁺ - v⁻, two non-negative parts, scan both and subtract. (Complex logarithms do the same at
-## the same price.) Ā must be positive as well; under "bilinear" it need not be.
+## Two cumulative sums, which every parallel machine has. log Ā needs no logarithm: it is ΔA. The
+## sum over j needs it, because exp(-a*_j) overflows as soon as a*_j < -88. And a logarithm wants
+## positive v: write v = v⁺ - v⁻, two non-negative parts, scan both and subtract. Ā must be positive
+## as well; under "bilinear" it need not be.
 ##
 ## Error. The share of v_j in h_t is exp(log v_j - a*_j + a*_t). An exponent is rounded relative to
 ## the size of its terms, so each share is wrong by a factor of about 1 ± ε (|a*| + |log v|), with
@@ -725,7 +732,7 @@ def scan_chunked(
 ## again before it differentiates it (section 3.3.2 does the same on a GPU).
 ##
 ## The gradient of (2a) is a recurrence of the same kind, from the end to the start. Let G_t be the
-## gradient with respect to h_t, from y_t and from h_{t+1}, and ∂ that with respect to what follows:
+## gradient of the loss with respect to h_t, by way of y_t and of h_{t+1}, and ∂q that of any q:
 ##
 ##     G_t  = C_t ∂y_t + Ā_{t+1} G_{t+1}     ∂C_t = Σ_d ∂y_t h_t
 ##     ∂Ā_t = G_t h_{t-1}                    ∂v_t = G_t
@@ -830,7 +837,8 @@ def scan_recompute(
 
 
 def scan_auto(x: Tensor, *others: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """Recompute on a CPU, else, and for torch.compile, torch.func and torch.jit, chunked."""
+    """Recompute on a CPU, else, and for torch.func, torch.jit and torch.compile, chunked: compilers
+    unroll loops, and 2 sqrt(2 l) steps are fewer than l."""
     plain = torch.compiler.is_compiling() or torch.jit.is_tracing() or in_functorch()
     run = scan_recompute if x.device.type == "cpu" and not plain else scan_chunked
     return run(x, *others, **options)
@@ -914,7 +922,7 @@ def causal_conv(
     if kernels := companion(scan, raw, weight, bias, past, d_conv=reach + 1):
         return kernels.causal_conv_triton(raw, weight, bias, past, reset, silu=True), next_past
 
-    ## Filter number j sees the sequence d_conv - 1 - j steps late. The sum is float32: bfloat16
+    ## Tap number j sees the sequence d_conv - 1 - j steps late. The sum is float32: bfloat16
     ## would round it four times.
     window = at_least_float32(torch.cat([past.mT, raw], dim=1))  # (b, d_conv - 1 + l, d)
     x = window.new_zeros(()) if bias is None else at_least_float32(bias)
@@ -962,7 +970,7 @@ def expm1_over(a: Tensor) -> Tensor:
 
 
 ## ================================================================================================
-## Part III: nothing below is about Mamba
+## Part III: nothing below is about Mamba (checks, optimisers, files)
 ## ================================================================================================
 ##
 ## Checks. Errors are raised here, at the boundary, with the offending value and what was expected.
@@ -1051,14 +1059,12 @@ def check_chunk(chunk: int) -> None:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
 
 
-## Optimisers. Weight decay is for the weights of projections, convolution and embedding. dt's bias
-## pulled towards 0 is Δ pulled towards 0.69, A_log pulled towards 0 is every rate of decay pulled
-## towards 1, and norms and D pulled towards 0 would close a path.
+## Optimisers.
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups for torch.optim.AdamW, with weight decay and without, of any module that contains
-    MambaBlocks."""
+    """Two groups for torch.optim.AdamW, of any module that contains MambaBlocks: with weight decay
+    the weights of projections, convolutions and embeddings, without it all else."""
     groups = [{"params": [], "weight_decay": decay} for decay in (weight_decay, 0.0)]
     for name, parameter in model.named_parameters():
         # A_log has two axes, as a matrix has: its name tells, not its shape.

@@ -535,7 +535,7 @@ def test_the_table_of_the_rules_prints_the_equations_that_run_and_where_they_end
             names = {"exp": torch.exp, "Δ": delta, "A": A, "B": B}
             bars = mamba.discretize(torch.tensor([delta]), A, B, rule)
             for printed, bar in zip(equations, bars, strict=True):
-                formula = re.sub(r"(?<=[ΔA]) ?(?=[AB])", " * ", printed)  # ΔA, A B: products
+                formula = re.sub(r"(?<=[ΔA])(?=[AB])| · ", " * ", printed)  # ΔA, A · B: products
                 assert_close(f"{rule}: {printed}", bar, eval(formula, names).view(1, 1), 1e-6)
             y, _ = mamba.scan_sequential(one, delta * one, -torch.ones(1, 1), one, one, rule=rule)
             assert f"{y[0, -1].item():.3f}" == end, f"{rule}, Δ = {delta}"

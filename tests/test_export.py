@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import export
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import generate
 from mamba import Mamba, MambaBlock, MambaConfig, MambaState
 from test_mamba import assert_close, assert_same_results, random_ids, random_model, random_state
 
@@ -49,17 +51,37 @@ def test_an_exported_step_takes_batches_of_any_size():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["step", "forward"])
-def test_onnxruntime_computes_what_the_model_does(kind, tmp_path):
+def test_onnxruntime_computes_what_the_model_does(tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")  # which torch.onnx needs
-    module, (ids, state) = inputs_of(kind)
+    module, (ids, state) = inputs_of("forward")
     torch.onnx.export(module, (ids, state), verbose=False).save(tmp_path / "model.onnx")
     session = runtime.InferenceSession(tmp_path / "model.onnx")
     tensors = [tensor.numpy() for tensor in (ids, state.conv, state.h)]
     names = [item.name for item in session.get_inputs()]
     logits, conv, h = map(torch.tensor, session.run(None, dict(zip(names, tensors, strict=True))))
     assert_same_results((logits, MambaState(conv, h)), module(ids, state), 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("file", ["step.pt2", "step.onnx"])
+def test_a_loop_around_the_exported_step_reads_and_writes_as_the_model_does(file, tmp_path):
+    if file == "step.onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    model, prompt = random_model().eval(), random_ids(1, 7)
+    export.export_step(model, tmp_path / file)
+    written = export.complete(
+        export.load_step(tmp_path / file), model.init_state(1), prompt[0].tolist(), 9
+    )
+    expected = generate.stream(model, prompt, max_new_tokens=9, temperature=0)
+    assert written == [token.item() for token in expected]
+    assert len(set(written)) > 2, "a model that repeats itself shows little"
+
+
+def test_another_kind_of_file_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"must end in \.pt2 or \.onnx, got 'step\.bin'"):
+        export.export_step(random_model(), tmp_path / "step.bin")
 
 
 @pytest.mark.parametrize("run", ["forward", "step"])

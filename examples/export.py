@@ -85,8 +85,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("prompt", nargs="?", default="To be, or not to be")
-    parser.add_argument("--model", default=str(SHIPPED))
+    parser.add_argument("prompt", nargs="?", default="To be, or not to be", help="a text")
+    parser.add_argument("--model", default=str(SHIPPED), help="a folder, or on the Hub")
     parser.add_argument("--out", type=Path, default=Path("step.pt2"), help="a .pt2 or .onnx file")
     parser.add_argument("--tokens", type=int, default=60, help="how many to write with it")
     options = parser.parse_args()
@@ -94,7 +94,7 @@ def main() -> None:
     model = Mamba.from_pretrained(options.model).eval().requires_grad_(False)
     tokenizer = load_tokenizer(model.config, options.model)
     export_step(model, options.out)
-    print(f"{options.out}: {options.out.stat().st_size / 1e6:.1f} MB")
+    print(f"wrote {options.out}: {options.out.stat().st_size / 1e6:.1f} MB")
     ids, state = tokenizer.encode(options.prompt), model.init_state(1)
     written = complete(load_step(options.out), state, list(ids), options.tokens)
     print(options.prompt + tokenizer.decode(written))

@@ -70,8 +70,8 @@ def test_every_script_runs_from_a_bare_clone_and_answers_help_with_its_defaults(
     assert sys.modules["mamba"].FROM_THE_CLONE
     printed, source = capsys.readouterr().out, (ROOT / "examples" / name).read_text()
     assert source.split("\n")[0].removeprefix('"""') in " ".join(printed.split())
-    options = re.findall(r"^  --[\w-]+", printed, re.MULTILINE)
-    assert len(options) == printed.count("(default:")
+    listed = printed.partition("\noptions:\n")[2]
+    assert len(re.findall(r"^  --[\w-]+", listed, re.MULTILINE)) == listed.count("(default:")
     assert not any(tmp_path.iterdir())
 
 

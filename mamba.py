@@ -579,7 +579,7 @@ def selective_scan(
         options = {"dt_bias": dt_bias, "dt_softplus": dt_softplus, "rule": rule, "reset": reset}
         return kernels.selective_scan_triton(*tensors, **options)
     check_scan(scan, x, A=A, dt=dt, B=B, C=C, D=D, z=z, h0=h0, dt_bias=dt_bias, reset=reset)
-    delta = at_least_float32(dt)
+    dtype, x, delta = x.dtype, at_least_float32(x), at_least_float32(dt)  # x once, for all its uses
     if dt_bias is not None:
         delta = delta + dt_bias
     if dt_softplus:
@@ -593,7 +593,7 @@ def selective_scan(
         y = y + at_least_float32(D) * x
     if z is not None:
         y = y * F.silu(at_least_float32(z))
-    return y.to(x.dtype), h_last
+    return y.to(dtype), h_last
 
 
 SCANS = {"auto": scan_sequential, "sequential": scan_sequential}  # part II puts faster ones here

@@ -1,13 +1,14 @@
-"""In the place of others: the official scan function, and the mixer of transformers.
+"""In the place of others: the official scan function and layer, and the mixer of transformers.
 
 Code that was written against mamba_ssm needs one other line:
 
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn    # before
-    from examples.drop_in import selective_scan_fn                          # after
+    from mamba_ssm import Mamba
+    from examples.drop_in import Layer as Mamba, selective_scan_fn          # after
 
-It runs on a CPU and, through triton_scan.py, on a GPU, forward and backward. Two things are better
-than in the official function: gradients flow through the last state (the CUDA kernel ignores them),
-and nothing has to be built. One is missing: complex A.
+The scan runs on a CPU and, through triton_scan.py, on a GPU, forward and backward. Two things are
+better than in the official function: gradients flow through the last state (the CUDA kernel ignores
+them), and nothing has to be built. One is missing: complex A.
 
 `Mixer` puts a MambaBlock into a model of transformers, with the parameters that it finds there. The
 model trains, generates and is saved as before:
@@ -139,6 +140,29 @@ def check(u, delta, A, B, C, D, z, delta_bias) -> None:
                 f"{name} must be {(d, n)}, {(b, n, seqlen)}, or ({b}, g, {n}, {seqlen}) with g a "
                 f"divisor of {d}, got {shape}"
             )
+
+
+class Layer(MambaBlock):
+    """A MambaBlock with the arguments of the official layer. Its state is an argument and a result,
+    where the official one keeps it in `inference_params`, which is refused with a TypeError."""
+
+    def __init__(
+        self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: float = 2,
+        dt_rank: int | str = "auto", dt_min: float = 0.001, dt_max: float = 0.1,
+        dt_init: str = "random", dt_scale: float = 1.0, dt_init_floor: float = 1e-4,
+        conv_bias: bool = True, bias: bool = False, use_fast_path: bool = True,
+        layer_idx: int | None = None, device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        config = MambaConfig(
+            d_model, d_state=d_state, d_conv=d_conv, expand=expand, dt_rank=dt_rank, dt_min=dt_min,
+            dt_max=dt_max, dt_init=dt_init, dt_scale=dt_scale, dt_init_floor=dt_init_floor,
+            conv_bias=conv_bias, bias=bias, scan="auto" if use_fast_path else "chunked",
+        )  # fmt: skip
+        with torch.device(device or torch.get_default_device()):
+            super().__init__(config)
+        self.to(dtype or torch.get_default_dtype())
+        self.layer_idx = layer_idx
 
 
 class Mixer(MambaBlock):

@@ -10,7 +10,7 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
-from drop_in import Mixer, selective_scan_fn
+from drop_in import Layer, Mixer, selective_scan_fn
 from torch import Tensor
 
 from mamba import MambaBlock, MambaConfig
@@ -154,9 +154,7 @@ def test_bfloat16_gradients_are_as_exact_as_those_of_one_cast_before_the_recurre
     def of_reference(**inputs):
         return written_out(**{name: t.float() for name, t in inputs.items()})[0].bfloat16()
 
-    # Where B and C vary with time, `selective_scan` takes x for D x in a cast of its own.
-    without = () if "constant" in (B, C) else ("D",)
-    inputs = make_inputs(65, B, C, groups=2, n=d_state, d=8, without=without)
+    inputs = make_inputs(65, B, C, groups=2, n=d_state, d=8)
     inputs = {name: tensor.bfloat16() for name, tensor in inputs.items()}
     weights = torch.randn(2, 8, 65, generator=torch.Generator().manual_seed(1)).bfloat16()
     found = []
@@ -171,6 +169,35 @@ def test_bfloat16_gradients_are_as_exact_as_those_of_one_cast_before_the_recurre
     for name, exact, reference, ours in zip(inputs, *found, strict=True):
         errors = [((t.double() - exact).norm() / exact.norm()).item() for t in (ours, reference)]
         assert errors[0] < 1.2 * errors[1], f"gradient of {name}: {errors[0]:.1e}, {errors[1]:.1e}"
+
+
+## The official layer ------------------------------------------------------------------------------
+
+
+def test_the_layer_takes_the_arguments_of_the_official_one():
+    """In its order, and with its defaults."""
+    sizes = dict(d_state=4, d_conv=3, expand=1.5, dt_rank=2, conv_bias=False, bias=True)
+    layer = Layer(16, **sizes, use_fast_path=False, layer_idx=3, device="cpu", dtype=torch.bfloat16)
+    assert (layer.config.d_inner, layer.config.scan, layer.layer_idx) == (24, "chunked", 3)
+    assert {p.dtype for p in layer.parameters()} == {torch.bfloat16}
+    u = torch.randn(2, 5, 16).bfloat16()
+    block = MambaBlock(MambaConfig(16, scan="chunked", **sizes)).bfloat16()
+    block.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(u), block(u))
+    assert Layer(16, 4, 3).config == MambaConfig(16, d_state=4, d_conv=3)
+    assert Layer(16, 8, 4, 2, "auto", 0.01, 0.2).config.dt_max == 0.2
+
+
+def test_the_layer_is_built_where_it_is_wanted():
+    assert Layer(16, device="meta").A_log.is_meta
+    with torch.device("meta"):
+        assert Layer(16).A_log.is_meta
+    assert Layer(16).A_log.dtype == torch.float32
+    with pytest.raises(TypeError, match="inference_params"):
+        Layer(16)(torch.randn(1, 2, 16), inference_params=None)
+
+
+## Edges -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("B, C", [("shared", "groups"), ("constant", "groups")])

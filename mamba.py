@@ -42,10 +42,8 @@ import json
 import math
 import os
 import re
-import threading
 import zipfile
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
@@ -1316,7 +1314,8 @@ def file_finder(
     not answer (no network, HF_HUB_OFFLINE, an expired login), its cache is looked through.
     """
     folder, name = Path(name_or_path).expanduser(), str(name_or_path).rstrip("/")
-    where, failure = {"revision": revision, "cache_dir": cache_dir}, None
+    where, listed, failure = {"revision": revision, "cache_dir": cache_dir}, set(), None
+    seconds = float(os.environ.get("HF_HUB_ETAG_TIMEOUT", 1.5))
     is_folder = name != "" and folder.is_dir()
     if is_folder:
         listed = {path.name for path in folder.iterdir() if path.is_file()}
@@ -1324,28 +1323,22 @@ def file_finder(
     elif not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or folder.parent.is_dir():
         raise FileNotFoundError(f"{name!r} is neither a folder nor the name of a Hub repository")
     else:
+        from multiprocessing.pool import ThreadPool
+
         import huggingface_hub as hub
         from huggingface_hub import errors, utils
 
         utils.validate_repo_id(name)
-        seconds, answer = float(os.environ.get("HF_HUB_ETAG_TIMEOUT", 1.5)), Future()
-        model_info = hub.HfApi().model_info
-
-        def ask() -> None:
-            try:
-                if local_files_only:
-                    raise errors.OfflineModeIsEnabled
-                info = model_info(name, revision=revision, timeout=seconds)
-                answer.set_result({file.rfilename for file in info.siblings or ()})
-            except Exception as error:
-                answer.set_exception(error)
-
-        # In a thread, left alone when its time is over: to look up an address has no limit.
-        threading.Thread(target=ask, daemon=True).start()
         try:
-            listed = answer.result(seconds)
+            if local_files_only:
+                raise errors.OfflineModeIsEnabled
+            options = {"revision": revision, "timeout": seconds}
+            # In a thread that may be left behind: to look up an address knows no timeout.
+            with ThreadPool(1) as pool:
+                info = pool.apply_async(hub.HfApi().model_info, [name], options).get(seconds)
+            listed = {file.rfilename for file in info.siblings or ()}
         except Exception as error:
-            listed, failure = set(), error
+            failure = error
 
     def find(*files: str) -> Path:
         nonlocal failure

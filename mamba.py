@@ -1085,9 +1085,8 @@ def check_chunk(chunk: int) -> None:
 ## state-spaces/mamba-* or in that of transformers (mamba-*-hf).
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-HEAD, EMBEDDING, HF_EMBEDDING = (
-    f"{name}.weight" for name in ("lm_head", "backbone.embedding", "backbone.embeddings")
-)
+HEAD, EMBEDDING = "lm_head.weight", "backbone.embedding.weight"
+HF_EMBEDDING = "backbone.embeddings.weight"
 WEIGHT_FILES = "model.safetensors", "model.safetensors.index.json"
 WEIGHT_FILES += "pytorch_model.bin", "pytorch_model.bin.index.json"
 
@@ -1120,7 +1119,7 @@ def load(
         weights.setdefault(HEAD, weights[EMBEDDING])
     check_fit(f"{path} and config.json", model, weights)
     if config.tie_embeddings and not torch.equal(weights.pop(HEAD), weights[EMBEDDING]):
-        raise ValueError(f"{path}: the embeddings are tied, but lm_head is not the embedding")
+        raise ValueError(f"{path}: lm_head is not the embedding, but config.json ties the two")
     # What has this dtype stays mapped; what has not is cast one by one.
     weights = {name: weights.pop(name).to(device, dtype).contiguous() for name in list(weights)}
     weights.setdefault(HEAD, weights[EMBEDDING])
@@ -1225,8 +1224,7 @@ def read_weights(path: Path, find: Callable[..., Path]) -> dict[str, Tensor]:
             raise ValueError(f"{path}: weight_map must name the file of each weight")
     for path in map(find, files):
         tensors = read_file(path)
-        nested = [key for key in ("state_dict", "model") if isinstance(tensors.get(key), dict)]
-        for key in nested:
+        for key in tensors.keys() & {"state_dict", "model"}:
             line = f"torch.save(torch.load({str(path)!r})[{key!r}], {str(path)!r})"
             raise RuntimeError(f"{path} holds its tensors under {key!r}: take them out by `{line}`")
         if twice := weights.keys() & tensors:
@@ -1254,12 +1252,12 @@ def read_file(path: Path) -> dict[str, Any]:
         return content
     except Exception as error:
         with path.open("rb") as file:
-            start = file.read(24)
+            start = file.read(40)
         # The first sentence: in the next one torch recommends to run what is in the file.
         why = re.split(r"\n|\. ", str(error))[0]
-        message = f"{path} is damaged, or of another kind, and nothing in it was run: {why}"
-        remedy = "a git-lfs pointer becomes a file by `git lfs pull`"
-        raise RuntimeError(f"{message}; it begins with {start!r}; {remedy}") from error
+        remedy = ": run `git lfs pull`" if b"git-lfs" in start else ""
+        message = f"{path} is damaged or of another kind, and nothing in it was run"
+        raise RuntimeError(f"{message} ({why}; it begins with {start!r}){remedy}") from error
 
 
 def check_fit(what: str, model: Mamba, weights: dict[str, Tensor]) -> None:
@@ -1285,21 +1283,21 @@ def check_fit(what: str, model: Mamba, weights: dict[str, Tensor]) -> None:
     }
     said = [f"{len(ns)} {fault}: {', '.join(ns[:3])}" for fault, ns in faults.items() if ns]
     if said:
-        raise RuntimeError(f"{what} do not fit together, of the weights are {'; '.join(said)}")
+        raise RuntimeError(f"{what} do not fit together (weights: {'; '.join(said)})")
 
 
 ## What is said of some errors of the Hub's client and of those derived from them. The others speak
 ## for themselves. By name, because the client is imported only when it is needed.
 
-OUT_OF_REACH = "{file} is not in the cache and the Hub is out of reach ({why}): check the network, "
-OUT_OF_REACH += "or wait longer with HF_HUB_ETAG_TIMEOUT=10"
+OUT_OF_REACH = "{file} is not in the cache and the Hub is out of reach ({why}): check the network"
 HUB_FAULTS = dict(
     GatedRepoError="accept its terms at https://huggingface.co/{name}, then run `hf auth login`",
     RepositoryNotFoundError="the Hub has no such repository, or it is private: check the name or "
     "run `hf auth login`",
     OfflineModeIsEnabled="{file} is not in the cache: load once without HF_HUB_OFFLINE and "
     "local_files_only",
-    TransportError=OUT_OF_REACH, TimeoutError=OUT_OF_REACH,
+    TransportError=OUT_OF_REACH,
+    TimeoutError=OUT_OF_REACH + " or set HF_HUB_ETAG_TIMEOUT=10",
     Exception="{file} could not be downloaded ({why})",
 )  # fmt: skip
 

@@ -1139,8 +1139,7 @@ def save(model: Mamba, path: str | os.PathLike) -> None:
     folder, weights = Path(path), dict(model.state_dict())
     with torch.device("meta"):
         check_fit("the model and its config", type(model)(model.config), weights)
-    tied = len({weights[name].untyped_storage().data_ptr() for name in (HEAD, EMBEDDING)}) == 1
-    if tied:
+    if tied := weights[HEAD].data_ptr() == weights[EMBEDDING].data_ptr():
         del weights[HEAD]
     values = vars(replace(model.config, scan="auto", tie_embeddings=tied))
     ssm = {name: values.pop(name) for name in SSM_FIELDS}

@@ -11,7 +11,6 @@ was learnt. Shapes: b rows, l positions. No recipe needs another; 1 and 4 share 
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -219,8 +218,9 @@ def resize_token_embeddings(model: Mamba, vocab_size: int) -> None:
 def save_for_official(model: Mamba, path: str | Path) -> None:
     """A folder for `MambaLMHeadModel.from_pretrained` of mamba_ssm.
 
-    It takes no field of config.json that it does not know, pytorch_model.bin alone, and both names
-    of a tied matrix. Raises ValueError for a model that it cannot represent.
+    It takes no field of config.json that it does not know (so the tokenizer is not named there),
+    pytorch_model.bin alone, and both names of a tied matrix. Raises ValueError for a rule or
+    norm_eps that it does not have.
     """
     check_is_standard(model, norm_eps=1e-5, rule="mamba")
     folder = Path(path)
@@ -228,8 +228,9 @@ def save_for_official(model: Mamba, path: str | Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config.pop("tokenizer", None)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    # A copy: of a mapped tensor torch would write the whole file.
-    torch.save(copy.deepcopy(model).state_dict(), folder / "pytorch_model.bin")
+    # Written aside and moved: the model's weights may be mapped from the file of this name.
+    torch.save(model.state_dict(), folder / "pytorch_model.bin.partial")
+    (folder / "pytorch_model.bin.partial").replace(folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
 
 

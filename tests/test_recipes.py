@@ -336,16 +336,10 @@ def test_the_official_loader_reads_what_is_saved_for_it(tied, tmp_path):
     other.load_state_dict(weights, strict=True)
     ids = torch.randint(11, (2, 7))
     assert torch.equal(other(ids), model(ids))
+    loaded = Mamba.from_pretrained(tmp_path)  # mapped from the file that is written next
+    recipes.save_for_official(loaded, tmp_path)
+    assert torch.equal(loaded(ids), model(ids))
     assert torch.equal(Mamba.from_pretrained(tmp_path)(ids), model(ids))
-
-
-def test_of_a_mapped_model_no_more_than_its_weights_is_saved_for_the_official_loader(tmp_path):
-    Mamba(small(d_model=64)).save_pretrained(tmp_path / "ours")
-    model = Mamba.from_pretrained(tmp_path / "ours").bfloat16()
-    model.backbone.layers.float()  # some are mapped, some are not
-    recipes.save_for_official(Mamba.from_pretrained(tmp_path / "ours"), tmp_path / "theirs")
-    size = sum(p.numel() * 4 for p in model.parameters())
-    assert (tmp_path / "theirs" / "pytorch_model.bin").stat().st_size < size + 10_000
 
 
 @pytest.mark.parametrize(

@@ -42,10 +42,8 @@ import json
 import math
 import os
 import re
-import threading
 import zipfile
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass, fields, replace
 from numbers import Real
 from pathlib import Path
@@ -1099,29 +1097,16 @@ torch.export.register_dataclass(MambaState)  # a pytree: torch.export, vmap and 
 ## Files. A folder or a repository of the Hub holds config.json and the weights, in the layout of
 ## state-spaces/mamba-* or in that of transformers (mamba-*-hf).
 
-
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-Device = torch.device | str | None
-
-
-def check_target(device: Device, dtype: torch.dtype) -> None:
-    """For `from_pretrained`, before anything is downloaded."""
-    if dtype not in FLOATS:
-        raise ValueError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype!r}")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        why = first_sentence(error)
-        raise ValueError(f"device {str(device)!r} cannot be used: {why}") from error
-
-
-def first_sentence(error: BaseException) -> str:
-    return re.split(r"\n|\. ", str(error).strip() or type(error).__name__)[0][:200]
+HEAD, EMBEDDING = "lm_head.weight", "backbone.embedding.weight"
+HF_EMBEDDING = "backbone.embeddings.weight"
+WEIGHT_FILES = "model.safetensors", "model.safetensors.index.json"
+WEIGHT_FILES += "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
 def load(
     cls: type[Mamba], name_or_path: str | os.PathLike, *, revision: str | None = None,
-    device: Device = None, dtype: torch.dtype | None = None, scan: str = "auto",
+    device: torch.device | str | None = None, dtype: torch.dtype | None = None, scan: str = "auto",
     cache_dir: str | os.PathLike | None = None, local_files_only: bool = False,
 ) -> Mamba:  # fmt: skip
     """A model with the weights of a local folder, or of a repository: "state-spaces/mamba-130m".
@@ -1129,108 +1114,204 @@ def load(
     dtype None means float32, whatever the file holds. Every weight must be there with its own
     shape, and nothing else. Raises FileNotFoundError for a folder, repository or file that is not
     there or not within reach, ValueError for a config.json of another kind of model or a wrong
-    argument, RuntimeError for weights that are damaged or do not fit, and for a Hub that refuses.
+    argument, RuntimeError for weights that are damaged or do not fit, and for what else the Hub,
+    the disk or the device refuses.
     """
-    dtype = dtype or torch.float32
-    check_target(device, dtype)
+    if (dtype := dtype or torch.float32) not in FLOATS:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype!r}")
+    torch.empty(0, device=device)  # a device that is not there is missed before a download
     find = file_finder(name_or_path, revision, cache_dir, local_files_only)
     config = replace(read_config(find("config.json")), scan=scan)
     with torch.device("meta"):  # the shapes without the numbers: these come from the file
         model = cls(config)
-    load_weights(model, find, device, dtype)
+    path = find(*WEIGHT_FILES)
+    weights = read_weights(path, find)
+    if HF_EMBEDDING in weights and EMBEDDING not in weights:
+        weights[EMBEDDING] = weights.pop(HF_EMBEDDING)
+    if config.tie_embeddings and EMBEDDING in weights:
+        weights.setdefault(HEAD, weights[EMBEDDING])
+    check_fit(f"{path} and config.json", model, weights)
+    if config.tie_embeddings and not torch.equal(weights.pop(HEAD), weights[EMBEDDING]):
+        raise ValueError(f"{path}: lm_head is not the embedding, but config.json ties the two")
+    # What has this dtype stays mapped; what has not is cast one by one.
+    weights = {name: weights.pop(name).to(device, dtype).contiguous() for name in list(weights)}
+    weights.setdefault(HEAD, weights[EMBEDDING])
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.tie_weights()
     return model
+
+
+def save(model: Mamba, path: str | os.PathLike) -> None:
+    """Write a folder that `from_pretrained` loads, in the layout of state-spaces/mamba-*.
+
+    Its tensors say whether the embeddings are tied. Raises RuntimeError, and writes nothing, if
+    weights and config do not fit together.
+    """
+    from safetensors.torch import save_file
+
+    folder, weights = Path(path), dict(model.state_dict())
+    with torch.device("meta"):
+        check_fit("the model and its config", type(model)(model.config), weights)
+    if tied := weights[HEAD].data_ptr() == weights[EMBEDDING].data_ptr():
+        del weights[HEAD]
+    values = vars(replace(model.config, scan="auto", tie_embeddings=tied))
+    ssm = {name: values.pop(name) for name in SSM_FIELDS}
+    top = {k: v for k, v in values.items() if k not in OUR_OWN or v != getattr(MambaConfig, k)}
+    entries = {**top, "ssm_cfg": ssm, "rms_norm": True, "fused_add_norm": True}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(entries, indent=2) + "\n")
+    # Written aside and moved: the old file may be the one that the model's weights are mapped from.
+    temporary = folder / "model.safetensors.partial"
+    save_file({k: v.contiguous() for k, v in weights.items()}, temporary, metadata={"format": "pt"})
+    temporary.replace(folder / "model.safetensors")
 
 
 ## config.json has one of two layouts. That of the state-spaces/mamba-* repositories keeps the
 ## fields of the SSM in "ssm_cfg" and all others at the top. That of transformers has everything at
-## the top, under other names, with defaults of its own, and ignores what it does not know.
+## the top, under other names, with defaults of its own, and ignores what it does not know. null is
+## the default. Here stands for each field our name, or a list of the values that are implemented;
+## if it is empty, the field changes nothing.
 
-TOP_FIELDS = (
-    "d_model n_layer vocab_size residual_in_fp32 pad_vocab_size_multiple tie_embeddings"
-).split()
-SSM_FIELDS = (
-    "d_state d_conv expand dt_rank dt_min dt_max dt_init dt_scale dt_init_floor conv_bias bias"
-).split()
-EXTRA_FIELDS = ["norm_eps", "tokenizer", "rule"]  # written only when they are not the default
-FIELDS = {name: name for name in TOP_FIELDS + EXTRA_FIELDS + SSM_FIELDS}
+SSM_FIELDS = "d_state d_conv expand dt_rank dt_min dt_max dt_init dt_scale dt_init_floor".split()
+SSM_FIELDS += ["conv_bias", "bias"]
+OUR_OWN = ["norm_eps", "tokenizer", "rule", "scan"]  # not written if they are the default
+FIELDS = {item.name: item.name for item in fields(MambaConfig) if item.name != "scan"} | dict(
+    model_type=["mamba"], layer=["Mamba1"], rms_norm=[True], d_intermediate=[0], attn_cfg=[{}],
+    attn_layer_idx=[[]], fused_add_norm=[], use_fast_path=[], architectures=[], torch_dtype=[],
+    dtype=[],
+)  # fmt: skip
 HF_FIELDS = dict(
+    model_type=["mamba"], hidden_act=["silu", "swish"], quantization_config=[None],
+    intermediate_size=[],
     hidden_size="d_model", num_hidden_layers="n_layer", vocab_size="vocab_size",
     state_size="d_state", conv_kernel="d_conv", expand="expand", time_step_rank="dt_rank",
     use_bias="bias", use_conv_bias="conv_bias", residual_in_fp32="residual_in_fp32",
     layer_norm_epsilon="norm_eps", tie_word_embeddings="tie_embeddings",
 )  # fmt: skip
-HF_DEFAULTS = {"hidden_size": 768, "num_hidden_layers": 32, "vocab_size": 50280, "model_type": None}
-# Fields that may stand there with exactly this value, since no other is implemented.
-FIXED_FIELDS = {"rms_norm": True, "d_intermediate": 0, "attn_layer_idx": [], "attn_cfg": {}}
-FIXED_FIELDS |= {"layer": "Mamba1", "model_type": "mamba"}
-HF_FIXED_FIELDS = {"model_type": "mamba", "hidden_act": "silu", "quantization_config": None}
-# Fields that do not change what is computed.
-IGNORED_FIELDS = {"fused_add_norm", "use_fast_path", "architectures", "torch_dtype", "dtype"}
+HF_DEFAULTS = dict(d_model=768, n_layer=32, vocab_size=50280, pad_vocab_size_multiple=1)
+HF_REFUSED = r"eps(ilon)?$|(?<!ngram)_size$|_dim$|_rank$|^d_state$|^d_conv$"
 
 
 def read_config(path: Path) -> MambaConfig:
     """config.json -> MambaConfig. Raises ValueError for a field that would change the model."""
-    found = read_json(path)
+    found = {name: value for name, value in read_file(path).items() if value is not None}
     from_hf = "hidden_size" in found or ("model_type" in found and "d_model" not in found)
-    names, fixed = (HF_FIELDS, HF_FIXED_FIELDS) if from_hf else (FIELDS, FIXED_FIELDS)
+    layout, refused = (HF_FIELDS, HF_REFUSED) if from_hf else (FIELDS, "")
+    known = dict(HF_DEFAULTS) if from_hf else dict.fromkeys(("d_model", "n_layer", "vocab_size"))
     try:
-        if found.pop("event_time", False) is not False:
+        if found.pop("event_time", False):
             raise ValueError("event_time belongs to the block of examples/event_time.py")
-        ssm = {} if from_hf else found.pop("ssm_cfg", {})
-        if not isinstance(ssm, dict) or ssm.keys() & found:
+        if from_hf:
+            found = {"model_type": None} | found
+        elif not isinstance(ssm := found.pop("ssm_cfg", {}), dict) or ssm.keys() & found:
             raise ValueError(f"ssm_cfg must hold fields that stand nowhere else, got {ssm!r}")
-        found = HF_DEFAULTS | found if from_hf else found | ssm
-        known = {ours: found.pop(theirs) for theirs, ours in names.items() if theirs in found}
-        for name, value in fixed.items():
-            if (other := found.pop(name, value)) != value:
-                raise ValueError(f"{name} = {other!r} is another architecture, Mamba has {value!r}")
-        if not from_hf and (unknown := found.keys() - IGNORED_FIELDS):
-            raise ValueError(f"unknown fields {', '.join(sorted(unknown))}")
-        if missing := {"d_model", "n_layer", "vocab_size"} - known.keys():
-            raise ValueError(f"no {', '.join(sorted(missing))}: not the config of a Mamba")
-        config = MambaConfig(**known, **({"pad_vocab_size_multiple": 1} if from_hf else {}))
-        if from_hf and (size := found.get("intermediate_size", config.d_inner)) != config.d_inner:
-            raise ValueError(f"intermediate_size must be {config.d_inner}, got {size!r}")
+        else:
+            found |= {name: value for name, value in ssm.items() if value is not None}
+        for name, value in found.items():
+            if isinstance(ours := layout.get(name), str):
+                known[ours] = value
+            elif ours and value not in ours:
+                raise ValueError(f"{name} = {value!r} is another architecture, not {ours[0]!r}")
+        if unknown := [name for name in found if name not in layout and re.search(refused, name)]:
+            raise ValueError(f"unknown fields {', '.join(unknown)}")
+        config = MambaConfig(**known)
         # A slip of the finger must not become an hour of building layers.
         largest = max(value for value in vars(config).values() if type(value) is int)
         if config.n_layer > 10_000 or config.d_inner * largest > 2**40:
             raise ValueError(f"these sizes are too large to be meant: {known}")
         return config
     except (TypeError, ValueError) as error:
-        theirs = {ours: name for name, ours in names.items()}  # MambaConfig begins with our name
+        theirs = {ours: name for name, ours in layout.items() if isinstance(ours, str)}
         message = re.sub(r"^\w+", lambda word: theirs.get(word[0], word[0]), str(error))
         raise ValueError(f"{path}: {message}") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_weights(path: Path, find: Callable[..., Path]) -> dict[str, Tensor]:
+    """The tensors of a file, or of all that an index names, mapped into memory."""
+    weights, files = {}, [path.name]
+    if path.suffix == ".json":
+        index = read_file(path).get("weight_map")
+        files = sorted({str(file) for file in index.values()} if isinstance(index, dict) else {})
+        if not files or any("/" in file for file in files):  # it could lead out of the folder
+            raise ValueError(f"{path}: weight_map must name the file of each weight")
+    for path in map(find, files):
+        tensors = read_file(path)
+        for key in tensors.keys() & {"state_dict", "model"}:
+            line = f"torch.save(torch.load({str(path)!r})[{key!r}], {str(path)!r})"
+            raise RuntimeError(f"{path} holds its tensors under {key!r}: take them out by `{line}`")
+        if twice := weights.keys() & tensors:
+            raise RuntimeError(f"{path} holds {twice.pop()}, which stands in another file as well")
+        weights |= tensors
+    return weights
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """What is in a file of JSON or of tensors. These are mapped into memory."""
+    from safetensors.torch import load_file
+
     try:
-        if not isinstance(entries := json.loads(path.read_bytes()), dict):
-            raise ValueError(f"a {type(entries).__name__}, not an object")
-        return entries
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a JSON object: {error}") from error
+        if path.suffix == ".json":
+            content = json.loads(path.read_bytes())
+        elif path.suffix == ".safetensors":
+            content = load_file(path)
+        else:
+            # weights_only: a pickle from the internet may contain tensors, never code to run.
+            # A file from before torch 1.6 is no zip file and cannot be mapped.
+            mapped = zipfile.is_zipfile(path)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__} is no dict")
+        return content
+    except Exception as error:
+        with path.open("rb") as file:
+            start = file.read(40)
+        # The first sentence: in the next one torch recommends to run what is in the file.
+        why = re.split(r"\n|\. ", str(error))[0]
+        remedy = ": run `git lfs pull`" if b"git-lfs" in start else ""
+        message = f"{path} is damaged or of another kind, and nothing in it was run"
+        raise RuntimeError(f"{message} ({why}; it begins with {start!r}){remedy}") from error
 
 
-## What the Hub's client raises, by the name of the class or of its nearest base class here, and
-## what is said instead. By name, because the client is imported only when it is needed.
+def check_fit(what: str, model: Mamba, weights: dict[str, Tensor]) -> None:
+    """Raise RuntimeError unless the weights have the names and shapes of the model's own."""
 
-OUT_OF_REACH = "{files} is not in the cache and the Hub is out of reach ({why}): check the network"
-# fmt: off
-HUB_FAULTS = {
-    "GatedRepoError": (RuntimeError,
-        "accept its terms at https://huggingface.co/{name}, then run `hf auth login`"),
-    "RepositoryNotFoundError": (FileNotFoundError,
-        "the Hub has no such repository, or it is private: check the name or run `hf auth login`"),
-    "RevisionNotFoundError": (FileNotFoundError,
-        "no revision {revision!r}: choose one of https://huggingface.co/{name}/commits"),
-    "OfflineModeIsEnabled": (FileNotFoundError,
-        "{files} is not in the cache: load once without HF_HUB_OFFLINE and local_files_only"),
-    "ConnectError": (FileNotFoundError, OUT_OF_REACH),
-    "TimeoutException": (FileNotFoundError, OUT_OF_REACH),
-    "TimeoutError": (FileNotFoundError, OUT_OF_REACH + " or set HF_HUB_ETAG_TIMEOUT=10"),
-    "Exception": (RuntimeError, "{files} could not be downloaded ({why}): try again later"),
-}
-# fmt: on
+    def form(t: Any) -> str:
+        usual = getattr(t, "dtype", None) in FLOATS and t.layout == torch.strided and not t.is_meta
+        return f"{tuple(t.shape)}" if usual else f"{type(t).__name__} {getattr(t, 'dtype', '')}"
+
+    expected = {name: f"{tuple(t.shape)}" for name, t in model.state_dict().items()}
+    found = {str(name): form(t) for name, t in weights.items()}
+    prefix = next((n.removesuffix("backbone.norm_f.weight") for n in found if "norm_f" in n), "")
+    if prefix and all(name.startswith(prefix) for name in found):
+        line = f"weights = {{k.removeprefix({prefix!r}): v for k, v in weights.items()}}"
+        raise RuntimeError(f"{what}: all names begin with {prefix!r}, take it off by `{line}`")
+    both = [name for name in expected if name in found]
+    faults = {
+        "missing": [name for name in expected if name not in found],
+        "unknown": [name for name in found if name not in expected],
+        "misshapen": [
+            f"{n} {found[n]}, not {expected[n]}" for n in both if found[n] != expected[n]
+        ],
+    }
+    said = [f"{len(ns)} {fault}: {', '.join(ns[:3])}" for fault, ns in faults.items() if ns]
+    if said:
+        raise RuntimeError(f"{what} do not fit together (weights: {'; '.join(said)})")
+
+
+## What is said of some errors of the Hub's client and of those derived from them. The others speak
+## for themselves. By name, because the client is imported only when it is needed.
+
+OUT_OF_REACH = "{file} is not in the cache and the Hub is out of reach ({why}): check the network"
+HUB_FAULTS = dict(
+    GatedRepoError="accept its terms at https://huggingface.co/{name}, then run `hf auth login`",
+    RepositoryNotFoundError="the Hub has no such repository, or it is private: check the name or "
+    "run `hf auth login`",
+    OfflineModeIsEnabled="{file} is not in the cache: load once without HF_HUB_OFFLINE and "
+    "local_files_only",
+    TransportError=OUT_OF_REACH,
+    TimeoutError=OUT_OF_REACH + " or set HF_HUB_ETAG_TIMEOUT=10",
+    Exception="{file} could not be downloaded ({why})",
+)  # fmt: skip
 
 
 def file_finder(
@@ -1244,12 +1325,16 @@ def file_finder(
     """
     folder, name = Path(name_or_path).expanduser(), str(name_or_path).rstrip("/")
     where, listed, failure = {"revision": revision, "cache_dir": cache_dir}, set(), None
+    seconds = float(os.environ.get("HF_HUB_ETAG_TIMEOUT", 1.5))
     is_folder = name != "" and folder.is_dir()
-    # "checkpoints/typo" looks like a repository: a folder "checkpoints" here says that it is none.
-    is_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not folder.parent.is_dir()
     if is_folder:
         listed = {path.name for path in folder.iterdir() if path.is_file()}
-    elif is_name:
+    # "checkpoints/typo" looks like a repository: a folder "checkpoints" here says that it is none.
+    elif not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or folder.parent.is_dir():
+        raise FileNotFoundError(f"{name!r} is neither a folder nor the name of a Hub repository")
+    else:
+        from multiprocessing.pool import ThreadPool
+
         import huggingface_hub as hub
         from huggingface_hub import errors, utils
 
@@ -1257,12 +1342,13 @@ def file_finder(
         try:
             if local_files_only:
                 raise errors.OfflineModeIsEnabled
-            info = in_time(hub.HfApi().model_info, name, revision=revision)
+            options = {"revision": revision, "timeout": seconds}
+            # In a thread that may be left behind: to look up an address knows no timeout.
+            with ThreadPool(1) as pool:
+                info = pool.apply_async(hub.HfApi().model_info, [name], options).get(seconds)
             listed = {file.rfilename for file in info.siblings or ()}
         except Exception as error:
             failure = error
-    else:
-        raise FileNotFoundError(f"{name!r} is neither a folder nor the name of a Hub repository")
 
     def find(*files: str) -> Path:
         nonlocal failure
@@ -1273,10 +1359,8 @@ def file_finder(
             return folder / file
         try:
             if failure is None:
-                url = hub.hf_hub_url(name, file, revision=where["revision"])
-                in_time(hub.get_hf_file_metadata, url)
                 # Not snapshot_download: it shows a bar even for what is there.
-                path = Path(hub.hf_hub_download(name, file, **where))
+                path = Path(hub.hf_hub_download(name, file, etag_timeout=seconds, **where))
                 where["revision"] = path.parent.name  # its commit: all files are of the same
                 return path
         except Exception as error:
@@ -1284,129 +1368,24 @@ def file_finder(
         for cached in files:
             if isinstance(path := hub.try_to_load_from_cache(name, cached, **where), str):
                 return Path(path)
-        fault = next(c.__name__ for c in type(failure).__mro__ if c.__name__ in HUB_FAULTS)
-        kind, sentence = HUB_FAULTS[fault]
-        words = {"name": name, "files": file or " or ".join(files), "revision": revision}
-        sentence = sentence.format(**words, why=first_sentence(failure))
-        raise kind(f"{name}: {sentence}") from failure
+        kind = next(c.__name__ for c in type(failure).__mro__ if c.__name__ in HUB_FAULTS)
+        why = " ".join((str(failure) or kind).split())[:300]
+        said = HUB_FAULTS[kind].format(name=name, file=file or " or ".join(files), why=why)
+        error = RuntimeError if kind in ("GatedRepoError", "Exception") else FileNotFoundError
+        raise error(f"{name}: {said}") from failure
 
     return find
 
 
-def in_time(ask: Callable[..., Any], *question: Any, **options: Any) -> Any:
-    """What the Hub's client answers or raises, or TimeoutError.
-
-    Its downloads try for 23 seconds and more, and to look up an address may take as long as it
-    likes: hence a thread, which is left alone when its time is over.
-    """
-    seconds, answer = float(os.environ.get("HF_HUB_ETAG_TIMEOUT", 1.5)), Future()
-
-    def run() -> None:
-        try:
-            answer.set_result(ask(*question, **options, timeout=seconds))
-        except Exception as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return answer.result(seconds)
-
-
-WEIGHT_FILES = "model.safetensors", "model.safetensors.index.json"
-WEIGHT_FILES += "pytorch_model.bin", "pytorch_model.bin.index.json"
-EMBEDDING, HF_EMBEDDING = "backbone.embedding.weight", "backbone.embeddings.weight"
-
-
-def load_weights(
-    model: Mamba, find: Callable[..., Path], device: Device, dtype: torch.dtype
-) -> None:
-    """Give the model, so far without numbers, those of its files: every weight and no other."""
-    path = find(*WEIGHT_FILES)
-    paths, weights, found, promised = [path], {}, set(), None
-    if path.suffix == ".json":
-        index, kind = read_json(path).get("weight_map"), path.name.split(".")[1]
-        shards = {str(shard) for shard in index.values()} if isinstance(index, dict) else set()
-        # A name with a slash could lead out of the folder.
-        if not shards or not all(re.fullmatch(rf"[\w.-]+\.{kind}", shard) for shard in shards):
-            raise ValueError(f"{path}: weight_map must name the .{kind} file of each weight")
-        paths, promised = [find(shard) for shard in sorted(shards)], set(index.items())
-    for file in paths:
-        tensors = read_tensors(file, device, dtype)
-        weights |= tensors
-        found |= {(name, file.name) for name in tensors}
-    if promised and (torn := sorted({name for name, _ in promised ^ found})):
-        raise RuntimeError(f"{path} and its files disagree on {len(torn)} weights, first {torn[0]}")
-    if HF_EMBEDDING in weights and EMBEDDING not in weights:
-        weights[EMBEDDING] = weights.pop(HF_EMBEDDING)
-    if model.config.tie_embeddings and EMBEDDING in weights:
-        weights.setdefault("lm_head.weight", weights[EMBEDDING])
-    try:
-        model.load_state_dict(weights, strict=True, assign=True)
-    except RuntimeError as error:
-        raise RuntimeError(f"{path} and config.json do not fit together: {error}") from error
-    if model.config.tie_embeddings:
-        if not torch.equal(model.lm_head.weight, model.backbone.embedding.weight):
-            raise ValueError(f"{path}: the embeddings are tied, but lm_head is not the embedding")
-        model.tie_weights()
-
-
-def read_tensors(path: Path, device: Device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of one file, cast. If they have this dtype, the file is mapped into memory.
-
-    A mapped file stays there until its last tensor is gone: with the copies of another dtype, one
-    and a half files. To be cast, each tensor gets memory of its own.
-    """
-    from safetensors import safe_open
-    from safetensors.torch import load_file
-
-    def read(mapped: bool) -> Any:
-        if path.suffix == ".safetensors":
-            tensors = load_file(path)
-            return tensors if mapped else {n: safe_open(path, "pt").get_tensor(n) for n in tensors}
-        # weights_only: a pickle from the internet may contain tensors, never code to run.
-        # A file from before torch 1.6 is no zip file and cannot be mapped.
-        mapped = mapped and zipfile.is_zipfile(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-
-    try:
-        tensors = read(mapped=True)
-    except Exception as error:
-        with path.open("rb") as file:
-            why = f"{first_sentence(error)}; it begins with {file.read(24)!r}"
-        message = f"{path} is damaged or holds more than tensors, of which nothing was run ({why})"
-        remedy = "get it again, a git-lfs pointer by `git lfs pull`"
-        raise RuntimeError(f"{message}: {remedy}") from error
-    if not isinstance(tensors, dict):
-        raise RuntimeError(f"{path} must hold a dict of tensors, got {type(tensors).__name__}")
-    odd = [  # in a list of its own: a variable for a tensor would keep the file mapped
-        f"{name!r} is {type(t).__name__} {getattr(t, 'dtype', '')}"
-        for name, t in tensors.items()
-        if not (isinstance(name, str) and isinstance(t, Tensor) and t.dtype in FLOATS)
-        or (t.layout, t.is_meta) != (torch.strided, False)
-    ]
-    if odd:
-        raise RuntimeError(f"{path} must hold dense tensors of real numbers, but {odd[0]}")
-    if any(tensor.dtype != dtype for tensor in tensors.values()):
-        tensors = read(mapped=False)
-    return {name: tensors.pop(name).to(device, dtype).contiguous() for name in list(tensors)}
-
-
-def save(model: Mamba, path: str | os.PathLike) -> None:
-    """Write a folder that `from_pretrained` loads, in the layout of state-spaces/mamba-*."""
-    from safetensors.torch import save_file
-
-    folder, values, weights = Path(path), vars(model.config), dict(model.state_dict())
-    extra = [name for name in EXTRA_FIELDS if values[name] != getattr(MambaConfig, name)]
-    entries = {name: values[name] for name in (*TOP_FIELDS, *extra)}
-    entries["ssm_cfg"] = {name: values[name] for name in SSM_FIELDS}
-    entries |= {"rms_norm": True, "fused_add_norm": True}
-    if model.config.tie_embeddings:
-        del weights["lm_head.weight"]  # the same tensor as the embedding; loading ties it again
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(entries, indent=2) + "\n")
-    # Written aside and moved: the old file may be the one that the model's weights are mapped from.
-    temporary = folder / "model.safetensors.partial"
-    save_file({k: v.contiguous() for k, v in weights.items()}, temporary, metadata={"format": "pt"})
-    temporary.replace(folder / "model.safetensors")
-
-
 Mamba.from_pretrained, Mamba.save_pretrained = classmethod(load), save
+
+## What PEFT and others ask a model for, to know that two of its matrices are one.
+
+Mamba._tied_weights_keys = {HEAD: EMBEDDING}
+Mamba.get_input_embeddings = lambda model: model.backbone.embedding
+Mamba.get_output_embeddings = lambda model: model.lm_head
+MambaConfig.to_dict = lambda config: vars(config) | {"tie_word_embeddings": config.tie_embeddings}
+MambaConfig.tie_word_embeddings = property(
+    lambda config: config.tie_embeddings,
+    lambda config, tied: setattr(config, "tie_embeddings", tied),
+)

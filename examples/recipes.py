@@ -8,7 +8,7 @@
                             more tokens, and folders that other libraries read
 
 `python examples/recipes.py` tries the first four on toy tasks, in half a minute on one core, and
-prints what was learnt. Shapes: b rows, l positions. No recipe needs another; 1 and 4 share `starts`.
+prints what was learnt. Shapes: b rows, l positions. None needs another; 1 and 4 share `starts`.
 """
 
 from __future__ import annotations

@@ -98,13 +98,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def read_prompt(text: str | None, file: str | None, parser: Parser) -> str:
     """Without the newline at the end, which editors and echo add and nobody means."""
+    if text is None and file is None and (sys.stdin is None or sys.stdin.isatty()):
+        parser.error('a prompt is missing: generate.py "To be, or not"')
     try:
-        if file is not None:
-            text = Path(file).read_text("utf-8-sig").removesuffix("\n")
-        elif text is None and (sys.stdin is None or sys.stdin.isatty()):
-            parser.error('a prompt is missing: generate.py "To be, or not"')
-        elif text is None:
-            text = sys.stdin.read().removesuffix("\n")
+        if text is None:
+            text = sys.stdin.read() if file is None else Path(file).read_text("utf-8-sig")
+            text = text.removesuffix("\n")
         text.encode()  # Bytes that are no UTF-8 may come as halves of characters: UnicodeError.
     except UnicodeError:
         parser.error("the prompt is not UTF-8 text")
@@ -152,17 +151,19 @@ def main(arguments: argparse.Namespace) -> int:
 
 def complete(arguments: argparse.Namespace) -> None:
     """Print the prompt and its continuation, piece by piece, as often as samples are wanted."""
-    device, dtype = available_device(arguments.device), getattr(torch, arguments.dtype)
+    device, dtype = arguments.device, getattr(torch, arguments.dtype)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Mamba.from_pretrained(arguments.model, device=device, dtype=dtype, scan=arguments.scan)
-    if device.type == "cpu" and model.config.d_model <= 512:
+    if device == "cpu" and model.config.d_model <= 512:
         # Threads gain little on matrices this small, and lose much when one waits for a busy core.
         torch.set_num_threads(1)
     tokenizer = load_tokenizer(model.config, arguments.model)
     input_ids, _ = encode_batch(tokenizer, [arguments.prompt], device)
     sampling = {name: getattr(arguments, name) for name in ALLOWED}
-    count, stop = sampling.pop("num_samples"), sampling.pop("stop")
+    samples, stop = sampling.pop("num_samples"), sampling.pop("stop")
     sampling |= {"eos_token_id": tokenizer.eos_token_ids, "vocab_size": tokenizer.vocab_size}
-    for i in range(count):
+    for i in range(samples):
         if i > 0:
             print("-" * 80)
             sampling["seed"] = None if arguments.seed is None else (arguments.seed + i) % 2**64
@@ -190,17 +191,6 @@ def say_progress(start: float, total: int, count: int) -> None:
     if sys.stderr and sys.stderr.isatty() and time.perf_counter() - start > 2:
         line = f"{count} of {total} tokens of the prompt are read" if count < total else ""
         print(f"\r{line:60}\r", end="", file=sys.stderr, flush=True)
-
-
-def available_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        probe = torch.zeros(1, device=name)
-        probe.item()  # a device that is there gives a number back; "meta" does not
-        return probe.device
-    except (RuntimeError, AssertionError, ImportError):
-        Parser("generate.py").error(f"--device {name!r} is not available on this machine")
 
 
 if __name__ == "__main__":
@@ -263,8 +253,7 @@ def text_of(
 
 
 ## Prompts of unequal length form one batch by padding on the left, so that all of them end, and
-## continue, at the same column. The mask keeps the padding out of the state: each prompt gets the
-## numbers that it would get alone.
+## continue, at the same column. By the mask each gets the numbers that it would get alone.
 
 
 def encode_batch(
@@ -274,12 +263,9 @@ def encode_batch(
     rows = [tokenizer.encode(prompt) for prompt in prompts]
     if not rows or not all(rows):
         raise ValueError("the prompt is empty: there is nothing to continue")
-
-    def padded(rows: list[list[int]]) -> Tensor:
-        tensors = [torch.tensor(row, device=device) for row in rows]
-        return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_side="left")
-
-    mask = padded([[True] * len(row) for row in rows])
+    rows = [torch.tensor(row, device=device) for row in rows]
+    padded = partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
+    mask = padded([torch.ones_like(row, dtype=torch.bool) for row in rows])
     return padded(rows), None if mask.all() else mask
 
 
@@ -289,6 +275,7 @@ def encode_batch(
 ## it leaves behind is a state of fixed size and the logits of its last position. From here on each
 ## token depends on the one before, and every step costs the same: sample a token from the logits,
 ## feed it to `step`, get the next logits and the next state. No earlier token is looked at again.
+##
 ## A function with `yield` is a good home for such a loop: the caller takes as many tokens as it
 ## likes, when it likes, and between two of them everything waits in the local variables.
 
@@ -331,8 +318,7 @@ def stream(
         To continue one text in several ways, read it once, `_, state = prefill(model, ids)`, and
         begin each time with `state`, or n rows at once with `state[:, [0] * n]`.
     mask: (batch, seqlen), 0 on left padding (`reset_after_padding`), where any ids may stand.
-    vocab_size: ids from here on are never sampled. The model's rows beyond the tokenizer's last
-        token only pad; None trusts the model's configuration to know how many there are.
+    vocab_size: ids from here on stand for no token and are never sampled. None: the model's.
     seed: None draws from torch's global generator, an integer from one of this call's own. The
         same seed and the same arguments, max_new_tokens among them, give the same tokens.
     progress: is called after each part of the prompt, with the length that has been read.
@@ -525,16 +511,14 @@ def kind_of_weights(model: Mamba) -> tuple[str, torch.dtype] | None:
 
 
 ## Padding on the left is a document of its own that ends where the prompt begins. There the model
-## forgets, and each prompt gets the numbers that it would get alone. A row without padding has no
-## such place: it goes on from the state that it is given.
+## forgets. A row without padding has no such place: it goes on from the state that it is given.
 
 
 def reset_after_padding(mask: Tensor, state: MambaState | None = None) -> Tensor:
     """(batch, seqlen), bool or integers 0 and 1, 0 on left padding -> reset, (batch, seqlen) bool.
 
-    state: what the rows start from. Raises ValueError for a mask of another shape or type, for one
-    that is not left padding, for a row of nothing else, and for padding in a row whose state is not
-    zero: there it would be no padding but part of a text, and the text would be forgotten.
+    Raises ValueError for a mask that is something else, for a row of nothing but padding, and for
+    padding in a row whose state is not zero: the text before it would be forgotten.
     """
     if mask.ndim != 2 or mask.numel() == 0 or mask.is_floating_point() or mask.is_complex():
         found = f"{mask.dtype} {tuple(mask.shape)}"
@@ -580,10 +564,11 @@ class Parts:
         return torch.bmm(x.expand(self.parts, 1, -1), self.table).view(-1)
 
 
-## Short floats have no such product that is fast everywhere, but PyTorch sums rows of a table fast,
-## weighted, for models that look up many embeddings. Here the rows are columns of W, cut into
-## pieces, so that the sum of a piece stays in registers and each thread has pieces of its own. For
-## 40 rows, 3 columns and pieces of 16 the table is (3 pieces x 3, 16):
+## Short floats have no such product that is fast everywhere. But for weighted sums of the rows of a
+## table PyTorch has a fast function, made for models that look up many embeddings at a time. Here
+## they are columns of W. Long ones are cut into pieces, so that the sum of a piece stays in
+## registers and each thread has pieces of its own. For 40 rows, 3 columns and pieces of 16 the
+## table is (3 pieces x 3, 16):
 ##
 ##     its rows  0 1 2    rows  0-15 of the columns 0 1 2       one bag: y[0:16]
 ##               3 4 5    rows 16-31                            one bag: y[16:32]
@@ -613,7 +598,7 @@ class Bags:
         return y.view(-1)[: self.rows].float()
 
 
-# 28 of the 32 registers of 16 numbers of AVX-512; AVX2 has 16 of 8, which two passes fill.
+## 28 of the 32 registers of 16 numbers of AVX-512; AVX2 has 16 of 8, which two passes fill.
 LONGEST_PIECE = 448 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 192
 WORTH_THREADS = 2**18  # to wake a thread takes as long as to multiply so many numbers
 
@@ -731,8 +716,8 @@ def sample(
 ) -> Tensor:  # fmt: skip
     """logits (batch, vocab), any float dtype -> one token id of each row, (batch,) int64.
 
-    temperature 0 takes the most probable token; top_k 0, top_p 1 and min_p 0 switch a cut off.
-    The arguments are not checked here, once per token, but by the callers (`check_sampling`).
+    temperature 0 takes the most probable token; top_k 0, top_p 1 and min_p 0 switch a cut off. The
+    arguments are checked by the callers, once (`check_sampling`).
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -757,8 +742,8 @@ def sample(
 
 def most_probable(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     """The largest of probs (batch, vocab), in order, with a sum of top_p or more; their tokens."""
-    # To sort 50,000 numbers takes a CPU 4 ms, a sixth of the time of a token of mamba-130m. The
-    # first 1024 are nearly always enough. (To ask a GPU that would be to wait for it.)
+    ## To sort 50,000 numbers takes a CPU 4 ms, a sixth of the time of a token of mamba-130m. The
+    ## first 1024 are nearly always enough. (To ask a GPU that would be to wait for it.)
     if probs.device.type == "cpu" and probs.shape[-1] > 1024:
         best, token_ids = probs.topk(1024)
         if (best.sum(-1) >= top_p).all():
@@ -782,10 +767,7 @@ def draw(weights: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """logits (batch, vocab), seen (batch, vocab) bool -> logits, smaller where seen, penalty > 1.
-
-    A penalty of 1 changes nothing, one between 0 and 1 invites repetition.
-    """
+    """logits, seen (batch, vocab), bool -> logits, smaller where seen if the penalty is above 1."""
     logits = at_least_float32(logits)
     penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
     # An extreme penalty makes inf of a large logit, and in the sampler inf - inf would be NaN.
@@ -797,10 +779,8 @@ def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 ## A token is a short string of bytes. The simplest vocabulary is the 256 bytes themselves; byte
 ## pair encoding (BPE) adds strings that occur often, such as " the", until it has 50,277 of them.
 ## Text is the UTF-8 reading of the bytes of all tokens together. Not of each token: "é" is two
-## bytes and an emoji four, and a token may end in the middle of one.
-##
-## So a stream of tokens is decoded with a memory, which holds the first bytes of a character back
-## until the last one is there.
+## bytes and an emoji four, and a token may end in the middle of one. So a stream of tokens is
+## decoded with a memory, which holds a character back until its last byte is there.
 
 
 class ByteTokenizer:
@@ -818,10 +798,8 @@ class ByteTokenizer:
         return bytes(ids).decode("utf-8", errors="replace")
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """One piece of text for each id, as soon as it comes; concatenated they are the text.
-
-        The piece is "" while a character is incomplete; one that never completes is left out.
-        """
+        """A piece of text for each id, "" while a character is incomplete. One that never becomes
+        complete is left out."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         return (decoder.decode(bytes([token_id])) for token_id in ids)
 
@@ -831,10 +809,10 @@ class FileTokenizer:
     have no text. Raises ValueError for a file that is no tokenizer."""
 
     def __init__(self, path: str | os.PathLike) -> None:
-        import tokenizers
+        from tokenizers import Tokenizer, decoders
 
         try:
-            self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing more specific
             raise ValueError(f"{path} is not a tokenizer: {error}") from error
         # Left over from training, these would cut a long prompt short and fill up a short one.
@@ -842,6 +820,7 @@ class FileTokenizer:
         self.tokenizer.no_padding()
         # Not the number of tokens: ids may have gaps.
         self.vocab_size = max(self.tokenizer.get_vocab().values(), default=-1) + 1
+        self.new_decoder = partial(decoders.DecodeStream, skip_special_tokens=True)
         self.find = self.tokenizer.token_to_id
         ends = map(self.find, ("<|endoftext|>", "</s>", "<eos>"))  # if no file says more
         self.eos_token_ids = tuple(end for end in ends if end is not None)[:1]
@@ -858,9 +837,7 @@ class FileTokenizer:
         return self.tokenizer.decode(list(ids))
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        from tokenizers.decoders import DecodeStream
-
-        decoder = DecodeStream(skip_special_tokens=True)
+        decoder = self.new_decoder()
         return (decoder.step(self.tokenizer, token_id) or "" for token_id in ids)
 
 
@@ -870,10 +847,8 @@ Tokenizer = ByteTokenizer | FileTokenizer
 ## The published originals come without a tokenizer: they were trained with that of gpt-neox-20b.
 ## Others bring their own. A pair that does not belong together would produce nonsense in silence,
 ## so the sizes are compared. A model has no fewer rows than there are tokens, and few more: its
-## matrices are rounded up, to a multiple of 256 at most.
-##
-## What ends a text is an id in some files and the name of a token in others, one or several. Where
-## they disagree, the first in this order counts.
+## matrices are rounded up, to a multiple of 256 at most. What ends a text is an id in some files,
+## the name of a token in others, one or several. The first file that says something counts.
 
 NEOX, NEOX_SIZE = "EleutherAI/gpt-neox-20b", 50277
 END_TOKENS = {
@@ -888,9 +863,9 @@ def load_tokenizer(
 ) -> Tokenizer:  # fmt: skip
     """The tokenizer of the model that `Mamba.from_pretrained(name_or_path)` loads.
 
-    Bytes if its config says so; else tokenizer.json from its folder or repository; else that of
-    gpt-neox-20b, if the model has as many tokens. Raises FileNotFoundError if there is none,
-    ValueError if it is unknown, damaged, or of another size than the model.
+    Bytes if its config says so; else its own tokenizer.json; else that of gpt-neox-20b, if it has
+    as many tokens. Raises FileNotFoundError if there is none, ValueError if it is unknown, damaged
+    or of another size than the model, or if a file names an end token that it has not.
     """
     if config.tokenizer not in ("bytes", None):
         raise ValueError(f"tokenizer must be 'bytes' or not given, got {config.tokenizer!r}")

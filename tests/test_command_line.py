@@ -329,9 +329,6 @@ def test_a_model_on_the_hub_is_completed_online_and_then_from_the_cache(hub, run
         ("--num-samples 0", "--num-samples must be at least 1, got 0"),
         ("--seed -1", "--seed must be an integer in [0, 2**64), got -1"),
         ("--seed", "--seed: expected one argument"),
-        ("--device gpu", "'gpu' is not available on this machine"),
-        ("--device meta", "'meta' is not available on this machine"),
-        ("--device cuda:99", "'cuda:99' is not available on this machine"),
         ("--dtype int8", "'int8'"),
         ("--scan fast", "'fast'"),
         ("--temprature 1", "unknown option --temprature: did you mean --temperature?"),
@@ -399,6 +396,11 @@ def test_a_prompt_that_is_not_utf_8_or_a_closed_stdin_is_one_line_too():
 ## ================================================================================================
 ## Failures
 ## ================================================================================================
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_cannot_be_used_is_one_line_that_names_it(device, run):
+    assert_one_line(run("hello", "--device", device), 1, device)
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", '{"model_type": "bert"}'])

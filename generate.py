@@ -357,28 +357,26 @@ def stream(
             seen = seen.scatter_(1, real.long(), True)[:, :vocab_size]
         with continuing(model, read, max_new_tokens) as step:
             ask[0] = step.state
-            try:
-                for count in range(1, max_new_tokens + 1):
-                    logits = logits[:, :vocab_size]
-                    if count == 1 or not on_gpu:  # a GPU would have to be waited for
-                        check_logits(logits)
-                    if repetition_penalty != 1:
-                        logits = penalize_repetition(logits, seen, repetition_penalty)
-                    token_ids = sample(logits, generator=generator, **cuts)
-                    if ends:
-                        token_ids = token_ids.masked_fill(finished, ends[0])
-                        for end in ends:
-                            finished |= token_ids == end
-                    yield token_ids
-                    # Asked after the yield: a step is computed only if its logits are wanted.
-                    if count == max_new_tokens or (ends and finished.all()):
-                        return
-                    if repetition_penalty != 1:
-                        seen.scatter_(1, token_ids.unsqueeze(-1), True)
-                    logits = step(token_ids)
-            finally:
-                last = step.state()
-                ask[0] = lambda: last
+            for count in range(1, max_new_tokens + 1):
+                logits = logits[:, :vocab_size]
+                if count == 1 or not on_gpu:  # a GPU would have to be waited for
+                    check_logits(logits)
+                if repetition_penalty != 1:
+                    logits = penalize_repetition(logits, seen, repetition_penalty)
+                token_ids = sample(logits, generator=generator, **cuts)
+                if ends:
+                    token_ids = token_ids.masked_fill(finished, ends[0])
+                    for end in ends:
+                        finished |= token_ids == end
+                yield token_ids
+                # Asked after the yield: a step is computed only if its logits are wanted.
+                if count == max_new_tokens or (ends and finished.all()):
+                    break
+                if repetition_penalty != 1:
+                    seen.scatter_(1, token_ids.unsqueeze(-1), True)
+                logits = step(token_ids)
+            last = step.state()  # for now the step goes, with its buffers or copies
+            ask[0] = lambda: last
 
     return Stream(steps(), ask, ends)
 

@@ -331,10 +331,11 @@ def stream(
     others = dict(max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty, seed=seed)
     check_sampling(**cuts, **others)
     vocab_size = model.config.vocab_size if vocab_size is None else vocab_size
-    if not 1 <= vocab_size <= model.config.vocab_size:
+    if not (isinstance(vocab_size, Integral) and 1 <= vocab_size <= model.config.vocab_size):
         raise ValueError(f"vocab_size must be in [1, {model.config.vocab_size}], got {vocab_size}")
-    ends = [eos_token_id] if isinstance(eos_token_id, Integral) else list(eos_token_id or ())
-    if not all(0 <= end < vocab_size for end in ends):
+    ends = eos_token_id if isinstance(eos_token_id, Iterable) else [eos_token_id]
+    ends = [end for end in ends if end is not None]
+    if not all(isinstance(end, Integral) and 0 <= end < vocab_size for end in ends):
         raise ValueError(f"eos_token_id must be None or in [0, {vocab_size}), got {eos_token_id}")
     if input_ids.numel() > 0 and not input_ids.is_complex():  # which the model will refuse
         # This waits for a GPU: once per prompt it may, per token it must not.

@@ -201,6 +201,7 @@ def check_step(model: Mamba) -> None:
         expected, expected_state = exact.step(token_ids, expected_state)
         state = step.state()
         assert logits.dtype == state.h.dtype == torch.float32
+        assert state.conv.dtype == start.conv.dtype == model.lm_head.weight.dtype
         for name, *pair in (
             ("logits", logits, expected),
             ("h", state.h, expected_state.h),

@@ -154,7 +154,7 @@ def test_there_may_be_several_end_tokens_and_a_finished_row_repeats_the_first_of
         generate.stream(random_model(), random_ids(2, 3), eos_token_id=[3, 30])
 
 
-@pytest.mark.parametrize("name", ["max_new_tokens", "top_k", "seed"])
+@pytest.mark.parametrize("name", ["max_new_tokens", "top_k", "seed", "vocab_size", "eos_token_id"])
 @pytest.mark.parametrize("value", [2.5, 2.0, "2"])
 def test_what_counts_is_an_integer(name, value):
     with pytest.raises(ValueError, match=f"{name} must be .*, got {value}"):
@@ -343,6 +343,7 @@ def generated(texts: list[str], **options) -> list[str] | str:
     [
         ([], "to be or not to be"),
         (["or"], "to be "),
+        (["e o", "be o"], "to "),  # complete with the same token
         (["o"], "t"),
         (["not to", "or not"], "to be "),  # the first one that is complete
         (["be", " be or"], "to "),

@@ -481,10 +481,15 @@ def by_convolution(model: Mamba) -> Mamba:
     convolutions. Raises ValueError for one with hooks, adapters or modules that are not ours."""
     if not is_our_own(model):
         raise ValueError("by_convolution takes a model of our own modules only, without hooks")
-    twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-    for layer in twin.backbone.layers:
-        layer.mixer.in_proj.__class__ = layer.mixer.out_proj.__class__ = Convolution
-    return twin
+
+    def twin_of(module: nn.Module, name: str = "") -> Any:
+        twin = copy.copy(module)  # not a deep copy: that takes 20 ms
+        twin._modules = {child: twin_of(module, child) for child, module in twin._modules.items()}
+        if name in ("in_proj", "out_proj"):
+            twin.__class__ = Convolution
+        return twin
+
+    return twin_of(model)
 
 
 WORTH_CONVOLUTION = 128  # tokens; oneDNN first copies the weights into an order of its own

@@ -154,6 +154,10 @@ def complete(arguments: argparse.Namespace) -> None:
     device, dtype = arguments.device, getattr(torch, arguments.dtype)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device).item()  # a device that is there gives a number back
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(f"--device {device} is not available on this machine") from error
     model = Mamba.from_pretrained(arguments.model, device=device, dtype=dtype, scan=arguments.scan)
     if device == "cpu" and model.config.d_model <= 512:
         # Threads gain little on matrices this small, and lose much when one waits for a busy core.
@@ -455,10 +459,10 @@ def prefill(
     for start in range(0, input_ids.shape[1], length):
         part = slice(start, start + length)
         part_reset = None if reset is None else reset[:, part]
-        features, state = reader.features(input_ids[:, part], state, reset=part_reset)
+        last, state = reader(input_ids[:, part], state, reset=part_reset, head=lambda u: u[:, -1])
         if progress is not None:
-            progress(start + features.shape[1])
-    return model.lm_head(features[:, -1]), state
+            progress(min(part.stop, input_ids.shape[1]))
+    return model.lm_head(last), state
 
 
 ## The time goes into matrix products, and for those PyTorch has two libraries on a CPU. nn.Linear

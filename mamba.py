@@ -9,7 +9,7 @@
     block = mamba.MambaBlock(mamba.MambaConfig(d_model=64))         # a layer for your own network
     y = block(torch.randn(2, 100, 64))                              # (b, l, d_model) in and out
 
-Part I is Mamba. Part II runs the same recurrence faster. Nothing in part III is about Mamba.
+Part I is Mamba. Part II runs the same recurrence faster. Part III checks, loads and saves.
 
 Symbols. Capital letters belong to the state space model (SSM), lowercase letters are signals or
 axes: b batch, l seqlen, d d_inner (channels), n d_state (states of a channel).
@@ -18,7 +18,7 @@ axes: b batch, l seqlen, d d_inner (channels), n d_state (states of a channel).
     u       (b, l, d_model)  input of a Mamba block: the stream, normed
     raw, z  (b, l, d)        what in_proj makes of u: the input of a short convolution, and the gate
     x, y    (b, l, d)        input and output of the SSM; x comes out of the convolution
-    dt      (b, l, d)        Δ = softplus(dt + bias), where softplus(a) = log(1 + e^a)
+    dt      (b, l, d)        Δ = softplus(dt + dt_proj.bias), where softplus(a) = log(1 + e^a)
     delta   (b, l, d)        Δ, the step size: how much a token counts
     A       (d, n)           how fast each state decays, negative; learned
     B, C    (b, l, n)        what is written into the state, what is read out of it; from the token
@@ -42,11 +42,10 @@ import json
 import math
 import os
 import re
-import threading
 import zipfile
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass, fields, replace
+from numbers import Real
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -73,10 +72,10 @@ from torch import Tensor, nn
 ##     h'(t) = A h(t) + B x(t)     (1a)          h_t = Ā h_{t-1} + B̄ x_t     (2a)
 ##     y(t)  = C h(t)              (1b)          y_t = C h_t                 (2b)
 ##
-## with Ā and B̄ computed from Δ, A and B (`discretize`). Here x_t and y_t are one number each, and
-## h_t holds n numbers. A is diagonal, n numbers and not n x n: each state decays at a rate of its
-## own, and they do not mix. A layer runs d such SSMs side by side, one for each channel of its
-## input, and stores their A as (d, n).
+## with Ā and B̄ computed from Δ, A and B (`discretize`). x_t and y_t are one number each; h_t, B and
+## C have n, and C h is a sum over n. A, in general n x n, is diagonal here, n numbers: each state
+## decays at its own rate, and none mix. A layer runs d such SSMs side by side, one for each
+## channel, and stores their A as (d, n).
 ##
 ## In S4 (arXiv 2111.00396) Δ, A, B and C are the same at every step. Unroll (2a), and powers of one
 ## Ā appear: y_t = C B̄ x_t + C Ā B̄ x_{t-1} + C Ā² B̄ x_{t-2} + ... This is a convolution with one
@@ -84,36 +83,35 @@ from torch import Tensor, nn
 ## But it treats every token alike: it cannot keep this name and skip that filler word.
 ##
 ## Mamba's one idea is selection: Δ, B and C are computed from the current input (`select`). Ā now
-## differs at every step: there is no such filter, and no Fourier transform. What is left is
-## (2a) itself, to be run as a scan: like a cumulative sum, it yields a result at every position,
-## each from the one before. "The combine" below says why it runs in parallel all the same.
+## differs at every step, so there is no such filter. What is left is (2a) itself, to be run as a
+## scan: like a cumulative sum, it yields a result at every position, each from the one before.
 ##
 ## An LSTM or GRU gates its memory too, but its gates read h_{t-1}, through a matrix and a sigmoid:
 ## nobody can compute step t + 1 before step t is done. Here Ā_t and B̄_t read only the input. Given
-## these, (2a) is linear in h, and linear steps can be merged before h is known. Mamba has n = 16: a
-## channel remembers at 16 time scales and, through B and C, 16 different things.
+## these, (2a) is linear in h, and linear steps can be merged before h is known ("The combine"). And
+## with n = 16 a channel remembers at 16 time scales and, through B and C, 16 different things.
 ##
-## A layer remembers d x n numbers for the SSM and d x (d_conv - 1) for its short convolution (see
-## the block). For mamba-130m in float32: 24 layers x 1536 x (16 + 3) x 4 bytes = 2.8 MB a sequence,
-## after ten tokens and after a million. A transformer of that width and depth, half of it attention
-## and half MLPs, caches 12 layers x (key + value) x 768 x 4 bytes for each token: 2.8 MB at token
-## 38. The price: a state of fixed size cannot hold everything. To copy a long random string, or to
-## find one number in a long phone book, takes more bits than it has (arXiv 2402.01032). Selection
-## chooses what to lose. And what runs for ever need not stay good: the published models saw 2048
-## tokens at a time. Not far beyond, where states are older than any in training, they get worse.
+## A layer remembers d x n numbers for the SSM and d x (d_conv - 1) for its short convolution:
+## 24 layers x 1536 x (16 + 3) x 4 bytes = 2.8 MB a sequence for mamba-130m in float32, after ten
+## tokens and after a million. A transformer of that width, 12 layers of attention and 12 of MLPs,
+## caches 12 x (key + value) x 768 x 4 bytes for each token: 2.8 MB at token 38. The price: a state
+## of fixed size cannot hold everything. A long random string, or a long phone book, takes more bits
+## than it has (arXiv 2402.01032). Selection chooses what to lose. And the shape sets no limit, but
+## the training does: the published models saw 2048 tokens at a time. Beyond, h holds a longer past
+## than their weights have learned to read, and they get worse.
 
 
 @dataclass
 class MambaConfig:
     """Every number that defines a model; `MambaConfig(d_model=64)` is enough for one block. Raises
-    ValueError for values of the wrong type or size and for unknown names."""
+    ValueError for values of the wrong type or size. (In the official names dt_... means Δ.)"""
 
-    d_model: int  # width of the stream (the paper's D; it writes D for d_inner as well)
+    d_model: int  # width of the stream (the paper's D; its code has D for the direct path, as here)
     n_layer: int = 1
-    vocab_size: int = 50277  # rows of the embedding that stand for tokens
+    vocab_size: int = 50277  # rows of the embedding that stand for tokens; no other is ever sampled
     d_state: int = 16  # the paper's N: states per channel
     d_conv: int = 4  # width of the causal convolution
-    expand: int = 2  # the paper's E: d_inner = E * d_model
+    expand: float = 2  # the paper's E: d_inner = E * d_model
     dt_rank: int | str = "auto"  # the paper's R: rank of the projection to Δ. "auto": d_model / 16
     rule: str = "mamba"  # how A and B are discretised: see `discretize`
     bias: bool = False  # in in_proj and out_proj
@@ -121,8 +119,8 @@ class MambaConfig:
     dt_min: float = 0.001  # Δ starts log-uniform in [dt_min, dt_max] ...
     dt_max: float = 0.1
     dt_init_floor: float = 1e-4  # ... and not below this
-    dt_init: str = "random"  # dt_proj.weight: "random" (uniform) or "constant"
-    dt_scale: float = 1.0  # times this
+    dt_init: str = "random"  # dt_proj.weight starts "random" (uniform) or "constant" ...
+    dt_scale: float = 1.0  # ... times this
     norm_eps: float = 1e-5
     residual_in_fp32: bool = True
     tie_embeddings: bool = True  # lm_head.weight is embedding.weight
@@ -131,39 +129,36 @@ class MambaConfig:
     scan: str = "auto"  # how to run the recurrence, not what it is: never saved. See part II
 
     def __post_init__(self) -> None:
-        if self.dt_rank == "auto" and type(self.d_model) is int:
-            self.dt_rank = math.ceil(self.d_model / 16)
         check_config(self)
+        if self.dt_rank == "auto":
+            self.dt_rank = math.ceil(self.d_model / 16)
 
     @property
     def d_inner(self) -> int:
-        return self.expand * self.d_model
+        return int(self.expand * self.d_model)
 
     @property
-    def padded_vocab_size(self) -> int:  # matrix units like multiples; added rows mean nothing
+    def padded_vocab_size(self) -> int:  # matrix units like multiples. 50280 in the published files
         return -(-self.vocab_size // self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
 
 
 ## The language model ------------------------------------------------------------------------------
 ##
 ## Token ids become vectors, n_layer residual blocks transform them, a norm and a matrix turn them
-## into logits: scores of every possible next token. There are no positions and no heads: order
-## enters through the recurrence and its short convolution, and each channel is an SSM of its own.
-## Each star below is one block at one time:
+## into logits: scores of every possible next token. There are no positions, no attention heads:
+## order enters through the recurrence and the convolution. Each star is one block at one time:
 ##
 ##     layers[2]    *-----*-----*-----*-----*     The state moves right (time), the stream moves up.
 ##                  |     |     |     |     |     A star needs the star to its left (the state of
 ##     layers[1]    *-----*-----*-----*-----*     the same layer, one token earlier) and the star
 ##                  |     |     |     |     |     below (the same token, one layer down).
 ##     layers[0]    *-----*-----*-----*-----*     `forward`: row by row, bottom to top. One layer
-##                  |     |     |     |     |     over all time, then the next layer. Training.
+##                  |     |     |     |     |     over all time (a scan), then the next. Training.
 ##     embedding   t=0   t=1   t=2   t=3   t=4    `step`: column by column, left to right. All
 ##                                                layers for one token, then the next. Generation.
 ##
-## Both give the same numbers up to rounding (sums in another order: 1e-6 in float32). Rows show a
-## layer all its inputs at once, which a parallel scan needs; columns need of the past only the
-## state. Completing a text takes both: `forward` for the prompt (the prefill), which leaves a state
-## behind, then `step` by `step`.
+## Both give the same numbers up to rounding (sums in another order: 1e-6 in float32). A completion
+## takes both: `forward` for the prompt (prefill), which leaves a state behind, then step by `step`.
 
 
 class Mamba(nn.Module):
@@ -175,8 +170,8 @@ class Mamba(nn.Module):
         logits, state = model(input_ids, state)        # the same, continuing from a state
         logits, state = model.step(token_ids, state)   # (b,) -> (b, padded_vocab_size)
 
-    Raises ValueError for ids of another shape or type and a state that does not fit; IndexError for
-    an id without a row. from_pretrained and save_pretrained stand at the end of this file.
+    Raises ValueError for ids of another shape or type and a state that does not fit, IndexError for
+    an id without a row. In part III: from_pretrained, save_pretrained, param_groups (optimisers).
     """
 
     def __init__(self, config: MambaConfig) -> None:
@@ -199,28 +194,23 @@ class Mamba(nn.Module):
             self.lm_head.weight = self.backbone.embedding.weight
 
     def forward(
-        self, input_ids: Tensor, state: MambaState | None = None, *, reset: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, MambaState]:
+        self, input_ids: Tensor, state: MambaState | None = None, *, reset: Tensor | None = None,
+        head: Callable[[Tensor], Any] | None = None,
+    ) -> Any:  # fmt: skip
         """(b, l) ids -> logits (b, l, padded_vocab_size); with a state, (logits, next state).
 
-        reset (b, l) bool: True where a new document starts, in all layers.
+        reset (b, l) bool: True where a new document starts, in all layers. head: called in place of
+        lm_head, on (b, l, d_model), and what it returns stands in place of the logits: for a loss
+        that never holds all logits at once, or a prompt, of which only the last ones count.
         """
         start = self.init_state(len(input_ids)) if state is None else state
-        features, next_state = self.features(input_ids, start, reset=reset)
-        logits = self.lm_head(features)
-        return logits if state is None else (logits, next_state)
-
-    def features(
-        self, input_ids: Tensor, state: MambaState, *, reset: Tensor | None = None
-    ) -> tuple[Tensor, MambaState]:
-        """`forward` without its last matrix, (b, l, d_model): for a prompt, of which only the last
-        logits count, or for a loss a few positions at a time."""
-        check_ids(self.config, input_ids, 2, state)
+        check_ids(self.config, input_ids, 2, start)
         stream, next_states = self.embed(input_ids), []
         for i, layer in enumerate(self.backbone.layers):
-            stream, next_state = layer(stream, state[i], reset=reset)
+            stream, next_state = layer(stream, start[i], reset=reset)
             next_states.append(next_state)
-        return self.backbone.norm_f(stream), MambaState.stack(next_states)
+        logits = (head or self.lm_head)(self.backbone.norm_f(stream))
+        return logits if state is None else (logits, MambaState.stack(next_states))
 
     def step(self, token_ids: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         """One token: (b,) ids and the state before it -> logits (b, padded_vocab_size), state."""
@@ -242,27 +232,10 @@ class Mamba(nn.Module):
         """The state before the first token: zeros, with the layers stacked in front."""
         return MambaState.stack([layer.mixer.init_state(batch) for layer in self.backbone.layers])
 
-    ## Weight decay is for the weights of the projections, the convolution and the embedding. dt's
-    ## bias pulled towards 0 is Δ pulled towards 0.69, A_log pulled towards 0 is every rate of decay
-    ## pulled towards 1, and norms and D pulled towards 0 would close a path.
-
-    def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Two groups for torch.optim.AdamW: with weight decay and without."""
-        groups = [{"params": [], "weight_decay": decay} for decay in (weight_decay, 0.0)]
-        for name, parameter in self.named_parameters():
-            # A_log has two axes, as a matrix has: its name tells, not its shape.
-            is_weight = parameter.ndim >= 2 and not name.endswith("A_log")
-            groups[0 if is_weight else 1]["params"].append(parameter)
-        return groups
-
-
-## A block adds a correction to the stream and never overwrites it: gradients reach every layer
-## along the plain sum. A transformer alternates two kinds of blocks, attention and MLP. Mamba has
-## one kind: its gate z (below) does the MLP's work inside the same block.
-
 
 class ResidualBlock(nn.Module):
-    """stream + mixer(norm(stream)). mixer: used instead of a MambaBlock; it gets the options."""
+    """stream + mixer(norm(stream)). A block adds to the stream and never overwrites it: gradients
+    reach every layer along the plain sum. mixer: stands in place of a MambaBlock."""
 
     def __init__(self, config: MambaConfig, mixer: nn.Module | None = None) -> None:
         super().__init__()
@@ -299,7 +272,7 @@ class RMSNorm(nn.Module):
 ##        | raw                   | z
 ##      conv1d, silu              |        x_t has seen raw_t and its three left neighbours.
 ##        | x                     |
-##        |----> select: Δ, B, C  |        What this token wants written, kept and read.
+##        |----> select: dt, B, C |        What this token wants kept, written and read.
 ##        |        |              |
 ##      selective scan           silu      The recurrence (2a), (2b): here, and only here,
 ##        |        + D x          |        information travels along time over any distance.
@@ -308,14 +281,12 @@ class RMSNorm(nn.Module):
 ##                   |
 ##                out_proj -> (b, l, d_model)
 ##
-## Channels mix in the projections and nowhere else.
-##
-## The convolution (not S4's: d_conv = 4 taps): Δ, B and C should depend on more than a bare token.
-## "Not" means something else after "why". Four inputs side by side are cheap, and a recurrence is
-## poor at exactly this: it smears the past by exponentials and has no sharp view of "two tokens
-## ago". The gate z multiplies what the scan recalls by what the current token has to say, as in a
-## gated MLP. It comes from u directly; it is not a residual. D x: without it x_t could reach y_t
-## only through the state.
+## Channels mix in the projections and nowhere else. The convolution (not S4's: d_conv = 4 taps):
+## Δ, B and C should depend on more than a bare token. "Not" means something else after "why". Four
+## inputs side by side are cheap, and a recurrence is poor at exactly this: it smears the past by
+## exponentials and has no sharp view of "two tokens ago". The gate z multiplies what the scan
+## recalls by what the current token has to say, as in a gated MLP: Mamba has no other. D x: without
+## it x_t could reach y_t only through the state.
 
 
 class MambaBlock(nn.Module):
@@ -337,16 +308,14 @@ class MambaBlock(nn.Module):
         self.A_log = nn.Parameter(torch.empty(d, n))
         self.D = nn.Parameter(torch.empty(d))
         self.out_proj = nn.Linear(d, config.d_model, bias=config.bias)
+        mark_parameters(self)  # for the optimisers and initialisers of others: see part III
         if not self.D.is_meta:
             self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The official initialisation, where it is not PyTorch's own.
-
-        Do not run a generic initialiser over this block afterwards: setting every bias of every
-        Linear to zero would set Δ = softplus(0) = 0.69 and leave a memory of one or two tokens.
-        """
+        """The official initialisation, where it is not PyTorch's own. Run no generic one after it:
+        all biases zero would be Δ = softplus(0) = 0.69, a memory of one or two tokens."""
         config = self.config
         ## A = -1, -2, ..., -n in every channel (S4D-Real, arXiv 2206.11893): state number i fades
         ## to 1/e in 1 / (Δ i) tokens. n states are n time scales.
@@ -355,7 +324,7 @@ class MambaBlock(nn.Module):
 
         ## Δ starts log-uniform in [0.001, 0.1]: time scales from 10 to 1000 tokens for A = -1, as
         ## many channels below 100 as above. This start lives in dt_proj's bias (Algorithm 2's
-        ## "Parameter"), and what the token adds to it is small at first. Hence softplus inverted:
+        ## "Parameter"; what the token adds is small at first), which is softplus inverted:
         ## bias = log(e^Δ - 1) = Δ + log(1 - e^-Δ).
         bound = config.dt_scale * config.dt_rank**-0.5
         lower = bound if config.dt_init == "constant" else -bound
@@ -375,7 +344,8 @@ class MambaBlock(nn.Module):
 
     ## A is negative, because Ā = exp(ΔA) must stay below 1 or the state would grow without bound.
     ## -exp(.) is negative whatever the optimiser does, and an update changes a rate of decay by a
-    ## factor and not by an amount: rates of 1 and of 16 are equally easy to adjust.
+    ## factor and not by an amount. Weight decay would pull every rate towards 1, and dt's bias to
+    ## 0, which is Δ to 0.69: A_log, D, biases and norms go without it (`param_groups`, part III).
 
     @property
     def A(self) -> Tensor:
@@ -387,47 +357,40 @@ class MambaBlock(nn.Module):
     ) -> Tensor | tuple[Tensor, MambaState]:
         """reset (b, l) bool: True where a new document starts; nothing crosses that point."""
         check_block(self.config, u, 3, state, reset)
-        start = self.init_state(len(u)) if state is None else state
-        raw, z = self.in_proj(u).chunk(2, dim=-1)  # (b, l, d) each
-        ## x_t = silu(bias + Σ_j weight_j raw_{t - (d_conv - 1) + j}), j = 0 ... d_conv - 1. With
-        ## reset no term reaches back over the start of a document. (Its code: part II.)
-        x, conv = causal_conv(
-            raw, self.conv1d.weight, self.conv1d.bias, start.conv, reset, scan=self.config.scan
-        )
-        y, h = self.ssm(x, z, start.h, reset)
-        out = self.out_proj(y)
-        return out if state is None else (out, MambaState(conv, h))
-
-    ## Padding on the left would write into h and into the convolution: even a zero becomes
-    ## silu(bias). With reset at each row's first real token padding is a document before the text:
-    ## Ā = 0 forgets it, and what comes out on it means nothing. Padding on the right is not seen by
-    ## the tokens to its left, only by the state that is returned. Time runs one way: to read from
-    ## both sides takes two blocks (examples/recipes.py), and there is no step.
-    ##
-    ## `step` is `forward` without the axis l: lay one over the other. The convolution is the same
-    ## sum over a window that slides, the scan one application of (2a), (2b).
+        out, next_state = self.mix(u, self.init_state(len(u)) if state is None else state, reset)
+        return out if state is None else (out, next_state)
 
     def step(self, u: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         """One token: u (b, d_model) and the state before it -> (b, d_model), next state."""
         check_block(self.config, u, 2, state)
-        raw, z = self.in_proj(u).chunk(2, dim=-1)  # (b, d) each
-        window = torch.cat([state.conv.to(raw.dtype), raw.unsqueeze(-1)], dim=-1)  # (b, d, d_conv)
-        x = (at_least_float32(window) * self.conv1d.weight.squeeze(1)).sum(-1)
-        x = F.silu(x if self.conv1d.bias is None else x + self.conv1d.bias).to(raw.dtype)
-        y, h = self.ssm(x, z, state.h)
-        return self.out_proj(y), MambaState(window[..., 1:], h)
+        return self.mix(u, state)
 
-    def ssm(
-        self, x: Tensor, z: Tensor, h: Tensor, reset: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """x, z (b, l, d), or (b, d) for one token, and the h before them -> y, the next h."""
+    ## The block, once for `forward` and `step`. For one token the axis l is not there: the
+    ## convolution (its code is in part II) is one sum, the scan one application of (2a), (2b).
+    ##
+    ##     x_t = silu(bias + Σ_j weight_j raw_{t - (d_conv - 1) + j}),   j = 0 ... d_conv - 1
+    ##
+    ## Padding on the left would enter the convolution and, by way of x, the state: even a zero
+    ## becomes silu(bias). With reset at each row's first real token padding is a document before
+    ## the text: Ā = 0 forgets it, the convolution does not reach back, and what comes out on it
+    ## means nothing. Padding on the right is not seen by the tokens to its left, only by the state
+    ## that is returned. Time runs one way: to read from both sides takes two blocks, without step.
+
+    def mix(
+        self, u: Tensor, state: MambaState, reset: Tensor | None = None
+    ) -> tuple[Tensor, MambaState]:
+        """u (b, l, d_model), or (b, d_model) for one token -> the same shape, next state."""
+        config = self.config
+        raw, z = self.in_proj(u).chunk(2, dim=-1)  # (b, l, d) each
+        x, conv = causal_conv(raw, self.conv1d, state.conv, reset, scan=config.scan)
         dt, B, C = self.select(x)
-        return selective_scan(
-            x, dt, self.A, B, C, self.D, z, h, dt_bias=self.dt_proj.bias,
-            rule=self.config.rule, reset=reset, scan=self.config.scan,
+        y, h = selective_scan(
+            x, dt, self.A, B, C, self.D, z, state.h, dt_bias=self.dt_proj.bias,
+            rule=config.rule, reset=reset, scan=config.scan,
         )  # fmt: skip
+        return self.out_proj(y), MambaState(conv, h)
 
-    ## Selection. Here a token decides what happens to the memory. From x_t, which since the
+    ## Selection. Here a token decides what happens to the memory. From x_t, which through the
     ## convolution knows of this token and the three before it, come
     ##   B_t  (n numbers)  what to write: x_t is added to state i in proportion to B_t[i];
     ##   C_t  (n numbers)  what to read: the output is the sum of the states weighted by C_t[i];
@@ -440,15 +403,16 @@ class MambaBlock(nn.Module):
     ##   Δ -> inf:  exp(Δ A) -> 0 and Δ B -> inf. The past is forgotten, the token takes over.
     ## These belong together: Δ is a step in time, and a long step is at once a long time to decay
     ## and a long time under the influence of this input. With n = 1, A = -1, B = 1 and B̄ = 1 - Ā
-    ## (rule "zoh" below) it is a gate, g = sigmoid(dt + bias), the paper's Theorem 1:
-    ## h_t = (1 - g) h_{t-1} + g x_t. A needs no selection: ΔA depends on the token already. (Ā and
-    ## B̄ straight from the token would be 2 d n numbers, with nothing to tie forgetting to writing.)
+    ## (rule "zoh" below) it is a gate, g = sigmoid(dt + bias), since exp(-softplus(a)) =
+    ## 1 - sigmoid(a): h_t = (1 - g) h_{t-1} + g x_t, the paper's Theorem 1. A needs no selection:
+    ## ΔA depends on the token already. (Ā and B̄ straight from the token would be 2 d n numbers,
+    ## with nothing to tie forgetting to writing.)
     ##
     ## softplus is positive, nearly 0 for very negative numbers and nearly the identity for large
-    ## ones. The bias is the time scale that a channel has before a token says anything. dt has low
-    ## rank: a d x d matrix would have 2.4 million weights in mamba-130m, as many as in_proj, but
-    ## tokens do not differ in that many ways as to how much they count. x_proj maps to R = d_model
-    ## / 16 numbers and dt_proj, with nothing between, to d.
+    ## ones. softplus(bias) is a channel's step before a token says anything: a small one is a long
+    ## memory. dt has low rank: a d x d matrix would have as many weights as in_proj, but tokens do
+    ## not differ in that many ways as to how much they count. x_proj gives R = d_model / 16 numbers
+    ## for it, dt_proj makes them d, and `selective_scan` adds the bias and takes the softplus.
 
     def select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., d) -> dt (..., d) without its bias, B (..., n), C (..., n)."""
@@ -458,17 +422,16 @@ class MambaBlock(nn.Module):
 
     def init_state(self, batch: int) -> MambaState:
         """The state before the first token: zeros."""
-        conv_shape = (batch, self.config.d_inner, self.config.d_conv - 1)
-        h_shape = (batch, self.config.d_inner, self.config.d_state)
-        return MambaState(self.D.new_zeros(conv_shape), at_least_float32(self.D.new_zeros(h_shape)))
+        config, options = self.config, {"device": self.D.device, "dtype": self.D.dtype}
+        conv = torch.zeros(batch, config.d_inner, config.d_conv - 1, **options)
+        h = torch.zeros(batch, config.d_inner, config.d_state, **options)
+        return MambaState(conv, at_least_float32(h))
 
 
 class DeltaProjection(nn.Linear):
-    """A Linear whose bias is left to the caller, who adds it in float32.
-
-    The bias starts between -7 and -2, and what the weights add to it is small: a sum in bfloat16,
-    with its 8 significant bits, would round much of it away. It is called as a module, so that
-    adapters such as LoRA can wrap it; a wrapper has to pass `.bias` on.
+    """A Linear whose bias is left to `selective_scan`, which adds it once, in float32: it starts at
+    -7 to -2, and bfloat16, with its 8 significant bits, would round away much of what is added. A
+    plain Linear gives the same up to this rounding (but then without dt_bias, or it counts twice).
     """
 
     def forward(self, low_rank: Tensor) -> Tensor:
@@ -477,10 +440,9 @@ class DeltaProjection(nn.Linear):
 
 @dataclass
 class MambaState:
-    """All that a block, or a model, remembers of the past. Its size does not depend on the length.
-
-    A model's state has the layers as an additional axis in front. A state is a value: nothing here
-    changes one. `torch.save(vars(state), file)`, and `MambaState(**torch.load(file))` to go on.
+    """All that a block, or a model, remembers of the past. A model's has the layers as an axis in
+    front. It is a value: nothing here changes one. `torch.save(vars(state), file)` keeps it, and
+    `MambaState(**torch.load(file))` goes on; `state.map(torch.clone)`, `state.map(Tensor.cuda)`.
     """
 
     conv: Tensor  # (b, d, d_conv - 1): the last raw inputs of the convolution, oldest first
@@ -497,15 +459,9 @@ class MambaState:
         """state[i] is layer i of a model's state, state[:, rows] some rows of it."""
         return self.map(lambda tensor: tensor[index])
 
-    def clone(self) -> MambaState:
-        return self.map(torch.clone)
-
     def detach(self) -> MambaState:
         """Back-propagation stops here: for training on window after window (truncated)."""
         return self.map(torch.detach)
-
-    def to(self, device: torch.device | str) -> MambaState:
-        return self.map(lambda tensor: tensor.to(device))
 
 
 ## Discretisation ----------------------------------------------------------------------------------
@@ -517,17 +473,18 @@ class MambaState:
 ##
 ##                                                                      Δ = 0.1   Δ = 4
 ##   "mamba"     Ā = exp(ΔA)                  B̄ = ΔB                     1.051    4.075
-##   "zoh"       Ā = exp(ΔA)                  B̄ = (exp(ΔA) - 1) / A B    1.000    1.000
+##   "zoh"       Ā = exp(ΔA)                  B̄ = (exp(ΔA) - 1) / A · B  1.000    1.000
 ##   "bilinear"  Ā = (1 + ΔA/2) / (1 - ΔA/2)  B̄ = ΔB / (1 - ΔA/2)        1.000    1.000
 ##   "dirac"     Ā = exp(ΔA)                  B̄ = B                     10.508    1.019
 ##
-## A departure from the paper: it prints "zoh" (zero-order hold, eq. 4: x_t holds for the whole step
-## that ends at t), but the code that trained the published checkpoints runs "mamba"; the authors
-## confirm it (github.com/state-spaces/mamba, issue 114). zoh's B̄ is Δ (1 + ΔA/2 + ...) B, and
-## "mamba" keeps the first term, as Euler's method does. The factor left out is near 1 for small ΔA
-## and 1/2 at ΔA = -1.6; x, Δ and B are learned without it. For Ā the same shortcut, 1 + ΔA, would
-## be wrong: it leaves (-1, 1) once ΔA < -2, and the state explodes. "bilinear" is the trapezoid
-## rule, S4's choice; "dirac" takes x for impulses that add B x, however long the step.
+## A departure from the paper: it prints "zoh" (zero-order hold, eq. 4, where Δ cancels: x_t holds
+## for the step that ends at t; in forward Euler x_{t-1} would, and h_t not know its own token). But
+## the code that trained the published checkpoints runs "mamba", as its authors confirm
+## (github.com/state-spaces/mamba, issue 114). zoh's B̄ is Δ (1 + ΔA/2 + ...) B; "mamba" keeps the
+## first term. What is left out is a factor near 1 for small ΔA and 1/2 at ΔA = -1.6; the weights
+## were trained without it. The same shortcut for Ā would be wrong: 1 + ΔA leaves (-1, 1) once
+## ΔA < -2, and the state explodes. "bilinear" is S4's choice, the trapezoid rule; "dirac" takes x
+## for impulses that add B x, however long the step.
 
 RULES = ("mamba", "zoh", "bilinear", "dirac")
 
@@ -562,8 +519,9 @@ def recurrence(
 
 ## A scan runs it for all t. Every scan in this file has this signature, is differentiable in every
 ## tensor, h0 and h_last included, and computes in float32 even if it is given less: errors in h add
-## up along time, and in bfloat16 a decay of 0.999 would be 1. This one is the definition, a loop.
-## It is slow on parallel hardware, where each step waits for the one before.
+## up along time, and in bfloat16 a decay of 0.999 would be 1. This loop is the definition: to check
+## another scan, give both the same float64 tensors. In float32 two right ones differ by 1e-6 of the
+## size of y; in bfloat16, to which `selective_scan` rounds y at the end, by 2^-8 of each number.
 
 
 def scan_sequential(
@@ -591,15 +549,14 @@ def scan_sequential(
 ##     a2 (a1 h + v1) + v2  =  (a2 a1) h + (a2 v1 + v2)
 ##     combine((a1, v1), (a2, v2)) = (a2 a1, a2 v1 + v2)
 ##
-## The pair on the right was computed without knowing h, so half of the work can start in the middle
-## of the sequence. And combine is associative: any bracketing gives the same result. Combine
-## neighbours, then pairs of pairs: log2(l) rounds, up a tree, give the whole, and as many back down
-## hand every position the combination of all before it: about twice the work of the loop, in
-## 2 log2(l) rounds in place of l. (Part II cuts time into chunks instead, which suits PyTorch.)
-## Nothing of the kind holds for tanh(W h + v): an LSTM must wait.
-
-
-## The selective scan: the recurrence and what surrounds it, the piece to lift elsewhere -----------
+## This needs no h: the second half of a sequence can be combined while the first still runs. And
+## combine is associative: any bracketing gives the same result. Combine neighbours, then pairs of
+## pairs: log2(l) rounds, up a tree, give the whole, and as many back down hand every position the
+## combination of all before it: four times the multiplications of the loop, in 2 log2(l) rounds in
+## place of l. It pays where b d n numbers do not fill the machine; on a CPU they do. (Part II cuts
+## time into chunks instead.) Nothing like it holds for tanh(W h + v): an LSTM must wait.
+##
+## The selective scan is the recurrence with what surrounds it: the piece to lift elsewhere.
 
 
 def selective_scan(
@@ -611,19 +568,16 @@ def selective_scan(
 
     x, dt, z (b, l, d), A (d, n), B, C (b, l, n), D, dt_bias (d,), h0 (b, d, n), reset (b, l) bool;
     or one token, with h0 and without the axis l: no scan. Returns y in x's dtype, h_last (b, d, n)
-    in float32 (float64 for float64 inputs). scan: a name in SCANS, or "triton", the fused kernel.
-    "auto": on a GPU the kernel where it takes these tensors, else chunked; on a CPU recompute, but
-    chunked under torch.compile, torch.func and torch.jit. Raises ValueError for shapes that do not
-    fit and unknown names, RuntimeError if "triton" is asked for and cannot run.
+    in float32 (float64 for float64 inputs). scan: a name in SCANS, or "triton", the fused kernel,
+    which "auto" takes where it can. Raises ValueError for shapes that do not fit and unknown names,
+    RuntimeError if "triton" is asked for and cannot run.
     """
-    tensors = (x, dt, A, B, C, D, z, h0)
-    one_token = x.ndim == 2
-    needs = {"rule": rule, "d_state": A.shape[-1]}
-    if not one_token and (kernels := companion(scan, *tensors, dt_bias, **needs)):
+    tensors, one_token, needs = (x, dt, A, B, C, D, z, h0), x.ndim == 2, {"d_state": A.shape[-1]}
+    if not one_token and (kernels := companion(scan, *tensors, dt_bias, rule=rule, **needs)):
         options = {"dt_bias": dt_bias, "dt_softplus": dt_softplus, "rule": rule, "reset": reset}
         return kernels.selective_scan_triton(*tensors, **options)
     check_scan(scan, x, A=A, dt=dt, B=B, C=C, D=D, z=z, h0=h0, dt_bias=dt_bias, reset=reset)
-    delta = at_least_float32(dt)
+    dtype, x, delta = x.dtype, at_least_float32(x), at_least_float32(dt)  # x once, for all its uses
     if dt_bias is not None:
         delta = delta + dt_bias
     if dt_softplus:
@@ -637,10 +591,10 @@ def selective_scan(
         y = y + at_least_float32(D) * x
     if z is not None:
         y = y * F.silu(at_least_float32(z))
-    return y.to(x.dtype), h_last
+    return y.to(dtype), h_last
 
 
-SCANS = {"auto": scan_sequential, "sequential": scan_sequential}  # part II has faster ones
+SCANS = {"auto": scan_sequential, "sequential": scan_sequential}  # part II puts faster ones here
 
 
 ## ================================================================================================
@@ -657,12 +611,10 @@ SCANS = {"auto": scan_sequential, "sequential": scan_sequential}  # part II has 
 ##     so the left is a plain sum:  h_t = exp(a*_t) (h_0 + Σ_{j<=t} v_j exp(-a*_j))
 ##     and in logarithms:           log (h_t - exp(a*_t) h_0) = a*_t + logcumsumexp(log v - a*)_t
 ##
-## Two cumulative sums, which every parallel machine has. The logarithm is no ornament: exp(-a*_j)
-## overflows as soon as a*_j < -88. log Ā needs no logarithm: it is ΔA.
-##
-## Signs. A logarithm wants positive v. Write v = v⁺ - v⁻, two non-negative parts, scan both and
-## subtract. (Complex logarithms do the same at the same price.) Ā must be positive as well; under
-## "bilinear" it need not be, so that rule is refused.
+## Two cumulative sums, which every parallel machine has. log Ā needs no logarithm: it is ΔA. The
+## sum over j needs it, because exp(-a*_j) overflows as soon as a*_j < -88. And a logarithm wants
+## positive v: write v = v⁺ - v⁻, two non-negative parts, scan both and subtract. Ā must be positive
+## as well; under "bilinear" it need not be.
 ##
 ## Error. The share of v_j in h_t is exp(log v_j - a*_j + a*_t). An exponent is rounded relative to
 ## the size of its terms, so each share is wrong by a factor of about 1 ± ε (|a*| + |log v|), with
@@ -685,25 +637,26 @@ def scan_logspace(
     if rule == "bilinear":
         raise ValueError("scan='logspace' cannot do rule='bilinear': Ā may be negative there")
 
-    def log_cumsum(part: Tensor, a_star: Tensor) -> Tensor:
-        return (a_star + (part.log() - a_star).logcumsumexp(1)).exp()
+    def log_cumsum(v: Tensor, a_star: Tensor) -> Tensor:
+        return (a_star + (v.log() - a_star).logcumsumexp(1)).exp()
 
     h = x.new_zeros(x.shape[0], *A.shape) if h0 is None else h0
     x, delta, A, B, C, h = at_least_float32(x, delta, A, B, C, h)
+    chunks = [tensor.split(chunk, dim=1) for tensor in (x, delta, B, C)]
+    resets = [None] * len(chunks[0]) if reset is None else reset.split(chunk, dim=1)
     ys = []
-    for start in range(0, x.shape[1], chunk):
-        part = slice(start, start + chunk)
-        _, B_bar = discretize(delta[:, part], A, B[:, part], rule)  # (b, chunk, d, n)
-        v = B_bar * x[:, part].unsqueeze(-1)
-        log_A_bar = delta[:, part].unsqueeze(-1) * A
-        if reset is not None:
+    for x_k, delta_k, B_k, C_k, reset_k in zip(*chunks, resets, strict=True):
+        _, B_bar = discretize(delta_k, A, B_k, rule)  # (b, chunk, d, n)
+        v = B_bar * x_k.unsqueeze(-1)
+        log_A_bar = delta_k.unsqueeze(-1) * A
+        if reset_k is not None:
             # exp(-104) is below the smallest float32: as good as the zero that has no logarithm.
-            log_A_bar = log_A_bar.masked_fill(reset[:, part, None, None], -104.0)
+            log_A_bar = log_A_bar.masked_fill(reset_k[:, :, None, None], -104.0)
         a_star = log_A_bar.cumsum(1)
         # log 0 has no gradient; a floor of 1e-30 on both parts cancels when they are subtracted.
         plus, minus = (v.abs() + v) / 2 + 1e-30, (v.abs() - v) / 2 + 1e-30
         hs = a_star.exp() * h.unsqueeze(1) + log_cumsum(plus, a_star) - log_cumsum(minus, a_star)
-        ys.append((hs * C[:, part].unsqueeze(-2)).sum(-1))
+        ys.append((hs * C_k.unsqueeze(-2)).sum(-1))
         h = hs[:, -1].clone()  # a view would keep the states of the whole chunk in memory
     return torch.cat(ys, dim=1), h
 
@@ -716,18 +669,15 @@ def scan_logspace(
 ##
 ##     h_end = P h + end,    P = Ā_k ... Ā_2 Ā_1,    end = what the chunk makes of the zero state
 ##
-## So:
-##   1. run all chunks at once, each from zero: k steps, with the chunks as a batch axis: the ends.
-##   2. walk over the chunks with h <- P h + end: l / k steps. Gives each chunk's true start state.
-##   3. run all chunks at once again, each from its true start state: k steps. Gives y.
-## 2 k + l / k steps instead of l, fewest for k = sqrt(l / 2): 128 in place of 2048.
+##   1. Run all chunks at once, each from zero: k steps, with the chunks as a batch axis: the ends.
+##   2. Walk over the chunks with h <- P h + end: l / k steps. Gives each chunk's true start state.
+##   3. Run all chunks at once again, each from its true start state: k steps. Gives y.
 ##
-## The decay over a chunk needs no product of k factors: Ā_k ... Ā_1 = exp(Δ_k A) ... exp(Δ_1 A)
-## = exp(A ΣΔ), one sum and one exponential. (Not under "bilinear", whose Ā is no exponential.
-## There P is what the chunk makes of a state of ones when no input comes.) The code that named this
-## form "chunk-parallel" (github.com/MzeroMiko/mamba-mini) finds y in step 3 by dividing by running
-## products of decays, and fails where these underflow to 0. Here nothing is divided: no chunk is
-## too long and no decay too strong.
+## 2 k + l / k steps instead of l, fewest for k = sqrt(l / 2): 128 in place of 2048. P needs no
+## product of k factors: exp(Δ_k A) ... exp(Δ_1 A) = exp(A ΣΔ). (Under "bilinear" Ā is no
+## exponential: P is what the chunk makes of a state of ones when no input comes.) Nothing is
+## divided by running products of decays, which may underflow to 0 (as in mamba-mini, the code that
+## named this form "chunk-parallel"): no chunk is too long and no decay too strong.
 
 
 def scan_chunked(
@@ -774,14 +724,13 @@ def scan_chunked(
 
 ## Recomputation -----------------------------------------------------------------------------------
 ##
-## Training keeps what the backward pass needs. Of the loop or the chunks above, that is several
-## tensors of (b, l, d, n), each n times as large as x. But all of it can be computed again from the
-## state at the start of a chunk. So: one chunk after the other, keep only the h between them, and
-## let the backward pass run each chunk again before it differentiates it (section 3.3.2 does the
-## same on a GPU).
+## Training keeps what the backward pass needs: several tensors of (b, l, d, n), each n times as
+## large as x. But all of it can be computed again from the state at the start of a chunk. So: one
+## chunk after the other, keep only the h between them, and let the backward pass run each chunk
+## again before it differentiates it (section 3.3.2 does the same on a GPU).
 ##
 ## The gradient of (2a) is a recurrence of the same kind, from the end to the start. Let G_t be the
-## gradient with respect to h_t, from y_t and from h_{t+1}, and ∂ that with respect to what follows:
+## gradient of the loss with respect to h_t, by way of y_t and of h_{t+1}, and ∂q that of any q:
 ##
 ##     G_t  = C_t ∂y_t + Ā_{t+1} G_{t+1}     ∂C_t = Σ_d ∂y_t h_t
 ##     ∂Ā_t = G_t h_{t-1}                    ∂v_t = G_t
@@ -791,8 +740,8 @@ def scan_chunked(
 ## has no recurrence and is left to autograd.
 ##
 ## One chunk at a time is also what a CPU likes: it has few cores to run chunks side by side, but a
-## short chunk stays in its cache, and every step is done once. Time is the first axis here and
-## channels are the last, so that every operation runs along long rows in memory.
+## short chunk stays in its cache, and every step is done once. Time is the first axis here and the
+## channels are the last: every operation runs along long rows in memory.
 
 
 class RecomputedChunk(torch.autograd.Function):
@@ -882,10 +831,12 @@ def scan_recompute(
 ## a GPU that traffic, not arithmetic, is the time. A fused kernel reads x, dt, B, C and z once,
 ## keeps h in registers and writes y once; for the backward pass it computes h again instead of
 ## having stored it (section 3.3.2). It is a text of its own, triton_scan.py, and goes on from here.
+## scan="auto" is that kernel on a GPU, where it takes the tensors, and else the following.
 
 
 def scan_auto(x: Tensor, *others: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """The fastest of the scans above. Compilers, tracers and transforms want plain operators."""
+    """Recompute on a CPU, else, and for torch.func, torch.jit and torch.compile, chunked: compilers
+    unroll loops, and 2 sqrt(2 l) steps are fewer than l."""
     plain = torch.compiler.is_compiling() or torch.jit.is_tracing() or in_functorch()
     run = scan_recompute if x.device.type == "cpu" and not plain else scan_chunked
     return run(x, *others, **options)
@@ -903,11 +854,8 @@ SCANS |= {
 
 
 def companion(scan: str, x: Tensor, *others: Tensor | None, **needs: Any) -> ModuleType | None:
-    """triton_scan.py if it is to run these tensors, else None. Only it knows what it takes.
-
-    needs: the rule and the sizes that its `takes` asks for. Raises RuntimeError if scan="triton"
-    and it cannot be imported.
-    """
+    """triton_scan.py if it is to run these tensors, else None. Only its `takes` knows what it takes
+    (needs: rule and sizes). Raises RuntimeError if scan="triton" and it cannot be imported."""
     if scan != "triton" and (scan != "auto" or not x.is_cuda):
         return None  # and Triton, whose import takes a second, is not imported
     try:
@@ -922,46 +870,49 @@ def companion(scan: str, x: Tensor, *others: Tensor | None, **needs: Any) -> Mod
     return kernels if scan == "triton" or kernels.takes(x, *others, **needs) else None
 
 
-def is_our_own(model: nn.Module) -> bool:
-    """Whether it is made of our modules only, and does nothing else.
+def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether it is of one of these very types, with no hook, and no other forward of its own."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks
+    return type(module) in kinds and not any(hooks) and "forward" not in vars(module)
 
-    A hook, an adapter or a quantised weight may do anything, and whoever computes a model without
-    calling its modules would pass it by. (Hooks on all modules at once, such as those that count
-    operations, are not looked for.)
-    """
-    own = {Mamba, ResidualBlock, MambaBlock, RMSNorm, DeltaProjection}
-    own |= {nn.ModuleDict, nn.ModuleList, nn.Embedding, nn.Conv1d, nn.Linear}
+
+def is_our_own(model: nn.Module) -> bool:
+    """Whether it is made of our modules only. A hook, an adapter or a quantised weight may do
+    anything, and whoever computes a model without calling its modules would pass it by. (Hooks on
+    all modules at once, such as those that count operations, are not looked for.)"""
+    own = Mamba, ResidualBlock, MambaBlock, RMSNorm, DeltaProjection
+    own += nn.ModuleDict, nn.ModuleList, nn.Embedding, nn.Conv1d, nn.Linear
+    replaced = {"step", "mix", "select", "embed"}
     return (
         not any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
         and all(type(parameter) is nn.Parameter for parameter in model.parameters())
-        and all(
-            type(module) in own
-            and not {"forward", "step", "select", "ssm", "embed"} & vars(module).keys()
-            and not (module._forward_hooks or module._forward_pre_hooks)
-            for module in model.modules()
-        )
+        and all(is_plain(m, *own) and not replaced & vars(m).keys() for m in model.modules())
     )
 
 
-## The convolution for all t, and two functions of part I that say what they do by their names ----
+## The convolution, and two functions of part I that say what they do by their names --------------
 
 
 def causal_conv(
-    raw: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor, reset: Tensor | None = None,
-    *, scan: str = "auto",
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    raw: Tensor, conv1d: nn.Conv1d, past: Tensor, reset: Tensor | None = None, *, scan: str = "auto"
+) -> tuple[Tensor, Tensor]:
     """A convolution along time that sees nothing to the right, one filter per channel, then SiLU.
 
-        x_t = silu(bias + Σ_j weight_j raw_{t - (d_conv - 1) + j}),   j = 0 ... d_conv - 1
-
-    raw (b, l, d), weight (d, 1, d_conv), bias (d,), past (b, d, d_conv - 1): the inputs before raw,
-    oldest first. With reset (b, l), no term reaches back over the start of a document. Returns x
-    (b, l, d) and the past of what follows (b, d, d_conv - 1). scan: as in `selective_scan`.
+    raw (b, l, d), past (b, d, d_conv - 1): the inputs before raw, oldest first; or one token, raw
+    (b, d). With reset (b, l), no term reaches back over the start of a document. scan: as in
+    `selective_scan`. Returns x in the shape of raw, and the past of what follows.
     """
-    seqlen, reach, past = raw.shape[1], weight.shape[-1] - 1, past.to(raw.dtype)
-    recent = raw[:, max(0, seqlen - reach) :].mT
+    if not is_plain(conv1d, nn.Conv1d):
+        return adapted_conv(raw, conv1d, past, reset)
+    weight, bias, past = conv1d.weight, conv1d.bias, past.to(raw.dtype)
+    if raw.ndim == 2:  # one token
+        window = torch.cat([past, raw.unsqueeze(-1)], dim=-1)  # (b, d, d_conv)
+        x = (at_least_float32(window) * weight.squeeze(1)).sum(-1)
+        return F.silu(x if bias is None else x + bias).to(raw.dtype), window[..., 1:]
+
+    seqlen, reach = raw.shape[1], past.shape[-1]
     # A new tensor: a view would keep all of raw in memory for as long as the state lives.
-    next_past = torch.cat([past[..., seqlen:], recent], dim=-1)
+    next_past = torch.cat([past[..., seqlen:], raw[:, max(0, seqlen - reach) :].mT], dim=-1)
     if reset is not None:
         # Number the documents; the past belongs to number 0.
         document = F.pad(reset.cumsum(-1), (reach, 0)).unsqueeze(-1)  # (b, d_conv - 1 + l, 1)
@@ -969,7 +920,7 @@ def causal_conv(
     if kernels := companion(scan, raw, weight, bias, past, d_conv=reach + 1):
         return kernels.causal_conv_triton(raw, weight, bias, past, reset, silu=True), next_past
 
-    ## Filter number j sees the sequence d_conv - 1 - j steps late. The sum is float32: bfloat16
+    ## Tap number j sees the sequence d_conv - 1 - j steps late. The sum is float32: bfloat16
     ## would round it four times.
     window = at_least_float32(torch.cat([past.mT, raw], dim=1))  # (b, d_conv - 1 + l, d)
     x = window.new_zeros(()) if bias is None else at_least_float32(bias)
@@ -979,6 +930,22 @@ def causal_conv(
             weight_j = weight_j * (document[:, j : j + seqlen] == document[:, reach:])
         x = torch.addcmul(x, window[:, j : j + seqlen], weight_j)
     return F.silu(x).to(raw.dtype), next_past
+
+
+def adapted_conv(
+    raw: Tensor, conv1d: nn.Module, past: Tensor, reset: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`causal_conv` for a module that is called as it is: an adapter such as LoRA, or with hooks.
+    Raises ValueError for a reset after the first position, over which it would look."""
+    if reset is not None and reset[:, 1:].any():
+        raise ValueError(
+            "conv1d has a hook or an adapter and would look across a reset inside the sequence: "
+            "feed such documents, or unequal prompts, one by one"
+        )
+    past = past if reset is None else past.masked_fill(reset[:, :1, None], 0)
+    window = torch.cat([past.to(raw.dtype), raw.reshape(len(raw), -1, raw.shape[-1]).mT], -1)
+    x = F.silu(conv1d(window)).mT  # (b, l, d)
+    return x.reshape(raw.shape), window[..., x.shape[1] :].clone()
 
 
 def at_least_float32(*tensors: Tensor) -> Any:
@@ -1001,21 +968,28 @@ def expm1_over(a: Tensor) -> Tensor:
 
 
 ## ================================================================================================
-## Part III: nothing below is about Mamba
+## Part III: nothing below is about Mamba (checks, optimisers, files)
 ## ================================================================================================
 ##
 ## Checks. Errors are raised here, at the boundary, with the offending value and what was expected.
 
 
 def check_config(config: MambaConfig) -> None:
+    """Also makes numbers of other types, such as 16.0 or numpy's, the integers that they are."""
     for item in fields(config):
         value = getattr(config, item.name)
+        if isinstance(value, Real) and not isinstance(value, bool):
+            value = int(value) if value % 1 == 0 else float(value)
+            setattr(config, item.name, value)
         if item.type.startswith("int") and (type(value) is not int or value < 1):
-            raise ValueError(f"{item.name} must be a positive integer, got {value!r}")
+            if (item.name, value) != ("dt_rank", "auto"):
+                raise ValueError(f"{item.name} must be a positive integer, got {value!r}")
         if item.type == "bool" and type(value) is not bool:
             raise ValueError(f"{item.name} must be True or False, got {value!r}")
         if item.type == "float" and (type(value) not in (int, float) or not value > 0):
             raise ValueError(f"{item.name} must be a positive number, got {value!r}")
+    if config.d_inner < 1:
+        raise ValueError(f"expand must give at least one channel, got {config.expand}")
     scans = (*SCANS, "triton")
     for name, allowed in (("rule", RULES), ("dt_init", ("random", "constant")), ("scan", scans)):
         if getattr(config, name) not in allowed:
@@ -1083,32 +1057,56 @@ def check_chunk(chunk: int) -> None:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
 
 
+## Optimisers.
+
+
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups for torch.optim.AdamW, of any module that contains MambaBlocks: with weight decay
+    the weights of projections, convolutions and embeddings, without it all else."""
+    groups = [{"params": [], "weight_decay": decay} for decay in (weight_decay, 0.0)]
+    for name, parameter in model.named_parameters():
+        # A_log has two axes, as a matrix has: its name tells, not its shape.
+        is_weight = parameter.ndim >= 2 and not name.endswith("A_log")
+        groups[0 if is_weight else 1]["params"].append(parameter)
+    return groups
+
+
+def mark_parameters(block: MambaBlock, *_: Any) -> None:
+    """The marks of the official layer, for code that looks for them. A parameter that takes the
+    place of another has none: they are set again after loading, copying and moving."""
+    block.A_log._no_weight_decay = block.D._no_weight_decay = True
+    block.dt_proj.bias._no_reinit = True
+    if not block._load_state_dict_post_hooks:
+        block.register_load_state_dict_post_hook(mark_parameters)
+
+
+def marked(name: str) -> Callable[..., Any]:
+    def method(block: MambaBlock, *arguments: Any, **options: Any) -> Any:
+        result = getattr(nn.Module, name)(block, *arguments, **options)
+        mark_parameters(block)
+        return result
+
+    return method
+
+
+MambaBlock._apply, MambaBlock.__setstate__ = marked("_apply"), marked("__setstate__")
+Mamba.param_groups = param_groups
+torch.export.register_dataclass(MambaState)  # a pytree: torch.export, vmap and compile look inside
+
+
 ## Files. A folder or a repository of the Hub holds config.json and the weights, in the layout of
 ## state-spaces/mamba-* or in that of transformers (mamba-*-hf).
 
-
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-Device = torch.device | str | None
-
-
-def check_target(device: Device, dtype: torch.dtype) -> None:
-    """For `from_pretrained`, before anything is downloaded."""
-    if dtype not in FLOATS:
-        raise ValueError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype!r}")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        why = first_sentence(error)
-        raise ValueError(f"device {str(device)!r} cannot be used: {why}") from error
-
-
-def first_sentence(error: BaseException) -> str:
-    return re.split(r"\n|\. ", str(error).strip() or type(error).__name__)[0][:200]
+HEAD, EMBEDDING = "lm_head.weight", "backbone.embedding.weight"
+HF_EMBEDDING = "backbone.embeddings.weight"
+WEIGHT_FILES = "model.safetensors", "model.safetensors.index.json"
+WEIGHT_FILES += "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
 def load(
     cls: type[Mamba], name_or_path: str | os.PathLike, *, revision: str | None = None,
-    device: Device = None, dtype: torch.dtype | None = None, scan: str = "auto",
+    device: torch.device | str | None = None, dtype: torch.dtype | None = None, scan: str = "auto",
     cache_dir: str | os.PathLike | None = None, local_files_only: bool = False,
 ) -> Mamba:  # fmt: skip
     """A model with the weights of a local folder, or of a repository: "state-spaces/mamba-130m".
@@ -1116,108 +1114,204 @@ def load(
     dtype None means float32, whatever the file holds. Every weight must be there with its own
     shape, and nothing else. Raises FileNotFoundError for a folder, repository or file that is not
     there or not within reach, ValueError for a config.json of another kind of model or a wrong
-    argument, RuntimeError for weights that are damaged or do not fit, and for a Hub that refuses.
+    argument, RuntimeError for weights that are damaged or do not fit, and for what else the Hub,
+    the disk or the device refuses.
     """
-    dtype = dtype or torch.float32
-    check_target(device, dtype)
+    if (dtype := dtype or torch.float32) not in FLOATS:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype!r}")
+    torch.empty(0, device=device)  # a device that is not there is missed before a download
     find = file_finder(name_or_path, revision, cache_dir, local_files_only)
     config = replace(read_config(find("config.json")), scan=scan)
     with torch.device("meta"):  # the shapes without the numbers: these come from the file
         model = cls(config)
-    load_weights(model, find, device, dtype)
+    path = find(*WEIGHT_FILES)
+    weights = read_weights(path, find)
+    if HF_EMBEDDING in weights and EMBEDDING not in weights:
+        weights[EMBEDDING] = weights.pop(HF_EMBEDDING)
+    if config.tie_embeddings and EMBEDDING in weights:
+        weights.setdefault(HEAD, weights[EMBEDDING])
+    check_fit(f"{path} and config.json", model, weights)
+    if config.tie_embeddings and not torch.equal(weights.pop(HEAD), weights[EMBEDDING]):
+        raise ValueError(f"{path}: lm_head is not the embedding, but config.json ties the two")
+    # What has this dtype stays mapped; what has not is cast one by one.
+    weights = {name: weights.pop(name).to(device, dtype).contiguous() for name in list(weights)}
+    weights.setdefault(HEAD, weights[EMBEDDING])
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.tie_weights()
     return model
+
+
+def save(model: Mamba, path: str | os.PathLike) -> None:
+    """Write a folder that `from_pretrained` loads, in the layout of state-spaces/mamba-*.
+
+    Its tensors say whether the embeddings are tied. Raises RuntimeError, and writes nothing, if
+    weights and config do not fit together.
+    """
+    from safetensors.torch import save_file
+
+    folder, weights = Path(path), dict(model.state_dict())
+    with torch.device("meta"):
+        check_fit("the model and its config", type(model)(model.config), weights)
+    if tied := weights[HEAD].data_ptr() == weights[EMBEDDING].data_ptr():
+        del weights[HEAD]
+    values = vars(replace(model.config, scan="auto", tie_embeddings=tied))
+    ssm = {name: values.pop(name) for name in SSM_FIELDS}
+    top = {k: v for k, v in values.items() if k not in OUR_OWN or v != getattr(MambaConfig, k)}
+    entries = {**top, "ssm_cfg": ssm, "rms_norm": True, "fused_add_norm": True}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(entries, indent=2) + "\n")
+    # Written aside and moved: the old file may be the one that the model's weights are mapped from.
+    temporary = folder / "model.safetensors.partial"
+    save_file({k: v.contiguous() for k, v in weights.items()}, temporary, metadata={"format": "pt"})
+    temporary.replace(folder / "model.safetensors")
 
 
 ## config.json has one of two layouts. That of the state-spaces/mamba-* repositories keeps the
 ## fields of the SSM in "ssm_cfg" and all others at the top. That of transformers has everything at
-## the top, under other names, with defaults of its own, and ignores what it does not know.
+## the top, under other names, with defaults of its own, and ignores what it does not know. null is
+## the default. Here stands for each field our name, or a list of the values that are implemented;
+## if it is empty, the field changes nothing.
 
-TOP_FIELDS = (
-    "d_model n_layer vocab_size residual_in_fp32 pad_vocab_size_multiple tie_embeddings"
-).split()
-SSM_FIELDS = (
-    "d_state d_conv expand dt_rank dt_min dt_max dt_init dt_scale dt_init_floor conv_bias bias"
-).split()
-EXTRA_FIELDS = ["norm_eps", "tokenizer", "rule"]  # written only when they are not the default
-FIELDS = {name: name for name in TOP_FIELDS + EXTRA_FIELDS + SSM_FIELDS}
+SSM_FIELDS = "d_state d_conv expand dt_rank dt_min dt_max dt_init dt_scale dt_init_floor".split()
+SSM_FIELDS += ["conv_bias", "bias"]
+OUR_OWN = ["norm_eps", "tokenizer", "rule", "scan"]  # not written if they are the default
+FIELDS = {item.name: item.name for item in fields(MambaConfig) if item.name != "scan"} | dict(
+    model_type=["mamba"], layer=["Mamba1"], rms_norm=[True], d_intermediate=[0], attn_cfg=[{}],
+    attn_layer_idx=[[]], fused_add_norm=[], use_fast_path=[], architectures=[], torch_dtype=[],
+    dtype=[],
+)  # fmt: skip
 HF_FIELDS = dict(
+    model_type=["mamba"], hidden_act=["silu", "swish"], quantization_config=[None],
+    intermediate_size=[],
     hidden_size="d_model", num_hidden_layers="n_layer", vocab_size="vocab_size",
     state_size="d_state", conv_kernel="d_conv", expand="expand", time_step_rank="dt_rank",
     use_bias="bias", use_conv_bias="conv_bias", residual_in_fp32="residual_in_fp32",
     layer_norm_epsilon="norm_eps", tie_word_embeddings="tie_embeddings",
 )  # fmt: skip
-HF_DEFAULTS = {"hidden_size": 768, "num_hidden_layers": 32, "vocab_size": 50280, "model_type": None}
-# Fields that may stand there with exactly this value, since no other is implemented.
-FIXED_FIELDS = {"rms_norm": True, "d_intermediate": 0, "attn_layer_idx": [], "attn_cfg": {}}
-FIXED_FIELDS |= {"layer": "Mamba1", "model_type": "mamba"}
-HF_FIXED_FIELDS = {"model_type": "mamba", "hidden_act": "silu", "quantization_config": None}
-# Fields that do not change what is computed.
-IGNORED_FIELDS = {"fused_add_norm", "use_fast_path", "architectures", "torch_dtype", "dtype"}
+HF_DEFAULTS = dict(d_model=768, n_layer=32, vocab_size=50280, pad_vocab_size_multiple=1)
+HF_REFUSED = r"eps(ilon)?$|(?<!ngram)_size$|_dim$|_rank$|^d_state$|^d_conv$"
 
 
 def read_config(path: Path) -> MambaConfig:
     """config.json -> MambaConfig. Raises ValueError for a field that would change the model."""
-    found = read_json(path)
+    found = {name: value for name, value in read_file(path).items() if value is not None}
     from_hf = "hidden_size" in found or ("model_type" in found and "d_model" not in found)
-    names, fixed = (HF_FIELDS, HF_FIXED_FIELDS) if from_hf else (FIELDS, FIXED_FIELDS)
+    layout, refused = (HF_FIELDS, HF_REFUSED) if from_hf else (FIELDS, "")
+    known = dict(HF_DEFAULTS) if from_hf else dict.fromkeys(("d_model", "n_layer", "vocab_size"))
     try:
-        if found.pop("event_time", False) is not False:
+        if found.pop("event_time", False):
             raise ValueError("event_time belongs to the block of examples/event_time.py")
-        ssm = {} if from_hf else found.pop("ssm_cfg", {})
-        if not isinstance(ssm, dict) or ssm.keys() & found:
+        if from_hf:
+            found = {"model_type": None} | found
+        elif not isinstance(ssm := found.pop("ssm_cfg", {}), dict) or ssm.keys() & found:
             raise ValueError(f"ssm_cfg must hold fields that stand nowhere else, got {ssm!r}")
-        found = HF_DEFAULTS | found if from_hf else found | ssm
-        known = {ours: found.pop(theirs) for theirs, ours in names.items() if theirs in found}
-        for name, value in fixed.items():
-            if (other := found.pop(name, value)) != value:
-                raise ValueError(f"{name} = {other!r} is another architecture, Mamba has {value!r}")
-        if not from_hf and (unknown := found.keys() - IGNORED_FIELDS):
-            raise ValueError(f"unknown fields {', '.join(sorted(unknown))}")
-        if missing := {"d_model", "n_layer", "vocab_size"} - known.keys():
-            raise ValueError(f"no {', '.join(sorted(missing))}: not the config of a Mamba")
-        config = MambaConfig(**known, **({"pad_vocab_size_multiple": 1} if from_hf else {}))
-        if from_hf and (size := found.get("intermediate_size", config.d_inner)) != config.d_inner:
-            raise ValueError(f"intermediate_size must be {config.d_inner}, got {size!r}")
+        else:
+            found |= {name: value for name, value in ssm.items() if value is not None}
+        for name, value in found.items():
+            if isinstance(ours := layout.get(name), str):
+                known[ours] = value
+            elif ours and value not in ours:
+                raise ValueError(f"{name} = {value!r} is another architecture, not {ours[0]!r}")
+        if unknown := [name for name in found if name not in layout and re.search(refused, name)]:
+            raise ValueError(f"unknown fields {', '.join(unknown)}")
+        config = MambaConfig(**known)
         # A slip of the finger must not become an hour of building layers.
         largest = max(value for value in vars(config).values() if type(value) is int)
         if config.n_layer > 10_000 or config.d_inner * largest > 2**40:
             raise ValueError(f"these sizes are too large to be meant: {known}")
         return config
     except (TypeError, ValueError) as error:
-        theirs = {ours: name for name, ours in names.items()}  # MambaConfig begins with our name
+        theirs = {ours: name for name, ours in layout.items() if isinstance(ours, str)}
         message = re.sub(r"^\w+", lambda word: theirs.get(word[0], word[0]), str(error))
         raise ValueError(f"{path}: {message}") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_weights(path: Path, find: Callable[..., Path]) -> dict[str, Tensor]:
+    """The tensors of a file, or of all that an index names, mapped into memory."""
+    weights, files = {}, [path.name]
+    if path.suffix == ".json":
+        index = read_file(path).get("weight_map")
+        files = sorted({str(file) for file in index.values()} if isinstance(index, dict) else {})
+        if not files or any("/" in file for file in files):  # it could lead out of the folder
+            raise ValueError(f"{path}: weight_map must name the file of each weight")
+    for path in map(find, files):
+        tensors = read_file(path)
+        for key in tensors.keys() & {"state_dict", "model"}:
+            line = f"torch.save(torch.load({str(path)!r})[{key!r}], {str(path)!r})"
+            raise RuntimeError(f"{path} holds its tensors under {key!r}: take them out by `{line}`")
+        if twice := weights.keys() & tensors:
+            raise RuntimeError(f"{path} holds {twice.pop()}, which stands in another file as well")
+        weights |= tensors
+    return weights
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """What is in a file of JSON or of tensors. These are mapped into memory."""
+    from safetensors.torch import load_file
+
     try:
-        if not isinstance(entries := json.loads(path.read_bytes()), dict):
-            raise ValueError(f"a {type(entries).__name__}, not an object")
-        return entries
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a JSON object: {error}") from error
+        if path.suffix == ".json":
+            content = json.loads(path.read_bytes())
+        elif path.suffix == ".safetensors":
+            content = load_file(path)
+        else:
+            # weights_only: a pickle from the internet may contain tensors, never code to run.
+            # A file from before torch 1.6 is no zip file and cannot be mapped.
+            mapped = zipfile.is_zipfile(path)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__} is no dict")
+        return content
+    except Exception as error:
+        with path.open("rb") as file:
+            start = file.read(40)
+        # The first sentence: in the next one torch recommends to run what is in the file.
+        why = re.split(r"\n|\. ", str(error))[0]
+        remedy = ": run `git lfs pull`" if b"git-lfs" in start else ""
+        message = f"{path} is damaged or of another kind, and nothing in it was run"
+        raise RuntimeError(f"{message} ({why}; it begins with {start!r}){remedy}") from error
 
 
-## What the Hub's client raises, by the name of the class or of its nearest base class here, and
-## what is said instead. By name, because the client is imported only when it is needed.
+def check_fit(what: str, model: Mamba, weights: dict[str, Tensor]) -> None:
+    """Raise RuntimeError unless the weights have the names and shapes of the model's own."""
 
-OUT_OF_REACH = "{files} is not in the cache and the Hub is out of reach ({why}): check the network"
-# fmt: off
-HUB_FAULTS = {
-    "GatedRepoError": (RuntimeError,
-        "accept its terms at https://huggingface.co/{name}, then run `hf auth login`"),
-    "RepositoryNotFoundError": (FileNotFoundError,
-        "the Hub has no such repository, or it is private: check the name or run `hf auth login`"),
-    "RevisionNotFoundError": (FileNotFoundError,
-        "no revision {revision!r}: choose one of https://huggingface.co/{name}/commits"),
-    "OfflineModeIsEnabled": (FileNotFoundError,
-        "{files} is not in the cache: load once without HF_HUB_OFFLINE and local_files_only"),
-    "ConnectError": (FileNotFoundError, OUT_OF_REACH),
-    "TimeoutException": (FileNotFoundError, OUT_OF_REACH),
-    "TimeoutError": (FileNotFoundError, OUT_OF_REACH + " or set HF_HUB_ETAG_TIMEOUT=10"),
-    "Exception": (RuntimeError, "{files} could not be downloaded ({why}): try again later"),
-}
-# fmt: on
+    def form(t: Any) -> str:
+        usual = getattr(t, "dtype", None) in FLOATS and t.layout == torch.strided and not t.is_meta
+        return f"{tuple(t.shape)}" if usual else f"{type(t).__name__} {getattr(t, 'dtype', '')}"
+
+    expected = {name: f"{tuple(t.shape)}" for name, t in model.state_dict().items()}
+    found = {str(name): form(t) for name, t in weights.items()}
+    prefix = next((n.removesuffix("backbone.norm_f.weight") for n in found if "norm_f" in n), "")
+    if prefix and all(name.startswith(prefix) for name in found):
+        line = f"weights = {{k.removeprefix({prefix!r}): v for k, v in weights.items()}}"
+        raise RuntimeError(f"{what}: all names begin with {prefix!r}, take it off by `{line}`")
+    both = [name for name in expected if name in found]
+    faults = {
+        "missing": [name for name in expected if name not in found],
+        "unknown": [name for name in found if name not in expected],
+        "misshapen": [
+            f"{n} {found[n]}, not {expected[n]}" for n in both if found[n] != expected[n]
+        ],
+    }
+    said = [f"{len(ns)} {fault}: {', '.join(ns[:3])}" for fault, ns in faults.items() if ns]
+    if said:
+        raise RuntimeError(f"{what} do not fit together (weights: {'; '.join(said)})")
+
+
+## What is said of some errors of the Hub's client and of those derived from them. The others speak
+## for themselves. By name, because the client is imported only when it is needed.
+
+OUT_OF_REACH = "{file} is not in the cache and the Hub is out of reach ({why}): check the network"
+HUB_FAULTS = dict(
+    GatedRepoError="accept its terms at https://huggingface.co/{name}, then run `hf auth login`",
+    RepositoryNotFoundError="the Hub has no such repository, or it is private: check the name or "
+    "run `hf auth login`",
+    OfflineModeIsEnabled="{file} is not in the cache: load once without HF_HUB_OFFLINE and "
+    "local_files_only",
+    TransportError=OUT_OF_REACH,
+    TimeoutError=OUT_OF_REACH + " or set HF_HUB_ETAG_TIMEOUT=10",
+    Exception="{file} could not be downloaded ({why})",
+)  # fmt: skip
 
 
 def file_finder(
@@ -1231,12 +1325,16 @@ def file_finder(
     """
     folder, name = Path(name_or_path).expanduser(), str(name_or_path).rstrip("/")
     where, listed, failure = {"revision": revision, "cache_dir": cache_dir}, set(), None
+    seconds = float(os.environ.get("HF_HUB_ETAG_TIMEOUT", 1.5))
     is_folder = name != "" and folder.is_dir()
-    # "checkpoints/typo" looks like a repository: a folder "checkpoints" here says that it is none.
-    is_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not folder.parent.is_dir()
     if is_folder:
         listed = {path.name for path in folder.iterdir() if path.is_file()}
-    elif is_name:
+    # "checkpoints/typo" looks like a repository: a folder "checkpoints" here says that it is none.
+    elif not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or folder.parent.is_dir():
+        raise FileNotFoundError(f"{name!r} is neither a folder nor the name of a Hub repository")
+    else:
+        from multiprocessing.pool import ThreadPool
+
         import huggingface_hub as hub
         from huggingface_hub import errors, utils
 
@@ -1244,12 +1342,13 @@ def file_finder(
         try:
             if local_files_only:
                 raise errors.OfflineModeIsEnabled
-            info = in_time(hub.HfApi().model_info, name, revision=revision)
+            options = {"revision": revision, "timeout": seconds}
+            # In a thread that may be left behind: to look up an address knows no timeout.
+            with ThreadPool(1) as pool:
+                info = pool.apply_async(hub.HfApi().model_info, [name], options).get(seconds)
             listed = {file.rfilename for file in info.siblings or ()}
         except Exception as error:
             failure = error
-    else:
-        raise FileNotFoundError(f"{name!r} is neither a folder nor the name of a Hub repository")
 
     def find(*files: str) -> Path:
         nonlocal failure
@@ -1260,10 +1359,8 @@ def file_finder(
             return folder / file
         try:
             if failure is None:
-                url = hub.hf_hub_url(name, file, revision=where["revision"])
-                in_time(hub.get_hf_file_metadata, url)
                 # Not snapshot_download: it shows a bar even for what is there.
-                path = Path(hub.hf_hub_download(name, file, **where))
+                path = Path(hub.hf_hub_download(name, file, etag_timeout=seconds, **where))
                 where["revision"] = path.parent.name  # its commit: all files are of the same
                 return path
         except Exception as error:
@@ -1271,129 +1368,24 @@ def file_finder(
         for cached in files:
             if isinstance(path := hub.try_to_load_from_cache(name, cached, **where), str):
                 return Path(path)
-        fault = next(c.__name__ for c in type(failure).__mro__ if c.__name__ in HUB_FAULTS)
-        kind, sentence = HUB_FAULTS[fault]
-        words = {"name": name, "files": file or " or ".join(files), "revision": revision}
-        sentence = sentence.format(**words, why=first_sentence(failure))
-        raise kind(f"{name}: {sentence}") from failure
+        kind = next(c.__name__ for c in type(failure).__mro__ if c.__name__ in HUB_FAULTS)
+        why = " ".join((str(failure) or kind).split())[:300]
+        said = HUB_FAULTS[kind].format(name=name, file=file or " or ".join(files), why=why)
+        error = RuntimeError if kind in ("GatedRepoError", "Exception") else FileNotFoundError
+        raise error(f"{name}: {said}") from failure
 
     return find
 
 
-def in_time(ask: Callable[..., Any], *question: Any, **options: Any) -> Any:
-    """What the Hub's client answers or raises, or TimeoutError.
-
-    Its downloads try for 23 seconds and more, and to look up an address may take as long as it
-    likes: hence a thread, which is left alone when its time is over.
-    """
-    seconds, answer = float(os.environ.get("HF_HUB_ETAG_TIMEOUT", 1.5)), Future()
-
-    def run() -> None:
-        try:
-            answer.set_result(ask(*question, **options, timeout=seconds))
-        except Exception as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return answer.result(seconds)
-
-
-WEIGHT_FILES = "model.safetensors", "model.safetensors.index.json"
-WEIGHT_FILES += "pytorch_model.bin", "pytorch_model.bin.index.json"
-EMBEDDING, HF_EMBEDDING = "backbone.embedding.weight", "backbone.embeddings.weight"
-
-
-def load_weights(
-    model: Mamba, find: Callable[..., Path], device: Device, dtype: torch.dtype
-) -> None:
-    """Give the model, so far without numbers, those of its files: every weight and no other."""
-    path = find(*WEIGHT_FILES)
-    paths, weights, found, promised = [path], {}, set(), None
-    if path.suffix == ".json":
-        index, kind = read_json(path).get("weight_map"), path.name.split(".")[1]
-        shards = {str(shard) for shard in index.values()} if isinstance(index, dict) else set()
-        # A name with a slash could lead out of the folder.
-        if not shards or not all(re.fullmatch(rf"[\w.-]+\.{kind}", shard) for shard in shards):
-            raise ValueError(f"{path}: weight_map must name the .{kind} file of each weight")
-        paths, promised = [find(shard) for shard in sorted(shards)], set(index.items())
-    for file in paths:
-        tensors = read_tensors(file, device, dtype)
-        weights |= tensors
-        found |= {(name, file.name) for name in tensors}
-    if promised and (torn := sorted({name for name, _ in promised ^ found})):
-        raise RuntimeError(f"{path} and its files disagree on {len(torn)} weights, first {torn[0]}")
-    if HF_EMBEDDING in weights and EMBEDDING not in weights:
-        weights[EMBEDDING] = weights.pop(HF_EMBEDDING)
-    if model.config.tie_embeddings and EMBEDDING in weights:
-        weights.setdefault("lm_head.weight", weights[EMBEDDING])
-    try:
-        model.load_state_dict(weights, strict=True, assign=True)
-    except RuntimeError as error:
-        raise RuntimeError(f"{path} and config.json do not fit together: {error}") from error
-    if model.config.tie_embeddings:
-        if not torch.equal(model.lm_head.weight, model.backbone.embedding.weight):
-            raise ValueError(f"{path}: the embeddings are tied, but lm_head is not the embedding")
-        model.tie_weights()
-
-
-def read_tensors(path: Path, device: Device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of one file, cast. If they have this dtype, the file is mapped into memory.
-
-    A mapped file stays there until its last tensor is gone: with the copies of another dtype, one
-    and a half files. To be cast, each tensor gets memory of its own.
-    """
-    from safetensors import safe_open
-    from safetensors.torch import load_file
-
-    def read(mapped: bool) -> Any:
-        if path.suffix == ".safetensors":
-            tensors = load_file(path)
-            return tensors if mapped else {n: safe_open(path, "pt").get_tensor(n) for n in tensors}
-        # weights_only: a pickle from the internet may contain tensors, never code to run.
-        # A file from before torch 1.6 is no zip file and cannot be mapped.
-        mapped = mapped and zipfile.is_zipfile(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-
-    try:
-        tensors = read(mapped=True)
-    except Exception as error:
-        with path.open("rb") as file:
-            why = f"{first_sentence(error)}; it begins with {file.read(24)!r}"
-        message = f"{path} is damaged or holds more than tensors, of which nothing was run ({why})"
-        remedy = "get it again, a git-lfs pointer by `git lfs pull`"
-        raise RuntimeError(f"{message}: {remedy}") from error
-    if not isinstance(tensors, dict):
-        raise RuntimeError(f"{path} must hold a dict of tensors, got {type(tensors).__name__}")
-    odd = [  # in a list of its own: a variable for a tensor would keep the file mapped
-        f"{name!r} is {type(t).__name__} {getattr(t, 'dtype', '')}"
-        for name, t in tensors.items()
-        if not (isinstance(name, str) and isinstance(t, Tensor) and t.dtype in FLOATS)
-        or (t.layout, t.is_meta) != (torch.strided, False)
-    ]
-    if odd:
-        raise RuntimeError(f"{path} must hold dense tensors of real numbers, but {odd[0]}")
-    if any(tensor.dtype != dtype for tensor in tensors.values()):
-        tensors = read(mapped=False)
-    return {name: tensors.pop(name).to(device, dtype).contiguous() for name in list(tensors)}
-
-
-def save(model: Mamba, path: str | os.PathLike) -> None:
-    """Write a folder that `from_pretrained` loads, in the layout of state-spaces/mamba-*."""
-    from safetensors.torch import save_file
-
-    folder, values, weights = Path(path), vars(model.config), dict(model.state_dict())
-    extra = [name for name in EXTRA_FIELDS if values[name] != getattr(MambaConfig, name)]
-    entries = {name: values[name] for name in (*TOP_FIELDS, *extra)}
-    entries["ssm_cfg"] = {name: values[name] for name in SSM_FIELDS}
-    entries |= {"rms_norm": True, "fused_add_norm": True}
-    if model.config.tie_embeddings:
-        del weights["lm_head.weight"]  # the same tensor as the embedding; loading ties it again
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(entries, indent=2) + "\n")
-    # Written aside and moved: the old file may be the one that the model's weights are mapped from.
-    temporary = folder / "model.safetensors.partial"
-    save_file({k: v.contiguous() for k, v in weights.items()}, temporary, metadata={"format": "pt"})
-    temporary.replace(folder / "model.safetensors")
-
-
 Mamba.from_pretrained, Mamba.save_pretrained = classmethod(load), save
+
+## What PEFT and others ask a model for, to know that two of its matrices are one.
+
+Mamba._tied_weights_keys = {HEAD: EMBEDDING}
+Mamba.get_input_embeddings = lambda model: model.backbone.embedding
+Mamba.get_output_embeddings = lambda model: model.lm_head
+MambaConfig.to_dict = lambda config: vars(config) | {"tie_word_embeddings": config.tie_embeddings}
+MambaConfig.tie_word_embeddings = property(
+    lambda config: config.tie_embeddings,
+    lambda config, tied: setattr(config, "tie_embeddings", tied),
+)

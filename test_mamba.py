@@ -441,14 +441,14 @@ def test_gradients_of_a_float64_block_equal_finite_differences(rule):
 
 def test_the_convolution_sees_a_token_and_its_three_left_neighbours_and_nothing_else():
     raw, past = torch.randn(2, 9, 3).double(), torch.randn(2, 3, 3).double()
-    weight, bias = torch.randn(3, 1, 4).double(), torch.randn(3).double()
-    x, next_past = mamba.causal_conv(raw, weight, bias, past)
+    conv1d = torch.nn.Conv1d(3, 3, 4, groups=3).double()
+    x, next_past = mamba.causal_conv(raw, conv1d, past)
     sequence = torch.cat([past, raw.mT], dim=-1)
-    assert_close("x", x, F.silu(F.conv1d(sequence, weight, bias, groups=3)).mT, 1e-14)
+    assert_close("x", x, F.silu(conv1d(sequence)).mT, 1e-14)
     assert torch.equal(next_past, sequence[..., -3:])
 
     def channel_0_of_row_0(raw):
-        return mamba.causal_conv(raw, weight, bias, past)[0][0, :, 0]
+        return mamba.causal_conv(raw, conv1d, past)[0][0, :, 0]
 
     seen = torch.autograd.functional.jacobian(channel_0_of_row_0, raw) != 0  # (9, 2, 9, 3)
     ago = torch.arange(9).view(9, 1) - torch.arange(9)
@@ -505,7 +505,7 @@ def test_with_one_state_and_A_minus_one_zoh_is_a_gated_recurrent_unit():
 def test_a_state_is_a_value_that_forward_and_step_do_not_change():
     model = random_model()
     state = random_state(model, 2)
-    kept = state.clone()
+    kept = state.map(torch.clone)
     model(random_ids(2, 5), state)
     model.step(random_ids(2, 5)[:, 0], state)
     assert torch.equal(state.conv, kept.conv) and torch.equal(state.h, kept.h)
@@ -535,7 +535,7 @@ def test_the_table_of_the_rules_prints_the_equations_that_run_and_where_they_end
             names = {"exp": torch.exp, "Δ": delta, "A": A, "B": B}
             bars = mamba.discretize(torch.tensor([delta]), A, B, rule)
             for printed, bar in zip(equations, bars, strict=True):
-                formula = re.sub(r"(?<=[ΔA]) ?(?=[AB])", " * ", printed)  # ΔA, A B: products
+                formula = re.sub(r"(?<=[ΔA])(?=[AB])| · ", " * ", printed)  # ΔA, A · B: products
                 assert_close(f"{rule}: {printed}", bar, eval(formula, names).view(1, 1), 1e-6)
             y, _ = mamba.scan_sequential(one, delta * one, -torch.ones(1, 1), one, one, rule=rule)
             assert f"{y[0, -1].item():.3f}" == end, f"{rule}, Δ = {delta}"

@@ -529,8 +529,7 @@ def measure_context(options: argparse.Namespace) -> list[dict[str, Any]]:
         logits.argmax(-1)
 
     def prefix_again(t: int) -> None:
-        u, _ = model.features(ids[:, :t], model.init_state(1))
-        model.lm_head(u[:, -1]).argmax(-1)
+        model(ids[:, :t], head=lambda hidden: model.lm_head(hidden[:, -1])).argmax(-1)
 
     def in_turns(run: Callable[[int], None], tokens: list[int], rounds: int) -> dict[int, float]:
         """Medians in ms. The machine's speed changes within seconds: it must not favour a token."""

@@ -159,8 +159,10 @@ def measure_training(name: str, how: str, loss: str, options: argparse.Namespace
         return F.cross_entropy(logits.flatten(0, 1).float(), targets)
 
     def chunked() -> Tensor:
-        u, _ = model.features(inputs, model.init_state(batch))
-        return chunked_cross_entropy(u.flatten(0, 1), model.lm_head.weight, targets)
+        def loss(hidden: Tensor) -> Tensor:
+            return chunked_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, targets)
+
+        return model(inputs, head=loss)
 
     loss_of = {"plain": plain, "chunked": chunked}[loss]
     value = torch.zeros(())
@@ -219,8 +221,7 @@ def measure_prefill(name: str, graph: bool, options: argparse.Namespace) -> dict
     ids = torch.randint(options.vocabulary, (1, options.seqlen), device=options.device)
 
     def prefill() -> Tensor:
-        u, _ = model.features(ids, model.init_state(1))
-        return model.lm_head(u[:, -1])
+        return model(ids, head=lambda hidden: model.lm_head(hidden[:, -1]))
 
     run: Callable[[], Any] = prefill
     reset_peak(options)

@@ -30,7 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":  # from a clone that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mamba import (
     MambaBlock,
@@ -94,46 +95,37 @@ class EventBlock(MambaBlock):
     ) -> Tensor | tuple[Tensor, MambaState]:  # fmt: skip
         check_block(self.config, u, 3, state, reset)
         start = self.init_state(len(u)) if state is None else state
-        raw, z = self.in_proj(u).chunk(2, dim=-1)  # (b, l, d) each
-        x, conv = causal_conv(
-            raw, self.conv1d.weight, self.conv1d.bias, start.conv, reset, scan=self.config.scan
-        )
-        y, h = self.scan_events(x, z, time_steps, start.h, reset)
-        out = self.out_proj(y)
-        return out if state is None else (out, MambaState(conv, h))
+        out, next_state = self.mix(u, start, reset, time_steps)
+        return out if state is None else (out, next_state)
 
     def step(
         self, u: Tensor, state: MambaState, *, time_steps: Tensor
     ) -> tuple[Tensor, MambaState]:
         check_block(self.config, u, 2, state)
-        raw, z = self.in_proj(u).chunk(2, dim=-1)  # (b, d) each
-        x, conv = causal_conv(
-            raw.unsqueeze(1), self.conv1d.weight, self.conv1d.bias, state.conv,
-            scan=self.config.scan,
-        )  # fmt: skip
-        y, h = self.scan_events(x.squeeze(1), z, time_steps, state.h)
-        return self.out_proj(y), MambaState(conv, h)
+        return self.mix(u, state, None, time_steps)
 
-    def scan_events(
-        self, x: Tensor, z: Tensor, time_steps: Tensor, h: Tensor, reset: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """x, z (..., d), time_steps (...) -> y (..., d) and the last h."""
-        check_time_steps(time_steps, x)
+    def mix(
+        self, u: Tensor, state: MambaState, reset: Tensor | None, time_steps: Tensor
+    ) -> tuple[Tensor, MambaState]:
+        """As in MambaBlock, u (b, l, d_model) or (b, d_model); time_steps without the last axis."""
+        check_time_steps(time_steps, u)
+        raw, z = self.in_proj(u).chunk(2, dim=-1)  # (b, l, d) each
+        x, conv = causal_conv(raw, self.conv1d, state.conv, reset, scan=self.config.scan)
         dt, B, C = self.select(x)
         delta_write = F.softplus(at_least_float32(dt) + self.dt_proj.bias)
         rate = F.softplus(at_least_float32(self.dt_A_bias))
         delta_forget = time_steps.to(rate.dtype).unsqueeze(-1) * rate
         y, h = selective_scan(
-            delta_write * x, delta_forget, self.A, B, C, h0=h, dt_softplus=False, rule="dirac",
-            reset=reset, scan=self.config.scan,
+            delta_write * x, delta_forget, self.A, B, C, h0=state.h, dt_softplus=False,
+            rule="dirac", reset=reset, scan=self.config.scan,
         )  # fmt: skip
         ## D x and the gate take x itself, not the impulse.
         y = (y + at_least_float32(self.D) * x) * F.silu(at_least_float32(z))
-        return y.to(x.dtype), h
+        return self.out_proj(y.to(x.dtype)), MambaState(conv, h)
 
 
-def check_time_steps(time_steps: Tensor, x: Tensor) -> None:
-    shape = tuple(x.shape[:-1])
+def check_time_steps(time_steps: Tensor, u: Tensor) -> None:
+    shape = tuple(u.shape[:-1])
     if time_steps.shape != shape or time_steps.is_complex() or time_steps.dtype == torch.bool:
         raise ValueError(
             f"time_steps must be real numbers {shape}, one for each event, "
@@ -202,9 +194,11 @@ def train(kind: str, steps: int, seqlen: int = 40, batch: int = 64, seed: int = 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=600, help="of training, for each model")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the events")
     options = parser.parse_args()
     if options.steps < 1:
         parser.error(f"--steps must be at least 1, got {options.steps}")

@@ -3,7 +3,7 @@
     python examples/look_inside.py "To be, or not to be, that is the question" --layer 2
 
 draws them into look_inside.png, for the model that ships here; --out names another picture, --model
-another model. It needs the project installed, and matplotlib (pip install -e ".[notebook]").
+another model. It needs matplotlib (pip install matplotlib).
 
 The functions are there to be lifted out. They read what `watch` sees in a layer:
 
@@ -18,12 +18,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if __name__ == "__main__":  # from a clone that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from generate import DEFAULT_MODEL, Parser, Tokenizer, load_tokenizer
 from mamba import Mamba, MambaBlock, at_least_float32, discretize
@@ -141,12 +145,12 @@ def hidden_attention(
 
 
 def mean_attention(
-    inside: dict[str, Tensor], rule: str = "mamba", reset: Tensor | None = None, block: int = 16
+    inside: dict[str, Tensor], rule: str = "mamba", reset: Tensor | None = None, at_once: int = 16
 ) -> Tensor:
-    """The mean of |alpha| over all channels, (b, l, l); `block` of them in memory at a time."""
+    """The mean of |alpha| over all channels, (b, l, l), with so many of them in memory at once."""
     total, d = 0, len(inside["A"])
-    for i in range(0, d, block):
-        total = total + hidden_attention(inside, rule, slice(i, i + block), reset).abs().sum(1)
+    for i in range(0, d, at_once):
+        total = total + hidden_attention(inside, rule, slice(i, i + at_once), reset).abs().sum(1)
     return total / d
 
 
@@ -183,12 +187,12 @@ def draw(inside: dict[str, Tensor], rule: str, labels: list[str], title: str, ou
         raise ImportError(f"to draw needs matplotlib (pip install matplotlib): {error}") from error
 
     log_delta = inside["delta"][0].log()  # (l, d)
-    ratio = (log_delta - log_delta.mean(0)).T
+    log_ratio = (log_delta - log_delta.mean(0)).T  # (d, l)
     ## Each channel is a point in the plane of the two leading principal components. In the order of
     ## their angles, channels that react alike are neighbours: 64 bands of them say most of it.
-    plane = torch.linalg.svd(F.pad(ratio, (0, 1)), full_matrices=False).U  # padded: l may be 1
-    ratio = ratio[torch.atan2(plane[:, 1], plane[:, 0]).argsort()]
-    ratio = F.adaptive_avg_pool1d(ratio.T, min(64, len(ratio))).T.exp()
+    plane = torch.linalg.svd(F.pad(log_ratio, (0, 1)), full_matrices=False).U  # l may be 1
+    in_order = log_ratio[torch.atan2(plane[:, 1], plane[:, 0]).argsort()]
+    ratio = F.adaptive_avg_pool1d(in_order.T, min(64, len(in_order))).T.exp()  # (64, l)
     norm = states(inside, rule=rule)[0].flatten(1).norm(dim=1)
     alpha = mean_attention(inside, rule)[0]
     high = alpha.max().item()
@@ -243,10 +247,14 @@ def look(options: argparse.Namespace, parser: Parser) -> None:
 
 
 def main() -> None:
-    parser = Parser("look_inside.py", description=__doc__.split("\n")[0])
+    parser = Parser(
+        "look_inside.py",
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("prompt", help="the text to look at")
     parser.add_argument("--layer", type=int, default=2, help="counted from 0")
-    parser.add_argument("--out", type=Path, default=Path("look_inside.png"))
+    parser.add_argument("--out", type=Path, default=Path("look_inside.png"), help="the picture")
     parser.add_argument("--model", default=str(DEFAULT_MODEL), help="a folder, or on the Hub")
     options = parser.parse_args()
     try:
@@ -254,6 +262,7 @@ def main() -> None:
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         message = " ".join(str(error).split())
         raise SystemExit(f"look_inside.py: error: {message}") from error
+    print(f"wrote {options.out}")
 
 
 if __name__ == "__main__":

@@ -1,27 +1,42 @@
-"""Four recipes around mamba.py, each complete and short enough to copy.
+"""Recipes around mamba.py, each complete and short enough to copy.
 
     1. BidirectionalBlock   a layer that reads a sequence from both sides
     2. SequenceClassifier   one answer for a whole sequence, in batches of unequal lengths
     3. train_in_windows     a long sequence in windows, with the state carried over the borders
     4. pack, packed_loss    several documents in one row, none of which sees another
+    5. resize_token_embeddings, save_for_official, save_for_transformers
+                            more tokens, and folders that other libraries read
 
-`python examples/recipes.py` tries each on a toy task, in half a minute on one core, and prints what
+`python examples/recipes.py` tries the first four on toy tasks, in half a minute on one core, and prints what
 was learnt. Shapes: b rows, l positions. No recipe needs another; 1 and 4 share `starts`.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":  # from a clone that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mamba import Mamba, MambaBlock, MambaConfig, RMSNorm
+from mamba import (
+    EMBEDDING,
+    HF_EMBEDDING,
+    HF_FIELDS,
+    Mamba,
+    MambaBlock,
+    MambaConfig,
+    RMSNorm,
+    read_config,
+)
 
 ## Whatever stands to the left in a row flows into what follows. `reset` cuts this, wherever the
 ## number of the document changes. A padding mask is such a numbering, with numbers False and True.
@@ -177,6 +192,80 @@ def packed_loss(model: Mamba, ids: Tensor, documents: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
 
+## Files for others --------------------------------------------------------------------------------
+##
+## Other tokens need another embedding; other libraries read other files. None of the three needs
+## the libraries that it writes for.
+
+
+def resize_token_embeddings(model: Mamba, vocab_size: int) -> None:
+    """Make room for vocab_size tokens, in place: old rows stay, new ones start as in a new model.
+
+    A head of its own is resized as well. The parameters are new: make the optimizer afterwards.
+    Raises ValueError for a vocab_size that no configuration can have.
+    """
+    config = replace(model.config, vocab_size=vocab_size)  # checks it
+    kept, modules = min(model.config.vocab_size, vocab_size), [model.backbone.embedding]
+    if model.lm_head.weight is not model.backbone.embedding.weight:
+        modules.append(model.lm_head)
+    for module in modules:
+        old = module.weight
+        new = old.new_empty(config.padded_vocab_size, config.d_model).normal_(std=0.02)
+        new[:kept] = old.detach()[:kept]
+        module.weight = nn.Parameter(new, requires_grad=old.requires_grad)
+    if len(modules) == 1:
+        model.lm_head.weight = model.backbone.embedding.weight
+    model.backbone.embedding.num_embeddings = model.lm_head.out_features = len(new)
+    model.config.vocab_size = vocab_size
+
+
+def save_for_official(model: Mamba, path: str | Path) -> None:
+    """A folder for `MambaLMHeadModel.from_pretrained` of mamba_ssm.
+
+    It takes no field of config.json that it does not know (so the tokenizer is not named there),
+    pytorch_model.bin alone, and both names of a tied matrix. Raises ValueError for a rule or
+    norm_eps that it does not have.
+    """
+    check_is_standard(model, norm_eps=1e-5, rule="mamba")
+    folder = Path(path)
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("tokenizer", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    # Written aside and moved: the model's weights may be mapped from the file of this name.
+    torch.save(model.state_dict(), folder / "pytorch_model.bin.partial")
+    (folder / "pytorch_model.bin.partial").replace(folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def save_for_transformers(model: Mamba, path: str | Path) -> None:
+    """A folder for `MambaForCausalLM.from_pretrained` of transformers, and for ours.
+
+    Some fields and one weight change their names. Raises ValueError for another rule than "mamba".
+    """
+    from safetensors.torch import load_file, save_file
+
+    check_is_standard(model, rule="mamba")
+    folder = Path(path)
+    model.save_pretrained(folder)
+    file, saved = folder / "model.safetensors", read_config(folder / "config.json")
+    names = {theirs: ours for theirs, ours in HF_FIELDS.items() if isinstance(ours, str)}
+    config = {theirs: getattr(saved, ours) for theirs, ours in names.items()}
+    config |= {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}
+    config |= {"vocab_size": saved.padded_vocab_size, "intermediate_size": saved.d_inner}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    # Copies: the file that they are read from is written anew.
+    weights = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    weights[HF_EMBEDDING] = weights.pop(EMBEDDING)
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def check_is_standard(model: Mamba, **needed: object) -> None:
+    for name, value in needed.items():
+        if (ours := getattr(model.config, name)) != value:
+            raise ValueError(f"{name} = {ours!r} cannot be said there, only {value!r}")
+
+
 ## Toy tasks ---------------------------------------------------------------------------------------
 
 
@@ -214,6 +303,8 @@ def repetitions(count: int) -> list[Tensor]:
 
 
 def main() -> None:
+    about = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    argparse.ArgumentParser(**about).parse_args()
     torch.set_num_threads(1)  # tensors as small as these gain nothing from more
     torch.manual_seed(0)
     config = MambaConfig(d_model=32, vocab_size=8)

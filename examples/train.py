@@ -4,7 +4,7 @@
 
 It trains on all files but the hold-outs, prints their loss and a sample every --evaluate-every
 steps, and leaves in --out a folder that generate.py and from_pretrained load. The same command
-continues a run that was interrupted. It needs the project installed (pip install -e .).
+continues a run that was interrupted.
 
     python examples/train.py --data texts/*.txt --hold-out ... --evaluate checkpoints/shakespeare
 
@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from tqdm import tqdm
+
+if __name__ == "__main__":  # from a clone that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from generate import ByteTokenizer, stream
 from mamba import Mamba, MambaConfig, MambaState
@@ -156,6 +161,16 @@ def chunked_cross_entropy(u: Tensor, weight: Tensor, targets: Tensor, chunk: int
         return ChunkedCrossEntropy.apply(u, weight, targets, chunk, dtype)
 
 
+def loss_head(model: Mamba, targets: Tensor) -> Callable[[Tensor], Tensor]:
+    """For `model(ids, head=...)`: the loss in place of the logits. It goes through the model's own
+    `forward`, because DistributedDataParallel averages the gradients of nothing else."""
+
+    def loss(hidden: Tensor) -> Tensor:
+        return chunked_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, targets.flatten())
+
+    return loss
+
+
 @torch.no_grad()
 def evaluate(model: Mamba, texts: list[Tensor], window: int = 4096) -> float:
     """Mean loss in nats per byte, each text read once from its first byte to its last.
@@ -263,9 +278,7 @@ def train(options: argparse.Namespace) -> None:
         keep = ~jumped[:, None, None]
         state = state.detach().map(lambda tensor, keep=keep: tensor * keep)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            u, state = model.features(ids[:, :-1], state)
-            targets = ids[:, 1:].flatten()
-            loss = chunked_cross_entropy(u.flatten(0, 1), model.lm_head.weight, targets)
+            loss, state = model(ids[:, :-1], state, head=loss_head(model, ids[:, 1:]))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -303,34 +316,38 @@ def train(options: argparse.Namespace) -> None:
             torch.save(saved, checkpoint.with_suffix(".partial"))
             checkpoint.with_suffix(".partial").replace(checkpoint)
             if out_of_time and step < options.steps:
-                progress.write("out of time: the same command with a larger --minutes goes on")
+                message = f"out of time, wrote {checkpoint}"
+                progress.write(f"{message}: the same command with a larger --minutes goes on")
                 return
     progress.close()
     export(model.cpu(), options.out)
     final = evaluate(Mamba.from_pretrained(options.out, device=device), held_out)
     print(f"{options.out}: hold-out {final:.4f} nats per byte, as saved")
+    print(f"wrote {options.out}: config.json, model.safetensors, and training.pt, to go on from")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, nargs="+", required=True, help="text files")
-    parser.add_argument("--hold-out", nargs="*", default=[], help="names of files not to train on")
-    parser.add_argument("--out", type=Path, default=Path("checkpoints/mine"))
-    parser.add_argument("--evaluate", type=Path, help="measure this checkpoint; train nothing")
-    parser.add_argument("--d-model", type=int, default=256)
-    parser.add_argument("--n-layer", type=int, default=10)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=1800)
-    parser.add_argument("--warmup", type=int, default=100)
-    parser.add_argument("--dropout", type=float, default=0.25)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--evaluate-every", type=int, default=300)
-    parser.add_argument("--minutes", type=float, help="stop after these; the next run goes on")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks")
-    parser.add_argument("--seed", type=int, default=0)
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default_device)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", type=Path, nargs="+", required=True, help="text files")
+    add("--hold-out", nargs="*", default=[], metavar="NAME", help="of --data, not to train on")
+    add("--out", type=Path, default=Path("checkpoints/mine"), help="the folder to write")
+    add("--evaluate", type=Path, metavar="FOLDER", help="measure this one; train nothing")
+    add("--d-model", type=int, default=256, help="width")
+    add("--n-layer", type=int, default=10, help="depth")
+    add("--batch", type=int, default=64, help="rows of a step")
+    add("--seqlen", type=int, default=512, help="bytes of a row")
+    add("--steps", type=int, default=1800, help="in all, with those before an interruption")
+    add("--warmup", type=int, default=100, help="steps until the learning rate is whole")
+    add("--dropout", type=float, default=0.25, help="share of what enters the stream")
+    add("--lr", type=float, default=2e-3, help="the highest learning rate")
+    add("--evaluate-every", type=int, default=300, help="steps between losses, samples, saves")
+    add("--minutes", type=float, help="stop after these; the next run goes on")
+    add("--compile", action="store_true", help="torch.compile the blocks")
+    add("--seed", type=int, default=0, help="of the weights, the windows and the dropout")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
     options = parser.parse_args()
     if options.evaluate is not None and not options.hold_out:
         parser.error("--evaluate needs --hold-out, the texts to measure on")

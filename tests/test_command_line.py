@@ -398,9 +398,9 @@ def test_a_prompt_that_is_not_utf_8_or_a_closed_stdin_is_one_line_too():
 ## ================================================================================================
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+@pytest.mark.parametrize("device", ["gpu", "meta", "cuda:99"])
 def test_a_device_that_cannot_be_used_is_one_line_that_names_it(device, run):
-    assert_one_line(run("hello", "--device", device), 1, device)
+    assert_one_line(run("hello", "--device", device), 1, f"--device {device} is not available")
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", '{"model_type": "bert"}'])

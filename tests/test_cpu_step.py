@@ -194,7 +194,7 @@ def check_step(model: Mamba) -> None:
     """Five tokens, from a state that is not zero: their logits, and each state that follows."""
     exact, tolerance = copy.deepcopy(model).double(), OF_A_STEP[model.lm_head.weight.dtype]
     start = random_state(model)
-    before, expected_state = start.clone(), start.map(Tensor.double)
+    before, expected_state = start.map(torch.clone), start.map(Tensor.double)
     step = generate.CopiedStep(model, start)
     for i, token_ids in enumerate(random_ids(model, 5, 1)):
         logits = step(token_ids)
@@ -218,7 +218,7 @@ def test_a_state_that_was_asked_for_stays_what_it_is(small_pieces):
     step = generate.CopiedStep(model, random_state(model))
     step(ids[0])
     state = step.state()
-    before = state.clone()
+    before = state.map(torch.clone)
     expected, _ = model.step(ids[1], before)
     assert_close("logits", step(ids[1]), expected, 1e-5)
     for follower in (model, other):

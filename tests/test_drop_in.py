@@ -4,10 +4,13 @@ The judge is the recurrence written out here in float64, in the official layout,
 to every channel as they are meant. Tolerances are those of the official project's own tests.
 """
 
+import copy
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
-from drop_in import Mixer, selective_scan_fn
+from drop_in import Layer, Mixer, selective_scan_fn
 from torch import Tensor
 
 from mamba import MambaBlock, MambaConfig
@@ -141,6 +144,84 @@ def test_the_output_has_the_dtype_of_u_and_the_state_is_float32(B):
     assert (out - exact).norm() < 2e-2 * exact.norm()
 
 
+@pytest.mark.parametrize("d_state", [4, 64])
+@pytest.mark.parametrize(
+    "B, C", [("constant", "shared"), ("groups", "constant"), ("shared", "groups")]
+)
+def test_bfloat16_gradients_are_as_exact_as_those_of_one_cast_before_the_recurrence(B, C, d_state):
+    """The official reference casts its inputs to float32 once, and rounds each gradient once."""
+
+    def of_reference(**inputs):
+        return written_out(**{name: t.float() for name, t in inputs.items()})[0].bfloat16()
+
+    inputs = make_inputs(65, B, C, groups=2, n=d_state, d=8)
+    inputs = {name: tensor.bfloat16() for name, tensor in inputs.items()}
+    weights = torch.randn(2, 8, 65, generator=torch.Generator().manual_seed(1)).bfloat16()
+    found = []
+    for function, dtype in (
+        (lambda **leaves: written_out(**leaves)[0], torch.float64),
+        (of_reference, torch.bfloat16),
+        (selective_scan_fn, torch.bfloat16),
+    ):
+        leaves = {name: tensor.to(dtype).requires_grad_() for name, tensor in inputs.items()}
+        loss = (function(**leaves) * weights).sum()
+        found.append(torch.autograd.grad(loss, list(leaves.values())))
+    for name, exact, reference, ours in zip(inputs, *found, strict=True):
+        errors = [((t.double() - exact).norm() / exact.norm()).item() for t in (ours, reference)]
+        assert errors[0] < 1.2 * errors[1], f"gradient of {name}: {errors[0]:.1e}, {errors[1]:.1e}"
+
+
+## The official layer ------------------------------------------------------------------------------
+
+
+def test_the_layer_takes_the_arguments_of_the_official_one():
+    """In its order, and with its defaults."""
+    sizes = dict(d_state=4, d_conv=3, expand=1.5, dt_rank=2, conv_bias=False, bias=True)
+    layer = Layer(16, **sizes, use_fast_path=False, layer_idx=3, device="cpu", dtype=torch.bfloat16)
+    assert (layer.config.d_inner, layer.config.scan, layer.layer_idx) == (24, "chunked", 3)
+    assert {p.dtype for p in layer.parameters()} == {torch.bfloat16}
+    u = torch.randn(2, 5, 16).bfloat16()
+    block = MambaBlock(MambaConfig(16, scan="chunked", **sizes)).bfloat16()
+    block.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(u), block(u))
+    assert Layer(16, 4, 3).config == MambaConfig(16, d_state=4, d_conv=3)
+    assert Layer(16, 8, 4, 2, "auto", 0.01, 0.2).config.dt_max == 0.2
+
+
+def test_the_layer_is_built_where_it_is_wanted():
+    assert Layer(16, device="meta").A_log.is_meta
+    with torch.device("meta"):
+        assert Layer(16).A_log.is_meta
+    assert Layer(16).A_log.dtype == torch.float32
+    with pytest.raises(TypeError, match="inference_params"):
+        Layer(16)(torch.randn(1, 2, 16), inference_params=None)
+
+
+## Edges -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("B, C", [("shared", "groups"), ("constant", "groups")])
+def test_an_empty_batch_gives_empty_results_and_gradients_of_zero(B, C):
+    """As the official reference does; so a rank of a parallel run that has no row goes on."""
+    inputs = make_inputs(7, B, C, batch=0)
+    inputs["u"] = inputs["u"].bfloat16()
+    leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+    out, h = selective_scan_fn(**leaves, delta_softplus=True, return_last_state=True)
+    expected = written_out(**leaves)
+    assert out.shape == expected[0].shape == (0, 4, 7) and out.dtype == torch.bfloat16
+    assert h.shape == expected[1].shape == (0, 4, 3) and h.dtype == torch.float32
+    assert selective_scan_fn(**leaves).shape == out.shape
+    gradients = torch.autograd.grad(out.sum() + h.sum(), list(leaves.values()))
+    for (name, tensor), gradient in zip(leaves.items(), gradients, strict=True):
+        assert gradient.shape == tensor.shape and not gradient.any(), name
+
+
+@pytest.mark.parametrize("B", LAYOUTS)
+def test_what_is_returned_is_contiguous(B):
+    for tensor in selective_scan_fn(**make_inputs(6, B), return_last_state=True):
+        assert tensor.is_contiguous()
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -153,8 +234,9 @@ def test_the_output_has_the_dtype_of_u_and_the_state_is_float32(B):
         ({"D": torch.zeros(5)}, r"D must be \(4,\)"),
         ({"delta_bias": torch.zeros(8)}, r"delta_bias must be \(4,\)"),
         ({"u": torch.zeros(2, 4, 7, dtype=torch.int64)}, "float dtype"),
+        ({"u": torch.zeros(2, 4, 0)}, r"l and n at least 1, got \(2, 4, 0\)"),
     ],
-    ids=["complex", "A", "B", "groups", "delta", "z", "D", "bias", "integers"],
+    ids=["complex", "A", "B", "groups", "delta", "z", "D", "bias", "integers", "length"],
 )
 def test_what_does_not_fit_is_named(change, words):
     for B in ("shared", "constant"):
@@ -196,7 +278,6 @@ def test_a_model_of_transformers_with_our_blocks_is_the_same_model(changes):
             found = found if not options else found[mask.bool()]
             logits.append(found)
             names, parameters = zip(*each.named_parameters(), strict=True)
-            names = [name.replace("mixer.block.", "mixer.") for name in names]
             grads = torch.autograd.grad(found.square().sum(), parameters)
             gradients.append(dict(zip(names, grads, strict=True)))
         assert torch.allclose(*logits, rtol=1e-4, atol=1e-5)
@@ -217,33 +298,90 @@ def test_padding_on_the_left_changes_nothing_with_a_bias_either():
     assert torch.allclose(padded, alone, rtol=1e-4, atol=1e-5)
 
 
-def test_what_was_frozen_stays_frozen_and_the_mode_is_kept():
+def with_mixers(host):
+    ours = copy.deepcopy(host)
+    for layer in ours.backbone.layers:
+        layer.mixer = Mixer(layer.mixer)
+    return ours
+
+
+def test_the_parameters_are_the_hosts_own_with_what_was_frozen_and_the_mode():
     mixer = transformers_model().eval().backbone.layers[0].mixer
     mixer.A_log.requires_grad_(False)
-    ours = Mixer(mixer)
+    mixer.D.data = mixer.D.data.double()
+    theirs, ours = dict(mixer.named_parameters()), Mixer(mixer)
     assert not ours.training
-    frozen = [name for name, p in ours.block.named_parameters() if not p.requires_grad]
-    assert frozen == ["A_log"]
+    assert {name: id(p) for name, p in ours.named_parameters()} == {
+        name: id(p) for name, p in theirs.items()
+    }
+    assert [name for name, p in ours.named_parameters() if not p.requires_grad] == ["A_log"]
+
+
+def test_what_a_host_with_mixers_saves_loads_without_them(tmp_path):
+    ours, ids = with_mixers(transformers_model()), torch.randint(20, (2, 9))
+    ours.save_pretrained(tmp_path)
+    theirs, report = type(ours).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    assert type(theirs.backbone.layers[0].mixer).__name__ == "MambaMixer"
+    logits = [host(ids, use_cache=False).logits for host in (ours, theirs)]
+    assert torch.allclose(*logits, rtol=1e-4, atol=1e-5)
+
+
+def takes_cache(host) -> bool:
+    """Whether this version of transformers has the cache that Mixer knows (from 5.24 on)."""
+    return "cache" in inspect.signature(type(host.backbone.layers[0]).forward).parameters
+
+
+@pytest.mark.parametrize("changes", [{}, {"conv_kernel": 1, "use_conv_bias": False}])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_the_host_generates_what_it_generates_without_mixers(changes, options):
+    """Also in a batch with padding on the left."""
+    host = transformers_model(**changes).eval()
+    ours, ids = with_mixers(host), torch.randint(1, 20, (2, 9))
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, :4] = 0
+    options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, **options}
+    options |= {"eos_token_id": None, "attention_mask": mask}
+    if takes_cache(host):
+        assert torch.equal(ours.generate(ids, **options), host.generate(ids, **options))
+    else:
+        with pytest.raises(ValueError, match="use_cache=False"):
+            ours.generate(ids, **options)
+
+
+def test_a_cache_goes_on_in_parts_and_from_host_to_mixers_and_back():
+    host = transformers_model().eval()
+    if not takes_cache(host):
+        pytest.skip("transformers before 5.24 has another cache, which Mixer refuses")
+    ours, ids = with_mixers(host), torch.randint(20, (2, 9))
+    expected, cache, found = host(ids).logits, None, []
+    # After a prompt, transformers' own mixer reads a single token only.
+    for model, first, last in ((ours, 0, 2), (ours, 2, 5), (host, 5, 6), (ours, 6, 9)):
+        out = model(ids[:, first:last], cache=cache, use_cache=True)
+        cache = out.cache
+        found.append(out.logits)
+    assert torch.allclose(torch.cat(found, 1), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_mixer_refuses_whatever_the_host_gives_it_and_it_does_not_know():
-    model = transformers_model()
-    ids = torch.zeros(1, 3, dtype=torch.long)
-    mixer = Mixer(model.backbone.layers[0].mixer)
-    model.backbone.layers[0].mixer = mixer
-    model(ids, use_cache=False)
-    with pytest.raises(ValueError, match="use_cache=False"):
-        model(ids, use_cache=True)
-    with pytest.raises(ValueError, match="use_cache=False"):
-        model.generate(ids, max_new_tokens=2, do_sample=False)
-    u = torch.zeros(1, 3, 12)
-    for name in ("cache", "cache_params", "seq_idx", "cu_seq_lens_q", "a_name_of_tomorrow"):
+    host = transformers_model()
+    mixer, u = Mixer(host.backbone.layers[0].mixer), torch.randn(1, 3, 12)
+    for name in ("cache_params", "seq_idx", "cu_seq_lens_q", "a_name_of_tomorrow"):
         assert mixer(u, **{name: None}).shape == u.shape
-        with pytest.raises(ValueError, match=name):
+        with pytest.raises(ValueError, match=f"no {name}: .*use_cache=False"):
             mixer(u, **{name: torch.zeros(1)})
+    with pytest.raises(ValueError, match="no cache Tensor: take use_cache=False"):
+        mixer(u, cache=torch.zeros(1))
     for mask in (torch.ones(3), torch.ones(1, 1, 3, 3), torch.ones(1, 4)):
         with pytest.raises(ValueError, match=r"attention_mask must be \(1, 3\)"):
             mixer(u, attention_mask=mask)
+    if takes_cache(host):
+        cache = host(torch.zeros(1, 3, dtype=torch.long), use_cache=True).cache
+        with pytest.raises(ValueError, match="padding in a row whose state is not zero"):
+            mixer(u, cache=cache, attention_mask=torch.tensor([[0, 1, 1]]))
+        cache.activate_past_recording()
+        with pytest.raises(ValueError, match="without an assistant model"):
+            mixer(u, cache=cache)
 
 
 def test_a_mixer_of_another_architecture_is_refused():

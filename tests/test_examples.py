@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mamba import Mamba
+from mamba import Mamba, MambaConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,6 +32,56 @@ And then is heard no more: it is a tale
 Told by an idiot, full of sound and fury,
 Signifying nothing.
 """
+
+
+SCRIPTS = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """The Python files alone, elsewhere; each says so when it is imported."""
+    folder = tmp_path_factory.mktemp("clone")
+    shutil.copytree(ROOT / "examples", folder / "examples")
+    for name in ("mamba.py", "generate.py", "triton_scan.py"):
+        (folder / name).write_text((ROOT / name).read_text() + "\nFROM_THE_CLONE = True\n")
+    return folder
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_runs_from_a_bare_clone_and_answers_help_with_its_defaults(
+    name, clone, monkeypatch, capsys, tmp_path
+):
+    if name == "trainer.py":
+        pytest.importorskip("accelerate", reason="the Trainer of transformers needs accelerate")
+    # As `python examples/name --help` begins: its own folder in front, nothing of ours imported.
+    elsewhere = [path for path in sys.path if path and not Path(path, "mamba.py").exists()]
+    monkeypatch.setattr(sys, "path", [str(clone / "examples"), *elsewhere])
+    for module in ("mamba", "generate", "triton_scan"):
+        monkeypatch.setitem(sys.modules, module, sys.modules.get(module))  # to be put back
+        del sys.modules[module]
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    monkeypatch.chdir(tmp_path)
+    try:
+        script = runpy.run_path(str(clone / "examples" / name), run_name="__main__")
+    except SystemExit as exit:
+        assert exit.code == 0
+    else:
+        assert name == "drop_in.py" and script["MambaBlock"]
+    assert sys.modules["mamba"].FROM_THE_CLONE
+    printed, source = capsys.readouterr().out, (ROOT / "examples" / name).read_text()
+    assert source.split("\n")[0].removeprefix('"""') in " ".join(printed.split())
+    listed = printed.partition("\noptions:\n")[2]
+    assert len(re.findall(r"^  --[\w-]+", listed, re.MULTILINE)) == listed.count("(default:")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_that_is_imported_leaves_the_path_alone(name, monkeypatch):
+    if name == "trainer.py":
+        pytest.importorskip("accelerate", reason="the Trainer of transformers needs accelerate")
+    before = list(sys.path)
+    runpy.run_path(str(ROOT / "examples" / name), run_name="imported")
+    assert sys.path == before
 
 
 @torch.no_grad()
@@ -199,6 +252,7 @@ def test_an_interrupted_training_goes_on_and_ends_with_a_model_that_has_learned(
     interrupted = train(tmp_path, "--minutes", "0")
     assert interrupted.returncode == 0, interrupted.stderr
     assert re.search(r"^step 1 .*hold-out \d\.\d+", interrupted.stdout, re.MULTILINE)
+    assert "out of time, wrote out/training.pt" in interrupted.stderr + interrupted.stdout
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
     other = train(tmp_path, "--lr", "0.02")
@@ -208,8 +262,152 @@ def test_an_interrupted_training_goes_on_and_ends_with_a_model_that_has_learned(
     resumed = train(tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert "going on after step 1" in resumed.stdout
+    assert "wrote out: config.json, model.safetensors, and training.pt" in resumed.stdout
     model = Mamba.from_pretrained(tmp_path / "out")
     said = float(re.search(r"hold-out (\d\.\d+) nats per byte, as saved", resumed.stdout)[1])
     assert nats_per_byte(model, VERSE) == pytest.approx(said, abs=1e-3)
     assert said < 5  # an untrained model has log(256) = 5.5
     assert model.config.tokenizer == "bytes"
+
+
+## ================================================================================================
+## The Trainer of transformers
+## ================================================================================================
+
+
+@pytest.fixture
+def script():
+    pytest.importorskip("accelerate", reason="the Trainer of transformers needs accelerate")
+    import trainer
+
+    return trainer
+
+
+def rows_with_padding() -> list[dict[str, torch.Tensor]]:
+    ids = torch.randint(11, (12, 9), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[::3, 6:] = -100
+    return [{"input_ids": a, "labels": b} for a, b in zip(ids, labels, strict=True)]
+
+
+def three_steps(script, folder, resume=None, tie_embeddings=True, **options):
+    torch.manual_seed(0)
+    config = MambaConfig(8, n_layer=2, vocab_size=11, tie_embeddings=tie_embeddings)
+    rows = rows_with_padding()
+    usual = {"per_device_train_batch_size": 4, "weight_decay": 0.1, "save_steps": 2}
+    arguments = script.TrainingArguments(
+        folder, max_steps=3, learning_rate=1e-2, report_to="none", use_cpu=True,
+        disable_tqdm=True, **usual | options,
+    )  # fmt: skip
+    model = script.TrainerMamba(config)
+    trainer = script.MambaTrainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def distances(model, other) -> dict[str, float]:
+    both = zip(model.named_parameters(), other.parameters(), strict=True)
+    return {name: (a - b).abs().max().item() for (name, a), b in both}
+
+
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_a_run_of_the_trainer_that_goes_on_ends_where_one_that_was_not_interrupted_ends(
+    script, tie_embeddings, tmp_path
+):
+    whole = three_steps(script, tmp_path / "whole", tie_embeddings=tie_embeddings)
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    assert max(distances(whole.model, Mamba.from_pretrained(checkpoint)).values()) > 1e-3
+    resumed = three_steps(script, tmp_path / "resumed", str(checkpoint), tie_embeddings)
+    assert not any(distances(whole.model, resumed.model).values())
+    loaded = Mamba.from_pretrained(tmp_path / "whole" / "checkpoint-3")
+    assert not any(distances(whole.model, loaded).values())
+    assert (loaded.lm_head.weight is loaded.backbone.embedding.weight) == tie_embeddings
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(script, tmp_path):
+    three_steps(script, tmp_path, tie_embeddings=False)
+    weights = tmp_path / "checkpoint-2" / "model.safetensors"
+    from safetensors.torch import load_file, save_file
+
+    kept = {name: t for name, t in load_file(weights).items() if "A_log" not in name}
+    save_file(kept, weights)
+    with pytest.raises(RuntimeError, match="A_log"):
+        three_steps(script, tmp_path / "other", str(weights.parent), tie_embeddings=False)
+
+
+def test_the_trainer_loads_the_best_of_its_checkpoints(script, tmp_path, caplog):
+    trainer = three_steps(
+        script, tmp_path, load_best_model_at_end=True, eval_strategy="steps", eval_steps=1,
+        metric_for_best_model="eval_runtime", greater_is_better=True, save_steps=1,
+    )  # fmt: skip
+    best = Mamba.from_pretrained(trainer.state.best_model_checkpoint)
+    assert not any(distances(trainer.model, best).values())
+    assert trainer.model.lm_head.weight is trainer.model.backbone.embedding.weight
+    assert "missing keys" not in caplog.text
+
+
+def test_the_trainer_saves_what_processes_the_data_too_and_refuses_a_part_of_a_model(
+    script, tmp_path
+):
+    class Processor:
+        def save_pretrained(self, folder):
+            (Path(folder) / "processor.json").write_text("{}")
+
+    trainer = three_steps(script, tmp_path)
+    trainer.processing_class = Processor()
+    trainer.save_model(tmp_path / "saved")
+    names = {path.name for path in (tmp_path / "saved").iterdir()}
+    assert names >= {"model.safetensors", "config.json", "processor.json"}
+    with pytest.raises(RuntimeError, match="leave out FSDP"):  # which hand over what they gathered
+        trainer._save(tmp_path / "part", state_dict={})
+
+
+def test_the_trainer_measures_the_loss_of_what_is_not_padding(script, tmp_path):
+    trainer = three_steps(script, tmp_path, per_device_eval_batch_size=12)
+    model, total, count = trainer.model, 0.0, 0
+    for row in rows_with_padding():
+        log_p = Mamba.forward(model, row["input_ids"][None])[0].log_softmax(-1)
+        for t, label in enumerate(row["labels"][1:].tolist()):
+            if label != -100:
+                total, count = total - log_p[t, label].item(), count + 1
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(total / count, abs=1e-5)
+
+
+def test_the_trainer_decays_what_param_groups_decays(script, tmp_path):
+    """With a gradient of zero, only decay moves a weight."""
+    torch.manual_seed(0)
+    trainer = three_steps(script, tmp_path)
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    trainer.optimizer, trainer.lr_scheduler = None, None
+    optimizer = trainer.create_optimizer()
+    for parameter in before:
+        trainer.model.get_parameter(parameter).grad = torch.zeros_like(before[parameter])
+    optimizer.step()
+    moved = {name for name, p in trainer.model.named_parameters() if not p.equal(before[name])}
+    decayed = {id(p) for p in trainer.model.param_groups(0.1)[0]["params"]}
+    assert moved == {name for name, p in trainer.model.named_parameters() if id(p) in decayed}
+    assert any("in_proj" in name for name in moved)
+    assert not any("A_log" in name or name.endswith(".D") for name in moved)
+
+
+def test_the_script_of_the_trainer_goes_on_and_says_what_it_wrote(
+    script, tmp_path, monkeypatch, capsys
+):
+    small = MambaConfig(8, n_layer=1, vocab_size=256, tokenizer="bytes")
+    monkeypatch.setattr(script, "MambaConfig", lambda *_, **__: small)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_bytes(VERSE * 2)
+    written = []  # to begin anew would write it again
+    for steps in ("2", "3"):
+        command = ["trainer.py", "a.txt", "--out", "out", "--steps", steps, "--save-every", "2"]
+        monkeypatch.setattr(sys, "argv", command)
+        script.main()
+        written.append((tmp_path / "out" / "checkpoint-2" / "optimizer.pt").stat().st_mtime_ns)
+    assert written[0] == written[1]
+    assert "wrote out: config.json, model.safetensors" in capsys.readouterr().out
+    assert Mamba.from_pretrained(tmp_path / "out").config == small
+    history = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert history["global_step"] == 3
+    monkeypatch.setattr(sys, "argv", ["trainer.py", "no.txt"])
+    with pytest.raises(SystemExit, match=r"trainer\.py: error: .*no\.txt"):
+        script.main()

@@ -20,7 +20,7 @@ import transformers
 from conftest import use_endpoint
 from hub import COMMIT, LIST, Hub, nowhere
 from huggingface_hub import constants
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import mamba
 from mamba import Mamba, MambaConfig
@@ -101,18 +101,13 @@ def assert_loads(name_or_path: str | Path, dtype: torch.dtype = torch.float32, *
 
 
 def error_of(function) -> tuple[type, str]:
-    """The exception's type and message: one sentence, perhaps with torch's list of keys."""
+    """The exception's type and message: one sentence."""
     with pytest.raises(Exception) as info:
         function()
     message = str(info.value)
-    first, *keys = message.split("\n")
-    assert 20 < len(first) < 500, message
-    assert all(re.match(r"\t(Missing key|Unexpected key|size mismatch)", key) for key in keys), (
-        message
-    )
-    assert (
-        "weights_only=False" not in message
-    )  # torch's own words on a refused pickle suggest to run it
+    assert 20 < len(message) < 600 and "\n" not in message, message
+    # torch's own words on a refused pickle suggest to run it
+    assert "weights_only=False" not in message and "Re-running" not in message
     return type(info.value), message
 
 
@@ -149,23 +144,12 @@ def test_a_folder_that_transformers_wrote_gives_the_logits_of_transformers(chang
     assert error < 1e-5, error
 
 
-def test_a_folder_that_we_save_loads_in_transformers_after_one_rename(tmp_path):
-    model = randomise(Mamba(MambaConfig(d_model=16, n_layer=2, vocab_size=30)))
-    model.save_pretrained(tmp_path)
-    path = tmp_path / "model.safetensors"
-    renamed = {k.replace(".embedding.", ".embeddings."): v for k, v in load_file(path).items()}
-    save_file(renamed, path, metadata={"format": "pt"})
-    (tmp_path / "config.json").write_text(json.dumps(HF_CONFIG))
-    theirs = transformers.MambaForCausalLM.from_pretrained(tmp_path)
-    ids = torch.randint(30, (2, 11), generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(theirs(ids).logits, model(ids), rtol=1e-4, atol=1e-5)
-
-
 def test_an_absent_field_means_what_it_means_in_transformers(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     config, theirs = mamba.read_config(tmp_path / "config.json"), transformers.MambaConfig()
-    assert {ours: getattr(config, ours) for ours in mamba.HF_FIELDS.values()} == {
-        ours: getattr(theirs, name) for name, ours in mamba.HF_FIELDS.items()
+    names = {name: ours for name, ours in mamba.HF_FIELDS.items() if isinstance(ours, str)}
+    assert {ours: getattr(config, ours) for ours in names.values()} == {
+        ours: getattr(theirs, name) for name, ours in names.items()
     }
     assert config.d_inner == theirs.intermediate_size
     assert config.padded_vocab_size == theirs.vocab_size
@@ -188,6 +172,33 @@ def test_a_config_without_event_time_is_read_and_one_with_it_is_shown_the_exampl
     assert (ROOT / "examples" / "event_time.py").exists()
 
 
+@pytest.mark.parametrize("layout", ["bin", "hf"])
+def test_a_field_that_is_null_has_its_default(layout, tmp_path):
+    change_config(layout)(tmp_path)
+    expected = mamba.read_config(tmp_path / "config.json")
+    ours = ["ssm_cfg", "norm_eps", "rule", "attn_cfg", "event_time", "residual_in_fp32", "d_stat"]
+    theirs = ["time_step_rank", "layer_norm_epsilon", "hidden_act", "use_bias", "norm_eps"]
+    names = ours if layout == "bin" else theirs
+    change_config(layout, **dict.fromkeys(names))(tmp_path)
+    assert mamba.read_config(tmp_path / "config.json") == expected
+    if layout == "bin":
+        change_config(layout, ssm_cfg={"d_state": None, "d_conv": 3})(tmp_path)
+        config = mamba.read_config(tmp_path / "config.json")
+        assert (config.d_state, config.d_conv) == (16, 3)
+
+
+def test_what_transformers_writes_into_each_config_is_read(tmp_path):
+    """Names of sizes among it, which would be refused if it were unknown."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 32, "hidden_act": "swish"}
+    transformers.MambaConfig(**sizes).save_pretrained(tmp_path)
+    old = {"no_repeat_ngram_size": 0, "chunk_size_feed_forward": 0, "pad_vocab_size_multiple": 8}
+    old |= {"d_inner": 32, "time_step_floor": 1e-4, "max_length": 20, "num_labels": 2}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | old))
+    save_file(hf_weights(), tmp_path / SAFE)
+    assert_loads(tmp_path)
+
+
 def test_of_several_formats_the_first_is_read_and_what_is_saved_beside_them_counts(tmp_path):
     """In this order: one safetensors file, its shards, one .bin file, its shards."""
     for layout, files in (
@@ -207,7 +218,7 @@ def test_of_several_formats_the_first_is_read_and_what_is_saved_beside_them_coun
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_loading_takes_little_more_memory_than_the_file(dtype, tmp_path):
+def test_loading_takes_no_memory_but_that_of_the_tensors_that_are_cast(dtype, tmp_path):
     model = Mamba(MambaConfig(d_model=512, n_layer=16, vocab_size=5000))
     model.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
@@ -215,7 +226,99 @@ def test_loading_takes_little_more_memory_than_the_file(dtype, tmp_path):
     script = str(ROOT / "benchmarks" / "load.py")
     command = [sys.executable, script, "--measure", str(tmp_path), dtype]
     result = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-    assert result["peak_over_file"] < 1.25, result  # 1.2 for a model of useful size
+    # Mapped pages are not counted, the system takes them back; what is cast takes half the file.
+    assert result["peak_over_file"] < {"float32": 0.1, "bfloat16": 0.6}[dtype], result
+
+
+## ================================================================================================
+## What is saved
+## ================================================================================================
+
+
+def small(**changes) -> Mamba:
+    return randomise(Mamba(MambaConfig(**{**dict(d_model=16, vocab_size=30), **changes})))
+
+
+IDS = torch.arange(20).view(2, 10)
+
+
+@pytest.mark.parametrize("flag", [True, False])
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_whether_the_head_is_the_embedding_is_asked_of_the_tensors(flag, is_tied, tmp_path):
+    model = small(tie_embeddings=flag)
+    model.lm_head = torch.nn.Linear(16, 32, bias=False)
+    if is_tied:
+        model.lm_head.weight = model.backbone.embedding.weight
+    model.save_pretrained(tmp_path)
+    loaded = Mamba.from_pretrained(tmp_path)
+    assert torch.equal(loaded(IDS), model(IDS))
+    assert json.loads((tmp_path / "config.json").read_text())["tie_embeddings"] == is_tied
+    assert (loaded.lm_head.weight is loaded.backbone.embedding.weight) == is_tied
+    assert model.config.tie_embeddings == flag  # to save changes nothing in the model
+
+
+@pytest.mark.parametrize("module", ["backbone.embedding", "lm_head", "backbone.norm_f"])
+def test_what_could_not_be_loaded_again_is_not_saved(module, tmp_path):
+    model = small()
+    weight = model.get_submodule(module).weight
+    model.get_submodule(module).weight = torch.nn.Parameter(torch.ones(40, *weight.shape[1:]))
+    kind, message = error_of(lambda: model.save_pretrained(tmp_path / "model"))
+    assert kind is RuntimeError and f"1 misshapen: {module}.weight (40" in message
+    assert not (tmp_path / "model").exists()
+
+
+def tuned(model: Mamba, **options):
+    """The model with LoRA, after a few steps of training on IDS."""
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, **options))
+    parameters = [p for p in adapted.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss_of(adapted).backward()
+        optimizer.step()
+    return adapted
+
+
+def loss_of(model) -> torch.Tensor:
+    logits = model(IDS[:, :-1])
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), IDS[:, 1:].flatten())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_head_that_was_trained_beside_adapters_is_there_after_saving_and_loading(tmp_path):
+    model = small()
+    before = loss_of(model).item()
+    options = {"target_modules": ["in_proj"], "modules_to_save": ["lm_head"]}
+    merged = tuned(model, **options).merge_and_unload()
+    expected = loss_of(merged).item()
+    assert expected < before - 0.01
+    merged.save_pretrained(tmp_path)
+    loaded = Mamba.from_pretrained(tmp_path)
+    assert loss_of(loaded).item() == pytest.approx(expected, abs=1e-5)
+    assert merged.config.tie_embeddings is loaded.config.tie_embeddings is False
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_adapters_that_are_not_merged_are_not_saved_as_if_they_were(tmp_path):
+    adapted = tuned(small(), target_modules=["in_proj"])
+    kind, message = error_of(lambda: adapted.base_model.model.save_pretrained(tmp_path))
+    assert kind is RuntimeError and "lora_A" in message
+
+
+def test_peft_warns_of_an_adapter_in_one_of_two_tied_matrices():
+    with pytest.warns(UserWarning, match="tied layer is part of the adapter"):
+        adapted = tuned(small(), target_modules=["lm_head"])
+    with pytest.warns(UserWarning, match="tied_target_modules"):
+        adapted.merge_and_unload()
+    with pytest.warns(UserWarning, match="no longer tied after merging"):
+        options = {"target_modules": ["in_proj"], "modules_to_save": ["lm_head"]}
+        tuned(small(), **options).merge_and_unload()
+
+
+def test_peft_does_not_warn_of_a_head_that_is_not_tied(recwarn):
+    tuned(small(tie_embeddings=False), target_modules=["lm_head"]).merge_and_unload()
+    assert not [warning for warning in recwarn if "tie" in str(warning.message)]
 
 
 ## ================================================================================================
@@ -314,12 +417,20 @@ LLAMA = {"model_type": "llama", "hidden_size": 16, "num_attention_heads": 4}
 FOLDER_FAULTS = {
     # config.json
     "no config": (replace_file("bin", "config.json", None), FileNotFoundError, "config.json"),
-    "empty config": (replace_file("bin", "config.json", b""), ValueError, "config.json"),
-    "half a config": (replace_file("bin", "config.json", 0.5), ValueError, "config.json"),
-    "config is a list": (replace_file("bin", "config.json", b"[1]"), ValueError, "config.json"),
-    "config is HTML": (replace_file("bin", "config.json", HTML), ValueError, "config.json"),
-    "config is binary": (replace_file("bin", "config.json", b"\xff\xfe\0\1"), ValueError, "JSON"),
-    "config is deep": (replace_file("bin", "config.json", b"[" * 10**5), ValueError, "JSON"),
+    "empty config": (replace_file("bin", "config.json", b""), RuntimeError, "config"),
+    "half a config": (replace_file("bin", "config.json", 0.5), RuntimeError, "config"),
+    "config is a list": (replace_file("bin", "config.json", b"[1]"), RuntimeError, "config"),
+    "config is HTML": (replace_file("bin", "config.json", HTML), RuntimeError, "config"),
+    "config is binary": (
+        replace_file("bin", "config.json", b"\xff\xfe\0\1"),
+        RuntimeError,
+        "config.json",
+    ),
+    "config is deep": (
+        replace_file("bin", "config.json", b"[" * 10**5),
+        RuntimeError,
+        "config.json",
+    ),
     "config is {}": (replace_file("bin", "config.json", b"{}"), ValueError, "d_model"),
     "llama": (replace_file("bin", "config.json", json.dumps(LLAMA).encode()), ValueError, "llama"),
     "mamba2-hf": (change_config("hf", model_type="mamba2"), ValueError, "mamba2"),
@@ -329,12 +440,14 @@ FOLDER_FAULTS = {
     "no model_type": (change_config("hf", model_type=None), ValueError, "model_type"),
     "gelu": (change_config("hf", hidden_act="gelu"), ValueError, "hidden_act"),
     "quantized": (change_config("hf", quantization_config={}), ValueError, "quantization_config"),
-    "other width": (change_config("hf", intermediate_size=48), ValueError, "intermediate_size"),
+    "another eps": (change_config("hf", norm_eps=1e-6), ValueError, "norm_eps"),
+    "its eps": (change_config("hf", rms_norm_epsilon=1e-6), ValueError, "rms_norm_epsilon"),
+    "a size": (change_config("hf", state_dim=32), ValueError, "state_dim"),
+    "our name": (change_config("hf", d_state=32), ValueError, "d_state"),
     "hidden_size -1": (change_config("hf", hidden_size=-1), ValueError, "hidden_size"),
     "hidden_size 1.5": (change_config("hf", hidden_size=1.5), ValueError, "hidden_size"),
     "hidden_size a text": (change_config("hf", hidden_size="16"), ValueError, "hidden_size"),
     "state_size true": (change_config("hf", state_size=True), ValueError, "state_size"),
-    "rank null": (change_config("hf", time_step_rank=None), ValueError, "time_step_rank"),
     "eps 0": (change_config("hf", layer_norm_epsilon=0), ValueError, "layer_norm_epsilon"),
     "d_model 0": (change_config("bin", d_model=0), ValueError, "d_model"),
     "n_layer 2.0": (change_config("bin", n_layer=2.0), ValueError, "n_layer"),
@@ -347,7 +460,6 @@ FOLDER_FAULTS = {
     "unknown in ssm_cfg": (change_config("bin", ssm_cfg={"groups": 4}), ValueError, "groups"),
     "ssm_cfg a number": (change_config("bin", ssm_cfg=3), ValueError, "ssm_cfg"),
     "d_model twice": (change_config("bin", ssm_cfg={"d_model": 8}), ValueError, "ssm_cfg"),
-    "event_time null": (change_config("bin", event_time=None), ValueError, "event_time"),
     "2**40 columns": (change_config("bin", d_model=2**40), ValueError, str(2**40)),
     "10**19 rows": (change_config("bin", vocab_size=10**19), ValueError, str(10**19)),
     "10**9 layers": (change_config("hf", num_hidden_layers=10**9), ValueError, str(10**9)),
@@ -373,13 +485,20 @@ FOLDER_FAULTS = {
     "a zipped pickle that runs": (zipped_pickle, RuntimeError, BIN),
     "a pickled list": (plain_pickle(lambda _: [1, 2]), RuntimeError, BIN),
     "a list of tensors": (change_weights("bin", lambda w: [*w.values()]), RuntimeError, "list"),
-    "a nested dict": (change_weights("bin", lambda w: {"model": w}), RuntimeError, "model"),
-    "a number": (change_weights("bin", lambda w: {**w, "epoch": 3}), RuntimeError, "epoch"),
+    "a number": (
+        change_weights("bin", lambda w: {**w, "epoch": 3}),
+        RuntimeError,
+        "1 unknown: epoch",
+    ),
+    "a number in place": (change_weights("bin", lambda w: w | {D: 3}), RuntimeError, f"{D} int"),
     "a number for a name": (change_weights("bin", lambda w: {3: w[D]}), RuntimeError, "3"),
     # weights that do not fit
     "a weight too few": (change_weights("bin", lambda w: [w.pop(D)][1:]), RuntimeError, D),
     "a weight too many": (change_weights("hf", lambda w: {**w, "x": w[D] + 1}), RuntimeError, "x"),
-    "a weight too long": (change_weights("hf", lambda w: w | {D: w[D][1:]}), RuntimeError, "[31]"),
+    "a weight too short": (
+        change_weights("hf", lambda w: w | {D: w[D][1:]}),
+        *(RuntimeError, f"1 misshapen: {D} (31,), not (32,)"),
+    ),
     "no embedding": (
         change_weights("hf", lambda w: [w.pop("backbone.embeddings.weight")][1:]),
         *(RuntimeError, "backbone.embedding.weight"),
@@ -405,15 +524,7 @@ FOLDER_FAULTS = {
             (write(folder, "shards") / SHARDS[0]).replace(folder / SHARD)
             and save_file(hf_weights(), folder / SHARDS[0])
         ),
-        *(RuntimeError, INDEX),
-    ),
-    "a key too many": (
-        change_index(lambda m: {"weight_map": m | {"x.y": SHARD}}),
-        *(RuntimeError, "x.y"),
-    ),
-    "a key too few": (
-        change_index(lambda m: {"weight_map": {k: v for k, v in m.items() if k != D}}),
-        *(RuntimeError, D),
+        *(RuntimeError, "another file"),
     ),
     "no weight_map": (change_index(lambda m: {}), ValueError, "weight_map"),
     "a weight_map of lists": (change_index(lambda m: {"weight_map": [m]}), ValueError, INDEX),
@@ -423,10 +534,10 @@ FOLDER_FAULTS = {
     ),
     "a file of the other format": (
         change_index(lambda m: {"weight_map": m | {D: "pytorch_model.bin"}}),
-        *(ValueError, "weight_map"),
+        *(FileNotFoundError, "pytorch_model.bin"),
     ),
-    "an index in halves": (replace_file("shards", INDEX, 0.5), ValueError, INDEX),
-    "half an index of bins": (replace_file("bin shards", BIN_INDEX, 0.5), ValueError, BIN_INDEX),
+    "an index in halves": (replace_file("shards", INDEX, 0.5), RuntimeError, INDEX),
+    "half an index of bins": (replace_file("bin shards", BIN_INDEX, 0.5), RuntimeError, BIN_INDEX),
     "a missing bin shard": (
         replace_file("bin shards", BIN_SHARDS[1], None),
         *(FileNotFoundError, BIN_SHARDS[1]),
@@ -448,10 +559,11 @@ def test_a_broken_or_hostile_folder_is_refused_in_one_sentence(name, tmp_path):
         kind, message = error_of(lambda dtype=dtype: Mamba.from_pretrained(folder, dtype=dtype))
         assert kind is expected
         assert named in message and str(folder) in message
+        assert "again" not in message  # nobody downloaded it
     assert sorted(path.name for path in folder.iterdir()) == before  # no canary: nothing was run
 
 
-def test_all_weights_that_do_not_fit_are_listed_at_once(tmp_path):
+def test_weights_that_do_not_fit_are_counted_by_fault_and_the_first_are_named(tmp_path):
     def change(tensors):
         tensors["backbone.norm_f.weight"] = torch.ones(2, 8)
         tensors["head.bias"] = torch.ones(3)
@@ -459,9 +571,43 @@ def test_all_weights_that_do_not_fit_are_listed_at_once(tmp_path):
 
     change_weights("bin", change)(tmp_path)
     _, message = error_of(lambda: Mamba.from_pretrained(tmp_path))
-    missing, extra, misshapen = message.split("\n")[1:]
-    assert missing.count("backbone.layers.0.") == 10 and '"head.bias"' in extra
-    assert all(words in misshapen for words in ("backbone.norm_f.weight", "[2, 8]", "[16]"))
+    assert re.search(r"10 missing: (backbone\.layers\.0\.[\w.]+(, )?){3};", message)
+    assert (
+        "; 1 unknown: head.bias; 1 misshapen: backbone.norm_f.weight (2, 8), not (16,)" in message
+    )
+
+
+def test_a_checkpoint_without_a_head_or_with_another_is_told_what_is_missing(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 32}
+    config = transformers.MambaConfig(**sizes, tie_word_embeddings=False)
+    transformers.MambaModel(config).save_pretrained(tmp_path)
+    _, message = error_of(lambda: Mamba.from_pretrained(tmp_path))
+    assert "23 missing: backbone.embedding.weight, " in message
+    assert "; 22 unknown: embeddings.weight, " in message
+    tensors = hf_weights() | {"classifier.weight": torch.ones(3, 16)}
+    save_file(tensors, tmp_path / SAFE)
+    _, message = error_of(lambda: Mamba.from_pretrained(tmp_path))
+    assert "1 missing: lm_head.weight; 1 unknown: classifier.weight" in message
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod."])
+def test_a_prefix_of_all_names_is_named_with_the_line_that_takes_it_off(prefix, tmp_path):
+    change_weights("bin", lambda w: {prefix + name: tensor for name, tensor in w.items()})(tmp_path)
+    kind, message = error_of(lambda: Mamba.from_pretrained(tmp_path))
+    assert kind is RuntimeError and repr(prefix) in message
+    names = {"weights": torch.load(tmp_path / BIN)}
+    exec(re.search("`(.+)`", message)[1], names)
+    torch.save(names["weights"], tmp_path / BIN)
+    assert_loads(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model"])
+def test_tensors_under_one_key_are_shown_the_line_that_takes_them_out(key, tmp_path):
+    change_weights("bin", lambda w: {"optimizer": {"state": {}}, "epoch": 3, key: w})(tmp_path)
+    kind, message = error_of(lambda: Mamba.from_pretrained(tmp_path))
+    assert kind is RuntimeError and repr(key) in message
+    exec(re.search("`(.+)`", message)[1], {"torch": torch})
+    assert_loads(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["", "gpt2", "/no/such/folder", "a/b/c", "tests/typo", "a b/c"])
@@ -477,7 +623,8 @@ def test_what_is_no_folder_and_no_repository_is_called_neither(name, monkeypatch
 def test_a_wrong_argument_is_refused_before_a_weight_is_looked_for(wrong, tmp_path):
     replace_file("bin", BIN, None)(tmp_path)
     kind, message = error_of(lambda: Mamba.from_pretrained(tmp_path, **wrong))
-    assert kind is ValueError and str(*wrong.values()) in message
+    assert kind is (RuntimeError if "device" in wrong else ValueError)  # torch's own for a device
+    assert str(*wrong.values()) in message
 
 
 ## ================================================================================================
@@ -550,18 +697,18 @@ HUB_FAULTS = {
     "gated": (RuntimeError, "hf auth login"),
     "private": (FileNotFoundError, "hf auth login"),
     "500": (RuntimeError, "500"),
-    "portal": (RuntimeError, "try again"),
+    "portal": (RuntimeError, "config.json could not be downloaded"),
     "slow": (FileNotFoundError, "out of reach"),
     "500-body": (RuntimeError, "500"),
-    "cut": (RuntimeError, "try again"),
-    "short": (RuntimeError, "try again"),
+    "cut": (FileNotFoundError, "out of reach"),
+    "short": (RuntimeError, "should be of size"),
 }
 
 
 @pytest.mark.parametrize(
     ("fault", "file"),
     [(fault, LIST) for fault in ("gated", "private", "500", "portal", "slow")]
-    + [(fault, BIN) for fault in ("gated", "500", "slow", "500-body", "cut", "short")],
+    + [(fault, BIN) for fault in ("gated", "500-body", "cut", "short")],
 )
 def test_a_fault_of_the_hub_is_one_sentence_with_a_remedy(fault, file, hub, tmp_path):
     publish(hub, tmp_path / "source")
@@ -575,13 +722,36 @@ def test_a_fault_of_the_hub_is_one_sentence_with_a_remedy(fault, file, hub, tmp_
     assert_loads(NAME)
 
 
+def test_a_cache_that_cannot_be_written_is_named_with_its_path(hub, monkeypatch, tmp_path):
+    """As with HF_HOME: whatever does not depend on rights, which root has all of."""
+    publish(hub, tmp_path / "source")
+    (tmp_path / "home").write_text("a file")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    kind, message = error_of(lambda: Mamba.from_pretrained(NAME))
+    assert kind is RuntimeError and str(tmp_path / "home") in message
+    assert "Not a directory" in message and "again" not in message and "network" not in message
+
+
+def test_a_full_disk_is_named(hub, tmp_path):
+    resource = pytest.importorskip("resource", reason="limits are a matter of Unix")
+    publish(hub, tmp_path / "source")
+    hub.repositories[NAME][BIN] = bytes(2**21)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))  # the nearest to a disk that is full
+    try:
+        kind, message = error_of(lambda: Mamba.from_pretrained(NAME))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert kind is RuntimeError and BIN in message and "File too large" in message
+    assert "again" not in message and "network" not in message
+
+
 def test_a_repository_a_revision_or_a_file_that_is_not_there_is_named(hub, tmp_path):
     publish(hub, tmp_path / "source")
-    for options in ({"name_or_path": "someone/else"}, {"revision": "v9"}):
-        call = {"name_or_path": NAME, **options}
-        kind, message = error_of(lambda call=call: Mamba.from_pretrained(**call))
-        assert kind is FileNotFoundError
-        assert all(value in message for value in call.values())
+    kind, message = error_of(lambda: Mamba.from_pretrained("someone/else"))
+    assert kind is FileNotFoundError and "someone/else" in message
+    kind, message = error_of(lambda: Mamba.from_pretrained(NAME, revision="v9"))
+    assert kind is RuntimeError and NAME in message and "v9" in message
     del hub.repositories[NAME][BIN]
     kind, message = error_of(lambda: Mamba.from_pretrained(NAME))
     assert kind is FileNotFoundError and BIN in message and SAFE in message

@@ -59,7 +59,7 @@ def test_importing_mamba_loads_torch_and_einops_alone_and_prints_nothing():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("d_model", 8.0), ("n_layer", 0), ("d_conv", -1), ("vocab_size", True)),
+        *(("d_model", 8.5), ("n_layer", 0), ("d_conv", -1), ("vocab_size", True)),
         *(("tie_embeddings", "false"), ("norm_eps", "1e-5"), ("dt_min", 0), ("dt_init", "zeros")),
     ],
 )
@@ -252,7 +252,7 @@ def test_a_model_with_a_hook_an_adapter_or_another_forward_is_not_our_own():
         model = random_model()
         change(model)
         assert not mamba.is_our_own(model), change.__name__
-    for name in ("forward", "step", "select", "ssm"):
+    for name in ("forward", "step", "select", "mix"):
         model = random_model()
         setattr(model.backbone.layers[0].mixer, name, lambda *args: None)
         assert not mamba.is_our_own(model), name

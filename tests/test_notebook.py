@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import importlib.machinery
 import os
 import re
 import sys
@@ -23,8 +24,8 @@ NO_NETWORK = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://1
 NO_NETWORK |= {name.upper(): address for name, address in NO_NETWORK.items()}
 
 
-def execute(notebook, cache: Path):
-    """A copy of the notebook with fresh outputs, run from the repository root without a network."""
+def execute(notebook, cache: Path, folder: Path = ROOT):
+    """A copy of the notebook with fresh outputs, run in a folder without a network."""
     import matplotlib.font_manager  # noqa: F401  builds its font cache here, and not in a cell
     from nbclient import NotebookClient
 
@@ -42,7 +43,7 @@ def execute(notebook, cache: Path):
     client = NotebookClient(
         fresh,
         kernel_name="python3",
-        resources={"metadata": {"path": str(ROOT)}},
+        resources={"metadata": {"path": str(folder)}},
         timeout=120,
         record_timing=False,  # it would store the time of day with every cell
         coalesce_streams=True,  # else slow printing is stored in pieces
@@ -133,6 +134,65 @@ def test_a_model_that_ignores_the_time_between_events_is_far_worse(fresh):
     assert set(errors) == {"event time", "gaps as input", "no times"}, printed(cell)
     assert errors["event time"] < 0.2 * errors["no times"], errors
     assert errors["gaps as input"] < 0.5 * errors["no times"], errors
+
+
+def run_the_first_cell(committed) -> None:
+    exec(code_cells(committed)[0].source, {})
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch) -> Path:
+    """A folder that has the files, by name, and is not where the test runs."""
+    folder = tmp_path / "above" / "mamba"
+    for name in ("mamba.py", "generate.py", "examples", "checkpoints/shakespeare"):
+        (folder / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # nothing is installed
+    return folder
+
+
+@pytest.mark.parametrize("start", [".", "examples", "checkpoints/shakespeare", ".."])
+def test_the_first_cell_finds_the_project_from_above_and_below(
+    start, project, committed, monkeypatch
+):
+    monkeypatch.chdir(project / start)
+    run_the_first_cell(committed)
+    assert Path.cwd() == project
+
+
+def test_the_first_cell_finds_the_installed_project(project, committed, monkeypatch):
+    spec = importlib.machinery.ModuleSpec("mamba", None, origin=str(project / "mamba.py"))
+    monkeypatch.setattr("importlib.util.find_spec", {"mamba": spec}.get)
+    run_the_first_cell(committed)
+    assert Path.cwd() == project
+
+
+def test_without_the_project_the_first_cell_says_in_one_sentence_what_to_do(
+    project, committed, monkeypatch
+):
+    """Also where an unrelated package, or a folder, has the name of ours."""
+    (project / "generate.py").rmdir()
+    unrelated = importlib.machinery.ModuleSpec("mamba", None, origin=str(project / "mamba.py"))
+    for spec in (None, unrelated, importlib.machinery.ModuleSpec("mamba", None)):
+        monkeypatch.setattr("importlib.util.find_spec", {"mamba": spec}.get)
+        with pytest.raises(FileNotFoundError) as raised:
+            run_the_first_cell(committed)
+        sentence = str(raised.value)
+        assert "mamba.py, generate.py, examples, checkpoints/shakespeare" in sentence
+        assert "!git clone" in sentence and "\n" not in sentence
+    assert Path.cwd() != project
+
+
+def test_what_the_second_cell_imports_is_that_of_the_project_found(committed, tmp_path):
+    """In a kernel, which begins in another folder."""
+    (tmp_path / "clone").mkdir()
+    for path in (*ROOT.glob("*.py"), ROOT / "examples", ROOT / "checkpoints"):
+        (tmp_path / "clone" / path.name).symlink_to(path)
+    short = copy.deepcopy(committed)
+    short.cells = [code_cells(short)[0], code_cells(short)[0].copy()]
+    short.cells[1].source = "import generate, mamba\nprint(mamba.__file__, generate.__file__)"
+    names = printed(execute(short, tmp_path / "cache", tmp_path).cells[1]).split()
+    assert {Path(name).parent for name in names} == {tmp_path / "clone"}
 
 
 @pytest.mark.parametrize("which", ["committed", "fresh"])

@@ -97,13 +97,13 @@ def test_padding_may_be_longer_than_a_part(tokens, monkeypatch):
 def test_no_part_has_more_tokens_than_it_may(batch, longest, monkeypatch):
     monkeypatch.setattr(generate, "CPU_READS", 12)
     model, seen = small_model(), []
-    features = Mamba.features
+    forward = Mamba.forward
 
     def watched(self, ids, state, **options):
         seen.append(ids)
-        return features(self, ids, state, **options)
+        return forward(self, ids, state, **options)
 
-    monkeypatch.setattr(Mamba, "features", watched)
+    monkeypatch.setattr(Mamba, "forward", watched)
     ids = random_ids(batch, 25)
     generate.prefill(model, ids)
     assert max(part.shape[1] for part in seen) == longest
@@ -257,9 +257,9 @@ def test_a_model_that_is_not_our_own_gets_the_prompt_in_one_piece(monkeypatch):
     seen = []
 
     class Own(Mamba):
-        def features(self, ids, state, **options):
+        def forward(self, ids, state, **options):
             seen.append(ids.shape)
-            return super().features(ids, state, **options)
+            return super().forward(ids, state, **options)
 
     model = small_model()
     own = Own(model.config).double()

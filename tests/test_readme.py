@@ -77,7 +77,9 @@ def run_piece(module, first: str, rules=("mamba", "dirac")) -> list[torch.Tensor
             piece(delta, -A, B, "typo")
         results = [piece(delta, -A, B, rule) for rule in mamba.RULES]
     elif first == "causal_conv":
-        results = [piece(x, B[0, :3, None, :], A[:, 0], C[:, :3, :3])]
+        conv1d = torch.nn.Conv1d(3, 3, 4, groups=3)
+        conv1d.load_state_dict({"weight": B[0, :3, None, :], "bias": A[:, 0]})
+        results = [piece(x, conv1d, C[:, :3, :3]), piece(x[:, 0], conv1d, C[:, :3, :3])]
     elif first == "selective_scan":
         results = [piece(*inputs, A[:, 0], x, scan=scan) for scan in ("auto", "sequential")]
         results += [piece(*inputs, rule=rule) for rule in rules]

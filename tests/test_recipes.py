@@ -5,6 +5,7 @@ which knows no padding, no resets and no windows. In float64: what differs by 1e
 """
 
 import copy
+import json
 import re
 
 import pytest
@@ -274,6 +275,104 @@ def test_packed_documents_have_the_logits_loss_and_gradients_of_separate_documen
 
 
 ## ================================================================================================
+## Files for others
+## ================================================================================================
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("size", [20, 12, 9, 4])
+def test_a_resized_model_keeps_what_it_knew_of_old_tokens_trains_and_can_be_saved(
+    tied, size, tmp_path
+):
+    model = randomised(Mamba(small(tie_embeddings=tied)))
+    ids = torch.randint(min(size, 11), (2, 7))
+    before = model(ids)[..., : min(size, 11)]
+    recipes.resize_token_embeddings(model, size)
+    logits = model(ids)
+    assert logits.shape[-1] == model.config.padded_vocab_size == -(-size // 8) * 8
+    assert_close("logits of old tokens", logits[..., : min(size, 11)], before)
+    assert (model.lm_head.weight is model.backbone.embedding.weight) == tied
+    for rows in [model.backbone.embedding.weight, model.lm_head.weight]:
+        if size > 11:
+            assert 0.01 < rows[11:].std() < 0.03
+    new = torch.full((2, 3), size - 1)
+    assert gradients(model(new).square().sum(), model)["backbone.embedding.weight"][size - 1].any()
+    model.save_pretrained(tmp_path)
+    loaded = Mamba.from_pretrained(tmp_path, dtype=torch.float64)
+    assert loaded.config == model.config and torch.equal(loaded(new), model(new))
+
+
+def test_a_size_that_no_model_can_have_is_refused_and_the_model_stays_as_it_was():
+    model = Mamba(small())
+    with pytest.raises(ValueError, match="vocab_size must be a positive integer, got 0"):
+        recipes.resize_token_embeddings(model, 0)
+    assert model.config == small() and len(model.lm_head.weight) == 16
+
+
+OFFICIAL_FIELDS = {
+    *("d_model", "d_intermediate", "n_layer", "vocab_size", "ssm_cfg", "attn_layer_idx"),
+    *("attn_cfg", "rms_norm", "residual_in_fp32", "fused_add_norm", "pad_vocab_size_multiple"),
+    "tie_embeddings",
+}  # of MambaConfig in mamba_ssm 2.2
+OFFICIAL_SSM_FIELDS = {
+    *("d_state", "d_conv", "expand", "dt_rank", "dt_min", "dt_max", "dt_init", "dt_scale"),
+    *("dt_init_floor", "conv_bias", "bias", "use_fast_path"),
+}  # of its Mamba
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_official_loader_reads_what_is_saved_for_it(tied, tmp_path):
+    """Its two steps: config.json as keyword arguments, then a strict load of pytorch_model.bin."""
+    model = randomised(Mamba(small(tie_embeddings=tied, tokenizer="bytes"))).float()
+    recipes.save_for_official(model, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "pytorch_model.bin"}
+
+    entries = json.loads((tmp_path / "config.json").read_text())
+    assert entries.keys() <= OFFICIAL_FIELDS and entries["ssm_cfg"].keys() <= OFFICIAL_SSM_FIELDS
+    weights = torch.load(tmp_path / "pytorch_model.bin", map_location="cpu")
+    ssm = entries.pop("ssm_cfg")
+    assert entries.pop("rms_norm") is entries.pop("fused_add_norm") is True
+    other = Mamba(MambaConfig(**entries, **ssm))
+    other.load_state_dict(weights, strict=True)
+    ids = torch.randint(11, (2, 7))
+    assert torch.equal(other(ids), model(ids))
+    loaded = Mamba.from_pretrained(tmp_path)  # mapped from the file that is written next
+    recipes.save_for_official(loaded, tmp_path)
+    assert torch.equal(loaded(ids), model(ids))
+    assert torch.equal(Mamba.from_pretrained(tmp_path)(ids), model(ids))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tie_embeddings": False, "bias": True}, {"norm_eps": 0.1, "residual_in_fp32": False}],
+    ids=str,
+)
+def test_transformers_reads_what_is_saved_for_it_and_so_do_we(changes, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = randomised(Mamba(small(d_conv=3, expand=3, dt_rank=5, **changes))).float()
+    recipes.save_for_transformers(model, tmp_path)
+    theirs = transformers.MambaForCausalLM.from_pretrained(tmp_path)
+    ids = torch.randint(11, (2, 7))
+    expected = model(ids)
+    scale = expected.abs().max()
+    for name, other in {
+        "theirs": theirs(ids).logits,
+        "ours": Mamba.from_pretrained(tmp_path)(ids),
+    }.items():
+        assert_close(name, other / scale, expected / scale, 1e-5)
+
+
+@pytest.mark.parametrize("save", [recipes.save_for_official, recipes.save_for_transformers])
+def test_a_rule_that_others_do_not_know_is_refused_and_nothing_is_written(save, tmp_path):
+    with pytest.raises(ValueError, match="rule = 'zoh' cannot be said there, only 'mamba'"):
+        save(Mamba(small(rule="zoh")), tmp_path)
+    assert not list(tmp_path.iterdir())
+    if save is recipes.save_for_official:
+        with pytest.raises(ValueError, match=r"norm_eps = 0\.1"):
+            save(Mamba(small(norm_eps=0.1)), tmp_path)
+
+
+## ================================================================================================
 ## The script
 ## ================================================================================================
 
@@ -286,6 +385,7 @@ def test_the_script_prints_two_numbers_for_each_comparison(monkeypatch, capsys):
         return fit(model, loss_of, lambda count: make(min(count, 32)), steps=1)
 
     monkeypatch.setattr(recipes, "fit", fit_a_little)
+    monkeypatch.setattr("sys.argv", ["recipes.py"])
     recipes.main()
     printed = capsys.readouterr().out
     first, second, third, fourth = re.split(r"^\d\. ", printed, flags=re.MULTILINE)[1:]

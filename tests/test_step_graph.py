@@ -131,7 +131,7 @@ def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float) 
 
 # A layout stores the rows of a state in a way of its own: it returns the state and what is around.
 def contiguous(state: MambaState) -> tuple[MambaState, list[Tensor]]:
-    return state.clone(), []
+    return state.map(torch.clone), []
 
 
 def side_by_side(state: MambaState) -> tuple[MambaState, list[Tensor]]:
@@ -220,7 +220,7 @@ def test_every_layer_has_its_own_state():
     """Nothing of one layer's goes into another's: each of them is that of the layer alone."""
     model, batch = small_model(n_layer=3), 2
     start = random_state(model, batch)
-    state, ids = start.clone(), random_ids(model, batch)
+    state, ids = start.map(torch.clone), random_ids(model, batch)
     triton_scan.fused_step(model, ids, state)
     _, expected = model.step(ids, start)
     for i in range(3):
@@ -275,7 +275,7 @@ def test_delta_has_float32_digits_at_every_size(bias):
     block.A_log.fill_(-5.0)  # so that a long step does not forget everything
     start = random_state(model, 1)
     start.h.zero_()
-    state, ids = start.clone(), random_ids(model, 1)
+    state, ids = start.map(torch.clone), random_ids(model, 1)
     triton_scan.fused_step(model, ids, state)
     _, expected = copy.deepcopy(model).double().step(ids, start.map(Tensor.double))
     assert_close("h", state.h, expected.h, 1e-5)
@@ -628,7 +628,7 @@ def test_a_graph_starts_from_the_state_that_it_is_given_and_leaves_it_as_it_is(m
     for length in (1, 9, 4, 9):
         ids = random_ids(model, 2, length, seed=length)
         logits, state = read(model, ids)
-        before = state.clone()
+        before = state.map(torch.clone)
         with triton_scan.step_graph(model, state) as step:
             actual = go_on(step, logits)
         assert torch.equal(actual, go_on(PlainStep(model, before), logits))
@@ -908,7 +908,7 @@ def test_logits_of_a_given_text_are_those_of_the_step(batch, dtype, made):
     model = large_model(dtype)
     text = random_ids(model, batch, 25 if GPU else 6)
     state = model.init_state(batch)
-    _, state = model.features(text[:, :5], state)
+    _, state = model(text[:, :5], state)
     graph = triton_scan.StepGraph(model, batch)
     graph.load(state)
     for i, token_ids in enumerate(text[:, 5:].unbind(1)):

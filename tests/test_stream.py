@@ -267,7 +267,7 @@ def test_a_state_of_a_stream_is_a_value_whatever_others_do_with_it():
     options = {"temperature": 0, "max_new_tokens": 70}
     turn = generate.stream(model, ids, **options)
     *_, last = turn
-    state, before = turn.state, turn.state.clone()
+    state, before = turn.state, turn.state.map(torch.clone)
     answers = [streamed(model, last.unsqueeze(1), state=state, **options) for _ in range(2)]
     assert torch.equal(*answers)
     assert torch.equal(state.h, before.h) and torch.equal(state.conv, before.conv)
@@ -313,7 +313,7 @@ def test_a_stream_on_a_recorded_step_gives_its_state_as_a_copy(monkeypatch):
 
         def state(self) -> MambaState:
             assert not Lent.ended
-            return self.last.clone()
+            return self.last.map(torch.clone)
 
     monkeypatch.setattr(generate, "continuing", lambda model, state, tokens: Lent(model, state))
     model, ids = random_model(), random_ids(2, 5)

@@ -155,8 +155,10 @@ def mean_attention(
 
 
 def token_label(tokenizer: Tokenizer, token_id: int) -> str:
-    """A token as it is drawn: a space and the end of a line as signs, bytes of no text in hex."""
-    text = tokenizer.token_bytes(token_id).decode("utf-8", "backslashreplace")
+    """A token as it is drawn: a space and the end of a line as signs, one of no text in hex."""
+    text = tokenizer.decode([token_id])
+    if "\ufffd" in text:  # a part of a character
+        return f"{token_id:02x}"
     text = text.replace(" ", "␣").replace("\n", "↵")
     return (text if text.isprintable() else repr(text)[1:-1]).replace("\\x", "")
 

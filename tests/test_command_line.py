@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import generate
-from mamba import Mamba, MambaConfig
+from mamba import SCANS, Mamba, MambaConfig
 
 PROGRAM = Path(generate.__file__)
 SHORT = ("--max-new-tokens", "12", "--seed", "1")
@@ -51,7 +51,7 @@ def run(capsys, monkeypatch):
         file.isatty = lambda: stdin is None
         monkeypatch.setattr(sys, "stdin", file)
         try:
-            code = generate.main(list(arguments))
+            code = generate.main(generate.parse_arguments(list(arguments)))
         except SystemExit as exit:
             code = exit.code
         return code, *capsys.readouterr()
@@ -95,6 +95,88 @@ def test_stats_go_to_stderr_and_leave_stdout_as_it_is(run):
     assert err.startswith("prompt 19 tokens, ") and "12 tokens," in err and err.count("\n") == 1
     # 10 layers x 512 channels x (16 states + 3 inputs of the convolution) x 4 bytes
     assert err.endswith("state 389120 bytes\n")
+
+
+def test_help_shows_every_option_with_its_default(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, err = run("--help")
+    assert (code, err) == (0, "")
+    for default in (
+        "300",
+        "0.8",
+        "0.95",
+        "1.0",
+        "auto",
+        "float32",
+        "None",
+        str(Path("shakespeare")),
+    ):
+        assert f"{default})" in out
+    options = [line for line in out.splitlines() if line.startswith("  --")]
+    assert out.count("(default: ") == len(options) + 1 == 16, "and of the prompt"
+
+
+def test_the_scans_and_options_of_the_command_line_are_those_of_the_model(run):
+    code, _, err = run("hello", "--scan", "fast")
+    offered = set(err.split("choose from ")[1].strip().strip(")").replace("'", "").split(", "))
+    assert code == 2 and offered == {"auto", *SCANS, "triton"}
+
+
+@pytest.fixture
+def ending_model(tmp_path) -> str:
+    """The model that ships, with the end of a line as its end token."""
+    for path in generate.DEFAULT_MODEL.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [10, 0]}')
+    return str(tmp_path)
+
+
+def test_the_text_ends_before_the_models_end_token_or_a_stop_string(run, ending_model):
+    call = (PROMPT, "--temperature", "0", "--max-new-tokens", "80")
+    _, text, _ = run(*call)
+    line = text.removeprefix(PROMPT).splitlines()[0]
+    assert 5 < len(line) < 80
+    code, out, err = run(*call, "--model", ending_model, "--stats")
+    assert (code, out) == (0, PROMPT + line + "\n")
+    assert f" {len(line)} tokens," in err
+    for stop in (("--stop", "\n"), ("--stop", "never", "--stop", line[-2:] + "\n")):
+        expected = line if stop[1] == "\n" else line[:-2]
+        assert run(*call, *stop) == (0, PROMPT + expected + "\n", "")
+
+
+def test_what_may_become_a_stop_string_is_not_printed_before_it_is_sure(run, monkeypatch):
+    printed = []
+    monkeypatch.setattr("builtins.print", lambda text, **options: printed.append(text))
+    monkeypatch.setattr(generate, "sample", lambda logits, **_: torch.tensor([next(script)]))
+    script = iter(b"ab#ab##")
+    generate.main(generate.parse_arguments(["x", "--stop", "##", "--max-new-tokens", "20"]))
+    assert printed == ["xa", "b", "", "#a", "b", "", "", ""]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(1.0, [1, 2, 3]), (0.4, [])])
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_prompt_that_takes_long_says_so_on_a_terminal_until_it_is_read(
+    seconds, shown, terminal, monkeypatch
+):
+    """Four parts of so many seconds each: after 2 s a line, and nothing is left of it."""
+    file = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", file)
+    monkeypatch.setattr(generate, "CPU_READS", 5)
+    clock = iter(i * seconds for i in range(99))
+    monkeypatch.setattr(generate.time, "perf_counter", lambda: next(clock))
+    options = [PROMPT, "--max-new-tokens", "1"]
+    assert generate.main(generate.parse_arguments(options)) == 0
+    lines = [line for line in file.getvalue().split("\r") if line]
+    if not terminal or not shown:
+        assert file.getvalue() == ""
+    else:
+        assert lines[0].strip() == "15 of 19 tokens of the prompt are read"
+        assert lines[-1].strip() == "" and len(lines[-1]) >= len(lines[0].strip())
 
 
 def test_samples_are_separated_and_differ_as_if_run_with_seeds_one_after_the_other(run):
@@ -145,6 +227,28 @@ def test_exit_codes_reach_the_shell_and_warnings_do_not_reach_stderr(tmp_path):
     assert_one_line(wrong, 2, "--top-p must be in (0, 1], got 0.0")
     assert_one_line(failed, 1, str(tmp_path), "config.json")
     assert warned == (7, "", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--help"], 0, "--max-new-tokens"),
+        (["To", "be", "or", "not"], 2, 'quote the prompt: generate.py "To be or not"'),
+        (["hello", "--temprature", "1"], 2, "did you mean --temperature?"),
+        (["hello", "--top-p", "7"], 2, "--top-p must be"),
+        (["hello", "--model", "mamba-370m"], 2, "--model state-spaces/mamba-370m"),
+        ([], 2, "a prompt is missing"),
+    ],
+)
+def test_help_and_wrong_calls_are_answered_before_torch_is_imported(
+    arguments, code, words, tmp_path
+):
+    (tmp_path / "torch.py").write_text("raise SystemExit(7)")
+    closed = {} if arguments else {"preexec_fn": lambda: os.close(0), "stdin": None}
+    process = start(*arguments, env={"PYTHONPATH": str(tmp_path)}, **closed)
+    actual, out, err = finish(process)
+    assert actual == code and words in (err if code else out)
+    assert not (out if code else err)
 
 
 def interrupt_after_first_byte(process: subprocess.Popen) -> tuple[int, str, str]:
@@ -214,25 +318,22 @@ def test_a_model_on_the_hub_is_completed_online_and_then_from_the_cache(hub, run
         ("--temperature -1", "--temperature must be 0 (greedy) or a positive number, got -1.0"),
         ("--temperature nan", "--temperature must be"),
         ("--temperature warm", "--temperature: invalid float value: 'warm'"),
-        ("--top-k -1", "--top-k must be 0 (off) or a positive number, got -1"),
+        ("--top-k -1", "--top-k must be 0 (off) or a positive integer, got -1"),
         ("--top-k 2.5", "--top-k: invalid int value: '2.5'"),
         ("--top-p 0", "--top-p must be in (0, 1], got 0.0"),
         ("--top-p 1.1", "--top-p must be in (0, 1], got 1.1"),
         ("--min-p 2", "--min-p must be in [0, 1], got 2.0"),
         ("--repetition-penalty 0", "--repetition-penalty must be a positive number, got 0.0"),
-        ("--max-new-tokens 0", "--max-new-tokens must be at least 1, got 0"),
+        ("--max-new-tokens 0", "--max-new-tokens must be an integer, at least 1, got 0"),
         ("--max-new-tokens many", "--max-new-tokens: invalid int value: 'many'"),
         ("--num-samples 0", "--num-samples must be at least 1, got 0"),
-        ("--seed -1", "--seed must be in [0, 2**64), got -1"),
+        ("--seed -1", "--seed must be an integer in [0, 2**64), got -1"),
         ("--seed", "--seed: expected one argument"),
-        ("--device gpu", "'gpu' is not available on this machine"),
-        ("--device meta", "'meta' is not available on this machine"),
-        ("--device cuda:99", "'cuda:99' is not available on this machine"),
         ("--dtype int8", "'int8'"),
         ("--scan fast", "'fast'"),
-        ("--temprature 1", "--temprature"),
-        ("--temp 1", "--temp"),
-        ("another", "another"),
+        ("--temprature 1", "unknown option --temprature: did you mean --temperature?"),
+        ("--temperatur=1", "unknown option --temperatur=1: did you mean --temperature?"),
+        ("another", 'quote the prompt: generate.py "hello another"'),
         ("--prompt-file prompt.txt", "--prompt-file: not allowed with argument prompt"),
     ],
     ids=lambda value: value if value.startswith("--") else "",
@@ -245,6 +346,28 @@ def test_a_wrong_option_is_one_line_that_names_it(arguments, words, run):
 def test_a_prompt_that_looks_like_an_option_is_told_where_to_stand(prompt, run):
     assert_one_line(run(prompt), 2, "a prompt that starts with '-' stands last, after '--'")
     assert run(*SHORT, "--", prompt)[1].startswith(prompt)
+
+
+def test_the_name_of_an_original_gets_its_owner_unless_it_is_a_folder(run, tmp_path, monkeypatch):
+    for name in ("mamba-130m", "mamba-2.8b-slimpj", "mamba-370m-hf"):
+        assert_one_line(run("a", "--model", name), 2, f"--model state-spaces/{name}")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mamba-130m").mkdir()
+    assert_one_line(run("a", "--model", "mamba-130m"), 1, "config.json")
+
+
+def test_a_stop_string_that_would_end_every_text_is_refused(run):
+    assert_one_line(run("a", "--stop", ""), 2, "--stop must be a list of texts that are not empty")
+
+
+def test_what_python_would_be_told_is_told_in_the_words_of_the_command_line(run, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("scan='triton' needs a GPU. Or use scan='chunked', dtype=bfloat16")
+
+    monkeypatch.setattr(Mamba, "from_pretrained", fail)
+    assert_one_line(
+        run("a"), 1, "--scan triton needs a GPU. Or use --scan chunked, --dtype bfloat16"
+    )
 
 
 def test_a_prompt_that_is_not_there_is_one_line(run, tmp_path):
@@ -273,6 +396,11 @@ def test_a_prompt_that_is_not_utf_8_or_a_closed_stdin_is_one_line_too():
 ## ================================================================================================
 ## Failures
 ## ================================================================================================
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta", "cuda:99"])
+def test_a_device_that_cannot_be_used_is_one_line_that_names_it(device, run):
+    assert_one_line(run("hello", "--device", device), 1, f"--device {device} is not available")
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", '{"model_type": "bert"}'])
@@ -306,4 +434,4 @@ def test_a_model_without_weights_or_with_a_foreign_tokenizer_is_one_line(run, tm
 def test_a_scan_that_cannot_run_here_is_one_line():
     """In a process of its own: Triton's interpreter, which tests switch on, would run it here."""
     process = start("hello", "--scan", "triton", "--device", "cpu", env={"TRITON_INTERPRET": "0"})
-    assert_one_line(finish(process), 1, "triton")
+    assert_one_line(finish(process), 1, "--scan chunked")

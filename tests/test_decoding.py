@@ -281,7 +281,7 @@ def test_a_stream_of_one_token_leaves_the_graph_where_it_is(made):
 def leave_by_closing(steps) -> None:
     for _ in range(3):
         next(steps)
-    steps.close()
+    steps.steps.close()
 
 
 def leave_by_an_error_of_the_reader(steps) -> None:
@@ -296,7 +296,7 @@ def leave_by_an_error_inside(steps) -> None:
     for _ in range(3):
         next(steps)
     with pytest.raises(KeyboardInterrupt):
-        steps.throw(KeyboardInterrupt)
+        steps.steps.throw(KeyboardInterrupt)
 
 
 @pytest.mark.parametrize(

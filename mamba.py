@@ -1178,7 +1178,7 @@ OUR_OWN = ["norm_eps", "tokenizer", "rule", "scan"]  # not written if they are t
 FIELDS = {item.name: item.name for item in fields(MambaConfig) if item.name != "scan"} | dict(
     model_type=["mamba"], layer=["Mamba1"], rms_norm=[True], d_intermediate=[0], attn_cfg=[{}],
     attn_layer_idx=[[]], fused_add_norm=[], use_fast_path=[], architectures=[], torch_dtype=[],
-    dtype=[],
+    dtype=[], eos_token_id=[], bos_token_id=[], pad_token_id=[],
 )  # fmt: skip
 HF_FIELDS = dict(
     model_type=["mamba"], hidden_act=["silu", "swish"], quantization_config=[None],
@@ -1382,6 +1382,7 @@ Mamba.from_pretrained, Mamba.save_pretrained = classmethod(load), save
 ## What PEFT and others ask a model for, to know that two of its matrices are one.
 
 Mamba._tied_weights_keys = {HEAD: EMBEDDING}
+Mamba.is_gradient_checkpointing = False  # else PEFT leaves a hook on the embedding
 Mamba.get_input_embeddings = lambda model: model.backbone.embedding
 Mamba.get_output_embeddings = lambda model: model.lm_head
 MambaConfig.to_dict = lambda config: vars(config) | {"tie_word_embeddings": config.tie_embeddings}

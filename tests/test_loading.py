@@ -155,6 +155,14 @@ def test_an_absent_field_means_what_it_means_in_transformers(tmp_path):
     assert config.padded_vocab_size == theirs.vocab_size
 
 
+def test_tokens_and_options_of_the_official_code_change_nothing_in_the_original_layout(tmp_path):
+    tokens = {"eos_token_id": 0, "bos_token_id": [0, 1], "pad_token_id": 2}
+    others = {"architectures": ["MambaLMHeadModel"], "torch_dtype": "float16", "layer": "Mamba1"}
+    write(tmp_path, "bin")
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | tokens | others))
+    assert_loads(tmp_path)
+
+
 def test_fields_that_transformers_ignores_are_ignored_in_its_layout(tmp_path):
     write(tmp_path, "hf")
     stale = {"d_model": 2048, "n_layer": 7, "rms_norm": False, "use_mambapy": True, "ssm_cfg": 3}

@@ -146,6 +146,27 @@ def test_lora_on_the_convolution_learns_in_forward_and_in_step():
         assert len(gradients) == 4 and all(g.abs().max() > 0 for g in gradients)
 
 
+def test_lora_on_the_projections_learns_is_merged_and_leaves_nothing_behind():
+    """A hook that stays would cost generation its fast steps, without a word."""
+    peft = pytest.importorskip("peft")
+    model, ids = random_model().double(), random_ids(2, 5)
+    names = ["in_proj", "x_proj", "dt_proj", "out_proj"]
+    lora = peft.LoraConfig(target_modules=names, init_lora_weights=False)
+    adapted = peft.get_peft_model(copy.deepcopy(model), lora).double()
+    logits = adapted(ids)
+    gradients = torch.autograd.grad(
+        logits.square().sum(), [p for n, p in adapted.named_parameters() if "lora_" in n]
+    )
+    assert len(gradients) == 16 and all(g.abs().max() > 0 for g in gradients)
+    assert (logits - model(ids)).abs().max() > 0.01, "it changes nothing"
+    start = model.init_state(2)
+    stepped, _ = run_steps(adapted.get_base_model(), ids, start)
+    assert_close("steps", stepped, logits, 1e-12)
+    merged = adapted.merge_and_unload()
+    assert mamba.is_our_own(merged)
+    assert_close("merged", merged(ids), logits, 1e-12)
+
+
 class Wrapper(nn.Module):
     """An adapter that shows nothing of what it wraps."""
 

@@ -169,7 +169,7 @@ def test_a_prompt_that_takes_long_says_so_on_a_terminal_until_it_is_read(
     monkeypatch.setattr(generate, "CPU_READS", 5)
     clock = iter(i * seconds for i in range(99))
     monkeypatch.setattr(generate.time, "perf_counter", lambda: next(clock))
-    options = [PROMPT, "--max-new-tokens", "1"]
+    options = [PROMPT, "--max-new-tokens", "1", "--device", "cpu"]
     assert generate.main(generate.parse_arguments(options)) == 0
     lines = [line for line in file.getvalue().split("\r") if line]
     if not terminal or not shown:

@@ -1,0 +1,285 @@
+"""Plant one-line mistakes in the code, and see whether the tests notice.
+
+    python benchmarks/mutants.py --sample 200 --seed 0                 # an hour on two cores
+    python benchmarks/mutants.py --file mamba.py --lines 380-420       # all of some lines
+
+A mutant is the project with one expression changed: another operator, a number beside it, a
+condition turned round, a call or a statement left out. It is caught if a test of the files that
+belong to its source fails, or does not end in time. Survivors are listed by file and line: each is
+a claim that no test makes, code that does nothing, or an equivalent mutant, which computes the
+same. Equivalent ones stand in EQUIVALENT with their reason, and do not count.
+
+Each worker has a copy of the project's tracked files; the project itself is not touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The tests that should notice a mistake in a file.
+BELONGING = {
+    "mamba.py": (
+        "test_mamba.py tests/test_scans.py tests/test_model.py tests/test_stream.py "
+        "tests/test_loading.py tests/test_wrapped.py tests/test_export.py tests/test_prompt.py"
+    ),
+    "generate.py": (
+        "tests/test_decoding.py tests/test_prompt.py tests/test_cpu_step.py tests/test_stream.py "
+        "tests/test_tokenizers.py tests/test_command_line.py tests/test_properties.py"
+    ),
+    "triton_scan.py": "tests/test_triton_scan.py tests/test_step_graph.py",
+    "examples/drop_in.py": "tests/test_drop_in.py",
+    "examples/event_time.py": "tests/test_event_time.py tests/test_examples.py",
+    "examples/export.py": "tests/test_export.py tests/test_examples.py",
+    "examples/look_inside.py": "tests/test_look_inside.py tests/test_examples.py",
+    "examples/recipes.py": "tests/test_recipes.py tests/test_examples.py",
+    "examples/train.py": "tests/test_examples.py",
+    "examples/trainer.py": "tests/test_examples.py",
+}
+
+# (file, the line, the line of the mutant): why no test can tell them apart.
+EQUIVALENT: dict[tuple[str, str, str], str] = {}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    file: str
+    line: int
+    column: int
+    length: int  # of the text that is replaced, in characters of its line
+    text: str  # what stands there instead
+    function: str  # the name of the function around it, or ""
+
+    def apply(self, source: str) -> str:
+        lines = source.splitlines(keepends=True)
+        old = lines[self.line - 1]
+        lines[self.line - 1] = old[: self.column] + self.text + old[self.column + self.length :]
+        return "".join(lines)
+
+    def before_and_after(self, source: str) -> tuple[str, str]:
+        return tuple(
+            text.splitlines()[self.line - 1].strip() for text in (source, self.apply(source))
+        )
+
+
+SWAPS = {
+    ast.Add: "-", ast.Sub: "+", ast.Mult: "+", ast.Div: "*", ast.FloorDiv: "*", ast.Mod: "+",
+    ast.Pow: "*", ast.BitOr: "&", ast.BitAnd: "|", ast.BitXor: "|", ast.LShift: ">>",
+    ast.RShift: "<<", ast.MatMult: "*", ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">",
+    ast.Eq: "!=", ast.NotEq: "==", ast.Is: "is not", ast.IsNot: "is", ast.In: "not in",
+    ast.NotIn: "in", ast.And: "or", ast.Or: "and",
+}  # fmt: skip
+SIGNS = {
+    ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.FloorDiv: "//", ast.Mod: "%",
+    ast.Pow: "**", ast.BitOr: "|", ast.BitAnd: "&", ast.BitXor: "^", ast.LShift: "<<",
+    ast.RShift: ">>", ast.MatMult: "@", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=",
+    ast.Eq: "==", ast.NotEq: "!=", ast.Is: "is", ast.IsNot: "is not", ast.In: "in",
+    ast.NotIn: "not in", ast.And: "and", ast.Or: "or",
+}  # fmt: skip
+NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "float32": "bfloat16",
+         "True": "False", "zeros": "ones", "ones": "zeros", "amax": "amin", "floor": "ceil",
+         "argmax": "argmin", "exp": "exp2", "sum": "mean", "cdiv": "multiple_of"}  # fmt: skip
+DROPPABLE = ("clone", "contiguous", "detach", "clamp", "float", "to", "double", "strip", "rstrip")
+
+
+def mutants_of(file: str, source: str) -> Iterator[Mutant]:
+    """All mutants of a file. Not touched: annotations, docstrings and the words of errors."""
+    tree, lines = ast.parse(source), source.splitlines()
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        for part in ("annotation", "returns", "exc")
+        if isinstance(outer := getattr(node, part, None), ast.AST)
+        for inner in ast.walk(outer)
+    }
+    owner = {
+        id(inner): node.name
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        for inner in ast.walk(node)
+    }
+
+    def text_between(line: int, start: int, stop: int) -> str:
+        return lines[line - 1].encode()[start:stop].decode()
+
+    def at(node: ast.AST, line: int, start: int, stop: int, text: str) -> Mutant:
+        """Columns of the syntax tree count bytes."""
+        column = len(text_between(line, 0, start))
+        length = len(text_between(line, start, stop))
+        return Mutant(file, line, column, length, text, owner.get(id(node), ""))
+
+    def whole(node: ast.AST, text: str) -> Iterator[Mutant]:
+        if node.lineno == node.end_lineno:
+            yield at(node, node.lineno, node.col_offset, node.end_col_offset, text)
+
+    def operator(node: ast.AST, left: ast.AST, kind: ast.AST, right: ast.AST) -> Iterator[Mutant]:
+        sign, line = SIGNS.get(type(kind)), left.end_lineno
+        if sign is None or line != right.lineno:
+            return
+        gap = text_between(line, left.end_col_offset, right.col_offset)
+        if (found := gap.find(sign)) >= 0:
+            start = left.end_col_offset + len(gap[:found].encode())
+            yield at(node, line, start, start + len(sign), SWAPS[type(kind)])
+
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.BinOp):
+            yield from operator(node, node.left, node.op, node.right)
+        elif isinstance(node, ast.BoolOp):
+            for left, right in zip(node.values, node.values[1:], strict=False):
+                yield from operator(node, left, node.op, right)
+        elif isinstance(node, ast.Compare):
+            yield from operator(node, node.left, node.ops[0], node.comparators[0])
+        elif isinstance(node, ast.UnaryOp):
+            start = node.operand.col_offset
+            if node.lineno == node.operand.lineno:
+                yield at(node, node.lineno, node.col_offset, start, "")
+        elif isinstance(node, ast.Constant):
+            if isinstance(node.value, bool):
+                yield from whole(node, str(not node.value))
+            elif isinstance(node.value, (int, float)):
+                yield from whole(node, repr(node.value + 1))
+        elif isinstance(node, ast.Attribute) and node.attr in NAMES:
+            start = node.end_col_offset - len(node.attr)
+            yield at(node, node.end_lineno, start, node.end_col_offset, NAMES[node.attr])
+        elif isinstance(node, ast.Name) and node.id in NAMES and isinstance(node.ctx, ast.Load):
+            yield from whole(node, NAMES[node.id])
+        elif isinstance(node, ast.IfExp):
+            yield from whole(node.test, f"not ({ast.unparse(node.test)})")
+        elif isinstance(node, ast.If):
+            yield from whole(node.test, f"not ({ast.unparse(node.test)})")
+        elif isinstance(node, ast.Call):
+            if isinstance(node.func, ast.Attribute) and node.func.attr in DROPPABLE:
+                if node.func.value.end_lineno == node.end_lineno:
+                    start, line = node.func.value.end_col_offset, node.end_lineno
+                    yield at(node, line, start, node.end_col_offset, "")
+            if len(node.args) > 1 and node.args[0].lineno == node.args[1].end_lineno:
+                first, second = map(ast.unparse, node.args[:2])
+                start, stop = node.args[0].col_offset, node.args[1].end_col_offset
+                if first != second and not isinstance(node.args[1], ast.Starred):
+                    yield at(node, node.args[0].lineno, start, stop, f"{second}, {first}")
+        elif isinstance(node, (ast.AugAssign, ast.Expr)):
+            is_words = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            if not is_words and not isinstance(getattr(node, "value", None), ast.Yield):
+                yield from whole(node, "pass")
+
+
+def tests_of(mutant: Mutant) -> list[str]:
+    """The files that belong to its source, those first that name its function most often."""
+    pattern = re.compile(rf"\b{re.escape(mutant.function or mutant.file)}\b")
+    files = BELONGING[mutant.file].split()
+    return sorted(files, key=lambda file: -len(pattern.findall((ROOT / file).read_text())))
+
+
+def copy_of_the_project(folder: Path) -> Path:
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def judge(mutant: Mutant, folder: Path, limit: float) -> str:
+    """ "caught", "time" or "survived"."""
+    path = folder / mutant.file
+    source = path.read_text()
+    path.write_text(mutant.apply(source))
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header"]
+    environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment.pop("CI", None)  # what is not installed here is skipped
+    try:
+        run = subprocess.run(
+            [*command, *tests_of(mutant)], cwd=folder, env=environment, timeout=limit,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, text=True,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return "time"
+    finally:
+        path.write_text(source)
+    if run.returncode not in (0, 1, 2):
+        raise RuntimeError(f"pytest ended with {run.returncode}:\n{run.stdout[-2000:]}")
+    return "survived" if run.returncode == 0 else "caught"
+
+
+def chosen(options: argparse.Namespace) -> list[Mutant]:
+    files = [options.file] if options.file else list(BELONGING)
+    mutants = []
+    for file in files:
+        source = (ROOT / file).read_text()
+        for mutant in sorted(
+            set(mutants_of(file, source)), key=lambda m: (m.line, m.column, m.text)
+        ):
+            try:
+                compile(mutant.apply(source), file, "exec")
+            except SyntaxError:
+                continue
+            if (file, *mutant.before_and_after(source)) not in EQUIVALENT:
+                mutants.append(mutant)
+    if options.lines:
+        first, last = map(int, options.lines.split("-"))
+        mutants = [mutant for mutant in mutants if first <= mutant.line <= last]
+    if len(mutants) > options.sample:
+        mutants = random.Random(options.seed).sample(mutants, options.sample)
+    return mutants
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--sample", type=int, default=200, help="how many, at most")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--file", choices=list(BELONGING), help="mutants of this file alone")
+    parser.add_argument("--lines", metavar="FIRST-LAST", help="and of these lines alone")
+    parser.add_argument("--limit", type=float, default=400, help="seconds for the tests of one")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants at a time")
+    options = parser.parse_args()
+    mutants, folders = chosen(options), SimpleQueue()
+    counts = dict.fromkeys(("caught", "time", "survived"), 0)
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(options.jobs) as pool:
+        for i in range(options.jobs):
+            folders.put(copy_of_the_project(Path(scratch) / str(i)))
+
+        def run(mutant: Mutant) -> None:
+            folder, begun = folders.get(), time.perf_counter()
+            try:
+                verdict = judge(mutant, folder, options.limit)
+            finally:
+                folders.put(folder)
+            counts[verdict] += 1
+            before, after = mutant.before_and_after((ROOT / mutant.file).read_text())
+            seconds = time.perf_counter() - begun
+            if verdict == "survived":
+                print(
+                    f"SURVIVED {mutant.file}:{mutant.line}\n  - {before}\n  + {after}", flush=True
+                )
+            print(
+                f"{sum(counts.values())}/{len(mutants)} {verdict} {seconds:.0f} s", file=sys.stderr
+            )
+
+        list(pool.map(run, mutants))
+    known = len(mutants) - counts["survived"]
+    print(f"{known} of {len(mutants)} caught ({counts['time']} by time), seed {options.seed}")
+
+
+if __name__ == "__main__":
+    main()

@@ -18,8 +18,9 @@ axes: b batch, l seqlen, d d_inner (channels), n d_state (states of a channel).
     u       (b, l, d_model)  input of a Mamba block: the stream, normed
     raw, z  (b, l, d)        what in_proj makes of u: the input of a short convolution, and the gate
     x, y    (b, l, d)        input and output of the SSM; x comes out of the convolution
-    dt      (b, l, d)        Δ = softplus(dt + dt_proj.bias), where softplus(a) = log(1 + e^a)
-    delta   (b, l, d)        Δ, the step size: how much a token counts
+    dt      (b, l, d)        what dt_proj makes of the token, for
+    delta   (b, l, d)        Δ = softplus(dt + bias), the step size: how much the token counts.
+                             softplus(a) = log(1 + e^a); the bias is dt_proj's
     A       (d, n)           how fast each state decays, negative; learned
     B, C    (b, l, n)        what is written into the state, what is read out of it; from the token
     D       (d,)             the direct path from x to y; learned
@@ -74,13 +75,14 @@ from torch import Tensor, nn
 ##
 ## with Ā and B̄ computed from Δ, A and B (`discretize`). x_t and y_t are one number each; h_t, B and
 ## C have n, and C h is a sum over n. A, in general n x n, is diagonal here, n numbers: each state
-## decays at its own rate, and none mix. A layer runs d such SSMs side by side, one for each
-## channel, and stores their A as (d, n).
+## decays at its own rate, none mix, and exp(ΔA) is n plain exponentials. A layer runs d such SSMs
+## side by side, one for each channel, and stores their A as (d, n).
 ##
 ## In S4 (arXiv 2111.00396) Δ, A, B and C are the same at every step. Unroll (2a), and powers of one
 ## Ā appear: y_t = C B̄ x_t + C Ā B̄ x_{t-1} + C Ā² B̄ x_{t-2} + ... This is a convolution with one
 ## filter as long as the text (eq. 3), which a fast Fourier transform computes for all t at once.
-## But it treats every token alike: it cannot keep this name and skip that filler word.
+## But it treats every token alike: it cannot keep this name and skip that filler word. (Mamba makes
+## of the same sum an l x l matrix for each channel, as attention does, but without a softmax.)
 ##
 ## Mamba's one idea is selection: Δ, B and C are computed from the current input (`select`). Ā now
 ## differs at every step, so there is no such filter. What is left is (2a) itself, to be run as a
@@ -138,7 +140,7 @@ class MambaConfig:
         return int(self.expand * self.d_model)
 
     @property
-    def padded_vocab_size(self) -> int:  # matrix units like multiples. 50280 in the published files
+    def padded_vocab_size(self) -> int:  # 50280 in the published files
         return -(-self.vocab_size // self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
 
 
@@ -154,7 +156,7 @@ class MambaConfig:
 ##                  |     |     |     |     |     below (the same token, one layer down).
 ##     layers[0]    *-----*-----*-----*-----*     `forward`: row by row, bottom to top. One layer
 ##                  |     |     |     |     |     over all time (a scan), then the next. Training.
-##     embedding   t=0   t=1   t=2   t=3   t=4    `step`: column by column, left to right. All
+##     embedding   t=1   t=2   t=3   t=4   t=5    `step`: column by column, left to right. All
 ##                                                layers for one token, then the next. Generation.
 ##
 ## Both give the same numbers up to rounding (sums in another order: 1e-6 in float32). A completion
@@ -284,9 +286,11 @@ class RMSNorm(nn.Module):
 ## Channels mix in the projections and nowhere else. The convolution (not S4's: d_conv = 4 taps):
 ## Δ, B and C should depend on more than a bare token. "Not" means something else after "why". Four
 ## inputs side by side are cheap, and a recurrence is poor at exactly this: it smears the past by
-## exponentials and has no sharp view of "two tokens ago". The gate z multiplies what the scan
-## recalls by what the current token has to say, as in a gated MLP: Mamba has no other. D x: without
-## it x_t could reach y_t only through the state.
+## exponentials and has no sharp view of "two tokens ago". So B_t may be a key made of the token
+## before: what follows it is stored under it, and when it comes again C asks for that. The gate z
+## multiplies what the scan recalls by what the current token has to say, as in a gated MLP. There
+## is no other MLP: two blocks have the weights, 6 d_model² each, of an attention (4) with its MLP
+## (8), hence 24 layers for 12 + 12. D x: without it x_t could reach y_t only through the state.
 
 
 class MambaBlock(nn.Module):
@@ -335,7 +339,7 @@ class MambaBlock(nn.Module):
         # expm1 keeps the digits that 1 - exp(-delta) loses for small delta.
         self.dt_proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))
 
-        ## n_layer blocks add to the stream, and its variance would grow n_layer-fold.
+        ## n_layer blocks add to the stream: its variance is not to grow n_layer-fold.
         self.out_proj.reset_parameters()
         self.out_proj.weight /= math.sqrt(config.n_layer)
         if config.bias:
@@ -343,9 +347,10 @@ class MambaBlock(nn.Module):
             nn.init.zeros_(self.out_proj.bias)
 
     ## A is negative, because Ā = exp(ΔA) must stay below 1 or the state would grow without bound.
-    ## -exp(.) is negative whatever the optimiser does, and an update changes a rate of decay by a
-    ## factor and not by an amount. Weight decay would pull every rate towards 1, and dt's bias to
-    ## 0, which is Δ to 0.69: A_log, D, biases and norms go without it (`param_groups`, part III).
+    ## (Backwards, too, a step multiplies by Ā: along time gradients fade and cannot grow.) -exp(.)
+    ## is negative whatever the optimiser does, and an update changes a rate of decay by a factor
+    ## and not by an amount. Weight decay would pull every rate towards 1, and dt's bias to 0, which
+    ## is Δ to 0.69: A_log, D, biases and norms go without it (`param_groups`, part III).
 
     @property
     def A(self) -> Tensor:
@@ -371,10 +376,11 @@ class MambaBlock(nn.Module):
     ##     x_t = silu(bias + Σ_j weight_j raw_{t - (d_conv - 1) + j}),   j = 0 ... d_conv - 1
     ##
     ## Padding on the left would enter the convolution and, by way of x, the state: even a zero
-    ## becomes silu(bias). With reset at each row's first real token padding is a document before
-    ## the text: Ā = 0 forgets it, the convolution does not reach back, and what comes out on it
-    ## means nothing. Padding on the right is not seen by the tokens to its left, only by the state
-    ## that is returned. Time runs one way: to read from both sides takes two blocks, without step.
+    ## becomes silu(bias). With reset[row, first real token] = True padding is a document before the
+    ## text: Ā = 0 forgets it, the convolution does not reach back, and what comes out on it means
+    ## nothing. Padding on the right is not seen by the tokens to its left, but the returned state
+    ## has read it: pad prompts on the left. Time runs one way, and only the last position has seen
+    ## all: classify from it. To read from both sides takes two blocks (examples/recipes.py).
 
     def mix(
         self, u: Tensor, state: MambaState, reset: Tensor | None = None
@@ -395,15 +401,16 @@ class MambaBlock(nn.Module):
     ##   B_t  (n numbers)  what to write: x_t is added to state i in proportion to B_t[i];
     ##   C_t  (n numbers)  what to read: the output is the sum of the states weighted by C_t[i];
     ##   Δ_t  (d numbers)  how much this token counts, in each channel.
-    ## B_t and C_t are the same for all channels, as a key and a query are in attention; what a
-    ## channel writes also depends on its own x_t and Δ_t.
+    ## B_t and C_t are the same for all channels, as a key and a query are for all of a head (their
+    ## own for each would be 2 d n numbers); what a channel writes depends on its own x_t and Δ_t.
     ##
     ## Δ is the one to understand. It multiplies both A and B:  h_t = exp(Δ A) h_{t-1} + Δ B x_t.
     ##   Δ -> 0:    exp(Δ A) -> 1 and Δ B -> 0. The state stays as it is and the token is skipped.
     ##   Δ -> inf:  exp(Δ A) -> 0 and Δ B -> inf. The past is forgotten, the token takes over.
     ## These belong together: Δ is a step in time, and a long step is at once a long time to decay
-    ## and a long time under the influence of this input. With n = 1, A = -1, B = 1 and B̄ = 1 - Ā
-    ## (rule "zoh" below) it is a gate, g = sigmoid(dt + bias), since exp(-softplus(a)) =
+    ## and a long time under the influence of this input. (It is no clock's time, but the token's;
+    ## for events at known times there is examples/event_time.py.) With n = 1, A = -1, B = 1 and
+    ## B̄ = 1 - Ā (rule "zoh" below) it is a gate, g = sigmoid(dt + bias), since exp(-softplus(a)) =
     ## 1 - sigmoid(a): h_t = (1 - g) h_{t-1} + g x_t, the paper's Theorem 1. A needs no selection:
     ## ΔA depends on the token already. (Ā and B̄ straight from the token would be 2 d n numbers,
     ## with nothing to tie forgetting to writing.)
@@ -441,8 +448,9 @@ class DeltaProjection(nn.Linear):
 @dataclass
 class MambaState:
     """All that a block, or a model, remembers of the past. A model's has the layers as an axis in
-    front. It is a value: nothing here changes one. `torch.save(vars(state), file)` keeps it, and
-    `MambaState(**torch.load(file))` goes on; `state.map(torch.clone)`, `state.map(Tensor.cuda)`.
+    front. It is a value, which nothing here changes, and cannot be shortened as a cache of keys
+    can: to go back, keep an earlier one. `torch.save(vars(state), file)`, and to go on
+    `MambaState(**torch.load(file))`; `state.map(Tensor.cuda)`; `state[:, parents]` for beams.
     """
 
     conv: Tensor  # (b, d, d_conv - 1): the last raw inputs of the convolution, oldest first
@@ -520,8 +528,10 @@ def recurrence(
 ## A scan runs it for all t. Every scan in this file has this signature, is differentiable in every
 ## tensor, h0 and h_last included, and computes in float32 even if it is given less: errors in h add
 ## up along time, and in bfloat16 a decay of 0.999 would be 1. This loop is the definition: to check
-## another scan, give both the same float64 tensors. In float32 two right ones differ by 1e-6 of the
-## size of y; in bfloat16, to which `selective_scan` rounds y at the end, by 2^-8 of each number.
+## another scan, give both the same float64 tensors. In float32 two right ones (but for log space)
+## differ by 1e-6 of the size of y; in bfloat16, to which y is rounded at the end, by 2^-8 of each
+## number. float16 ends at 65504, and y is a product of five factors without bounds: train with
+## float32 parameters and autocast to bfloat16.
 
 
 def scan_sequential(
@@ -553,8 +563,8 @@ def scan_sequential(
 ## combine is associative: any bracketing gives the same result. Combine neighbours, then pairs of
 ## pairs: log2(l) rounds, up a tree, give the whole, and as many back down hand every position the
 ## combination of all before it: four times the multiplications of the loop, in 2 log2(l) rounds in
-## place of l. It pays where b d n numbers do not fill the machine; on a CPU they do. (Part II cuts
-## time into chunks instead.) Nothing like it holds for tanh(W h + v): an LSTM must wait.
+## place of l. It pays where b d n numbers do not fill the machine; on a CPU they do. (No such tree
+## runs here: part II cuts time into chunks.) Nothing like it holds for an LSTM's tanh(W h + v).
 ##
 ## The selective scan is the recurrence with what surrounds it: the piece to lift elsewhere.
 
@@ -663,9 +673,8 @@ def scan_logspace(
 
 ## Chunks ------------------------------------------------------------------------------------------
 ##
-## Log space takes several logarithms and exponentials for every state and step. Chunks take only
-## the exponentials of the loop, twice: each step is done two times, but many steps at once. Cut
-## time into chunks of k steps. A chunk, combined into one map, turns its start state h into
+## Each step is done two times, but many steps at once. Cut time into chunks of k steps. A chunk,
+## combined into one map, turns its start state h into
 ##
 ##     h_end = P h + end,    P = Ā_k ... Ā_2 Ā_1,    end = what the chunk makes of the zero state
 ##

@@ -169,10 +169,13 @@ def mutants_of(file: str, source: str) -> Iterator[Mutant]:
                 if node.func.value.end_lineno == node.end_lineno:
                     start, line = node.func.value.end_col_offset, node.end_lineno
                     yield at(node, line, start, node.end_col_offset, "")
+            symmetric = re.search(
+                r"(^|\.)(min|max|gcd|equal|minimum|maximum)$", ast.unparse(node.func)
+            )
             if len(node.args) > 1 and node.args[0].lineno == node.args[1].end_lineno:
                 first, second = map(ast.unparse, node.args[:2])
                 start, stop = node.args[0].col_offset, node.args[1].end_col_offset
-                if first != second and not isinstance(node.args[1], ast.Starred):
+                if first != second and not (symmetric or isinstance(node.args[1], ast.Starred)):
                     yield at(node, node.args[0].lineno, start, stop, f"{second}, {first}")
         elif isinstance(node, (ast.AugAssign, ast.Expr)):
             is_words = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)

@@ -51,8 +51,9 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, *arguments: Any) -> argparse.Namespace:
         known, others = self.parse_known_args(*arguments)
         if option := next((other for other in others if other.startswith("-")), None):
-            names = ["--" + name.replace("_", "-") for name in vars(known)]
-            nearest = difflib.get_close_matches(option.partition("=")[0], names, 1)
+            names, said = list(self._option_string_actions), option.partition("=")[0]
+            nearest = [name for name in names if name.startswith(said)]
+            nearest += difflib.get_close_matches(said, names, 1)
             advice = f"did you mean {nearest[0]}? " if nearest else ""
             advice += "--help shows all; a prompt that starts with '-' stands last, after '--'"
             self.error(f"unknown option {option}: {advice}")
@@ -122,7 +123,11 @@ ALLOWED = {
     "repetition_penalty": (Real, lambda value: 0 < value < math.inf, "a positive number"),
     "seed": (Integral | None, lambda value: 0 <= (value or 0) < 2**64, "an integer in [0, 2**64)"),
     "num_samples": (Integral, lambda value: value >= 1, "at least 1"),
-    "stop": (list | tuple, lambda value: "" not in value, "a list of texts that are not empty"),
+    "stop": (
+        list | tuple,
+        lambda texts: all(isinstance(text, str) and text for text in texts),
+        "a list of texts that are not empty",
+    ),
 }
 
 
@@ -130,7 +135,7 @@ def check_sampling(**options: Any) -> None:
     """Raises ValueError, with the name of the option, what it must be and what it is."""
     for name, value in options.items():
         kind, is_allowed, expected = ALLOWED[name]
-        if not (isinstance(value, kind) and is_allowed(value)):
+        if isinstance(value, bool) or not (isinstance(value, kind) and is_allowed(value)):
             raise ValueError(f"{name} must be {expected}, got {value}")
 
 
@@ -285,8 +290,8 @@ def encode_batch(
 
 
 class Stream(Iterator[Tensor]):
-    """What `stream` returns: token ids (batch,), step by step. Its `.state`, at any time and after
-    the end, is a copy of the state that holds the prompt and every token so far but the last."""
+    """What `stream` returns: token ids (batch,), step by step. Its `.state`, between two of them
+    and after the end, is a copy that holds the prompt and every token so far but the last."""
 
     def __init__(self, steps: Iterator[Tensor], ask: list[Callable], ends: list[int]) -> None:
         self.steps, self.ask, self.ends = steps, ask, ends
@@ -296,7 +301,7 @@ class Stream(Iterator[Tensor]):
 
     @property
     def state(self) -> MambaState:
-        return self.ask[0]()
+        return self.ask[0]().map(torch.clone)
 
 
 def stream(
@@ -309,8 +314,8 @@ def stream(
     """input_ids (batch, seqlen) -> the next token of each row, (batch,) int64, again and again.
 
     Ends after max_new_tokens, or once every row has produced an end token, one of eos_token_id; a
-    row that is finished repeats the first of these. Temperature to min_p: see `sample`;
-    repetition_penalty, for tokens of input_ids and after: see `penalize_repetition`.
+    row that is finished repeats the first of these, and its state reads them. Temperature to min_p:
+    see `sample`; repetition_penalty, for tokens of input_ids and after: see `penalize_repetition`.
 
     state: what the rows have read before. A conversation goes on with the last token, which the
         state does not hold, and with what is said next:
@@ -321,7 +326,7 @@ def stream(
 
         To continue one text in several ways, read it once, `_, state = prefill(model, ids)`, and
         begin each time with `state`, or n rows at once with `state[:, [0] * n]`.
-    mask: (batch, seqlen), 0 on left padding (`reset_after_padding`), where any ids may stand.
+    mask: (batch, seqlen), 0 on left padding (`reset_after_padding`): any ids of the vocabulary.
     vocab_size: ids from here on stand for no token and are never sampled. None: the model's.
     seed: None draws from torch's global generator, an integer from one of this call's own. The
         same seed and the same arguments, max_new_tokens among them, give the same tokens.
@@ -337,15 +342,20 @@ def stream(
     vocab_size = model.config.vocab_size if vocab_size is None else vocab_size
     if not (isinstance(vocab_size, Integral) and 1 <= vocab_size <= model.config.vocab_size):
         raise ValueError(f"vocab_size must be in [1, {model.config.vocab_size}], got {vocab_size}")
+    eos_token_id = eos_token_id.tolist() if isinstance(eos_token_id, Tensor) else eos_token_id
     ends = eos_token_id if isinstance(eos_token_id, Iterable) else [eos_token_id]
     ends = [end for end in ends if end is not None]
     if not all(isinstance(end, Integral) and 0 <= end < vocab_size for end in ends):
         raise ValueError(f"eos_token_id must be None or in [0, {vocab_size}), got {eos_token_id}")
-    if input_ids.numel() > 0 and not input_ids.is_complex():  # which the model will refuse
-        # This waits for a GPU: once per prompt it may, per token it must not.
-        low, high = (bound.item() for bound in input_ids.aminmax())
-        if low < 0 or high >= vocab_size:
-            raise IndexError(f"token ids must be in [0, {vocab_size}), got {low} ... {high}")
+    is_integer = input_ids.dtype in (torch.int64, torch.int32)
+    if input_ids.ndim != 2 or input_ids.numel() == 0 or not is_integer:
+        found = f"{input_ids.dtype} {tuple(input_ids.shape)}"
+        expected = "int64 or int32, (batch, seqlen), at least one"
+        raise ValueError(f"input_ids must be {expected}, got {found}")
+    # This waits for a GPU: once per prompt it may, per token it must not.
+    low, high = (bound.item() for bound in input_ids.aminmax())
+    if low < 0 or high >= vocab_size:
+        raise IndexError(f"token ids must be in [0, {vocab_size}), got {low} ... {high}")
     batch, device, on_gpu = len(input_ids), input_ids.device, input_ids.is_cuda
     start = model.init_state(batch) if state is None else state
     ask = [lambda: start]  # who knows the state
@@ -692,9 +702,11 @@ COPY_FOR_TOKENS, COPY_AT_MOST = 64, 4 * 2**30  # tokens or more; bytes
 
 def worth_copies(model: Mamba, state: MambaState, tokens: int) -> bool:
     device, dtype = kind_of_weights(model) or (None, None)
+    rules = {layer.mixer.config.rule for layer in model.backbone.layers} if device else {}
     return (
-        (state.h.shape[1], device, model.config.rule) == (1, "cpu", "mamba")
+        (state.h.shape[1], state.h.dtype, device) == (1, torch.float32, "cpu")
         and dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and rules == {"mamba"}
         and tokens >= COPY_FOR_TOKENS
         and sum(p.nbytes for p in model.parameters()) <= COPY_AT_MOST
     )
@@ -903,7 +915,7 @@ def end_tokens(find: Callable[..., Path], file: str, tokenizer: Tokenizer) -> li
     """The ids that end a text by this file; none if there is no file, or it says nothing."""
     try:
         path, field = find(file), END_TOKENS[file]
-    except FileNotFoundError:
+    except (FileNotFoundError, RuntimeError):  # a Hub that is ill does not stop what is cached
         return []
     try:
         ends = json.loads(path.read_bytes()).get(field)

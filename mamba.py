@@ -205,13 +205,13 @@ class Mamba(nn.Module):
         lm_head, on (b, l, d_model), and what it returns stands in place of the logits: for a loss
         that never holds all logits at once, or a prompt, of which only the last ones count.
         """
+        check_ids(self.config, input_ids, 2, state)
         start = self.init_state(len(input_ids)) if state is None else state
-        check_ids(self.config, input_ids, 2, start)
         stream, next_states = self.embed(input_ids), []
         for i, layer in enumerate(self.backbone.layers):
             stream, next_state = layer(stream, start[i], reset=reset)
             next_states.append(next_state)
-        logits = (head or self.lm_head)(self.backbone.norm_f(stream))
+        logits = (self.lm_head if head is None else head)(self.backbone.norm_f(stream))
         return logits if state is None else (logits, MambaState.stack(next_states))
 
     def step(self, token_ids: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
@@ -219,7 +219,7 @@ class Mamba(nn.Module):
         check_ids(self.config, token_ids, 1, state)
         stream, next_states = self.embed(token_ids), []
         for i, layer in enumerate(self.backbone.layers):
-            stream, next_state = layer.step(stream, state[i])
+            stream, next_state = layer(stream, state[i])
             next_states.append(next_state)
         return self.lm_head(self.backbone.norm_f(stream)), MambaState.stack(next_states)
 
@@ -246,10 +246,6 @@ class ResidualBlock(nn.Module):
 
     def forward(self, stream: Tensor, state: MambaState, **options) -> tuple[Tensor, MambaState]:
         correction, state = self.mixer(self.norm(stream), state, **options)
-        return stream + correction, state
-
-    def step(self, stream: Tensor, state: MambaState, **options) -> tuple[Tensor, MambaState]:
-        correction, state = self.mixer.step(self.norm(stream), state, **options)
         return stream + correction, state
 
 
@@ -357,21 +353,8 @@ class MambaBlock(nn.Module):
         """(d, n), negative, float32."""
         return -torch.exp(at_least_float32(self.A_log))
 
-    def forward(
-        self, u: Tensor, state: MambaState | None = None, *, reset: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, MambaState]:
-        """reset (b, l) bool: True where a new document starts; nothing crosses that point."""
-        check_block(self.config, u, 3, state, reset)
-        out, next_state = self.mix(u, self.init_state(len(u)) if state is None else state, reset)
-        return out if state is None else (out, next_state)
-
-    def step(self, u: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
-        """One token: u (b, d_model) and the state before it -> (b, d_model), next state."""
-        check_block(self.config, u, 2, state)
-        return self.mix(u, state)
-
-    ## The block, once for `forward` and `step`. For one token the axis l is not there: the
-    ## convolution (its code is in part II) is one sum, the scan one application of (2a), (2b).
+    ## One `forward` for both: for one token the axis l is not there, the convolution (its code is
+    ## in part II) is one sum, and the scan one application of (2a), (2b).
     ##
     ##     x_t = silu(bias + Σ_j weight_j raw_{t - (d_conv - 1) + j}),   j = 0 ... d_conv - 1
     ##
@@ -382,19 +365,30 @@ class MambaBlock(nn.Module):
     ## has read it: pad prompts on the left. Time runs one way, and only the last position has seen
     ## all: classify from it. To read from both sides takes two blocks (examples/recipes.py).
 
-    def mix(
-        self, u: Tensor, state: MambaState, reset: Tensor | None = None
-    ) -> tuple[Tensor, MambaState]:
-        """u (b, l, d_model), or (b, d_model) for one token -> the same shape, next state."""
+    def forward(
+        self, u: Tensor, state: MambaState | None = None, *, reset: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, MambaState]:
+        """u (b, l, d_model), or one token, (b, d_model), and the state before it.
+
+        reset (b, l) bool: True where a new document starts; nothing crosses that point.
+        """
         config = self.config
+        check_block(config, u, state, reset)
+        start = self.init_state(len(u)) if state is None else state
         raw, z = self.in_proj(u).chunk(2, dim=-1)  # (b, l, d) each
-        x, conv = causal_conv(raw, self.conv1d, state.conv, reset, scan=config.scan)
+        x, conv = causal_conv(raw, self.conv1d, start.conv, reset, scan=config.scan)
         dt, B, C = self.select(x)
         y, h = selective_scan(
-            x, dt, self.A, B, C, self.D, z, state.h, dt_bias=self.dt_proj.bias,
+            x, dt, self.A, B, C, self.D, z, start.h, dt_bias=self.dt_proj.bias,
             rule=config.rule, reset=reset, scan=config.scan,
         )  # fmt: skip
-        return self.out_proj(y), MambaState(conv, h)
+        out = self.out_proj(y)
+        return out if state is None else (out, MambaState(conv, h))
+
+    def step(self, u: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
+        """One token: u (b, d_model) and the state before it -> (b, d_model), next state."""
+        check_token(self.config, u)
+        return self(u, state)
 
     ## Selection. Here a token decides what happens to the memory. From x_t, which through the
     ## convolution knows of this token and the three before it, come
@@ -608,7 +602,7 @@ SCANS = {"auto": scan_sequential, "sequential": scan_sequential}  # part II puts
 
 
 ## ================================================================================================
-## Part II: the same recurrence, faster
+## Part II: the same recurrence, faster, and the convolution
 ## ================================================================================================
 ##
 ## h_t = Ā_t h_{t-1} + v_t, with v_t = B̄_t x_t, for all t, behind the signature of scan_sequential.
@@ -881,17 +875,19 @@ def companion(scan: str, x: Tensor, *others: Tensor | None, **needs: Any) -> Mod
 
 def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether it is of one of these very types, with no hook, and no other forward of its own."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks
+    hooks = module._forward_hooks, module._forward_pre_hooks
+    hooks += module._backward_hooks, module._backward_pre_hooks
     return type(module) in kinds and not any(hooks) and "forward" not in vars(module)
 
 
 def is_our_own(model: nn.Module) -> bool:
-    """Whether it is made of our modules only. A hook, an adapter or a quantised weight may do
-    anything, and whoever computes a model without calling its modules would pass it by. (Hooks on
-    all modules at once, such as those that count operations, are not looked for.)"""
+    """Whether it is made of our modules only, and autocast is off. A hook, an adapter or a
+    quantised weight may do anything, and whoever computes a model without calling its modules would
+    pass it by. (Hooks on all modules at once, as those that count operations, are not looked for.)
+    """
     own = Mamba, ResidualBlock, MambaBlock, RMSNorm, DeltaProjection
     own += nn.ModuleDict, nn.ModuleList, nn.Embedding, nn.Conv1d, nn.Linear
-    replaced = {"step", "mix", "select", "embed"}
+    replaced = {"step", "select", "embed"}
     return (
         not any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
         and all(type(parameter) is nn.Parameter for parameter in model.parameters())
@@ -914,6 +910,8 @@ def causal_conv(
     if not is_plain(conv1d, nn.Conv1d):
         return adapted_conv(raw, conv1d, past, reset)
     weight, bias, past = conv1d.weight, conv1d.bias, past.to(raw.dtype)
+    if weight.shape[1:] != (1, past.shape[-1] + 1) or conv1d.dilation != (1,):
+        raise ValueError(f"conv1d must have a filter per channel as long as its past, got {conv1d}")
     if raw.ndim == 2:  # one token
         window = torch.cat([past, raw.unsqueeze(-1)], dim=-1)  # (b, d, d_conv)
         x = (at_least_float32(window) * weight.squeeze(1)).sum(-1)
@@ -953,7 +951,7 @@ def adapted_conv(
         )
     past = past if reset is None else past.masked_fill(reset[:, :1, None], 0)
     window = torch.cat([past.to(raw.dtype), raw.reshape(len(raw), -1, raw.shape[-1]).mT], -1)
-    x = F.silu(conv1d(window)).mT  # (b, l, d)
+    x = F.silu(conv1d(window)).mT.to(raw.dtype)  # (b, l, d)
     return x.reshape(raw.shape), window[..., x.shape[1] :].clone()
 
 
@@ -995,7 +993,7 @@ def check_config(config: MambaConfig) -> None:
                 raise ValueError(f"{item.name} must be a positive integer, got {value!r}")
         if item.type == "bool" and type(value) is not bool:
             raise ValueError(f"{item.name} must be True or False, got {value!r}")
-        if item.type == "float" and (type(value) not in (int, float) or not value > 0):
+        if item.type == "float" and (type(value) not in (int, float) or not 0 < value < math.inf):
             raise ValueError(f"{item.name} must be a positive number, got {value!r}")
     if config.d_inner < 1:
         raise ValueError(f"expand must give at least one channel, got {config.expand}")
@@ -1007,11 +1005,11 @@ def check_config(config: MambaConfig) -> None:
         raise ValueError(f"need dt_min <= dt_max, got {config.dt_min}, {config.dt_max}")
 
 
-def check_ids(config: MambaConfig, ids: Tensor, ndim: int, state: MambaState) -> None:
+def check_ids(config: MambaConfig, ids: Tensor, ndim: int, state: MambaState | None) -> None:
     axes = "(batch, seqlen)" if ndim == 2 else "(batch,)"
     if ids.ndim != ndim or ids.numel() == 0 or ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"expected integer ids {axes}, got {ids.dtype} {tuple(ids.shape)}")
-    if state.h.ndim != 4 or len(state.h) != config.n_layer:
+    if state is not None and (state.h.ndim != 4 or len(state.h) != config.n_layer):
         raise ValueError(
             f"expected the state of a model of {config.n_layer} layers, with h (layers, batch, "
             f"d_inner, d_state), got {tuple(state.h.shape)}"
@@ -1024,21 +1022,27 @@ def check_ids(config: MambaConfig, ids: Tensor, ndim: int, state: MambaState) ->
             raise IndexError(f"token ids must be in [0, {rows}), got {low} ... {high}")
 
 
+def check_token(config: MambaConfig, u: Tensor) -> None:
+    if u.ndim != 2:
+        axes = f"(batch, d_model), d_model = {config.d_model}"
+        raise ValueError(f"expected {axes}, got {tuple(u.shape)}")
+
+
 def check_block(
-    config: MambaConfig, u: Tensor, ndim: int, state: MambaState | None,
-    reset: Tensor | None = None,
-) -> None:  # fmt: skip
-    axes = "(batch, seqlen, d_model)" if ndim == 3 else "(batch, d_model)"
-    if u.ndim != ndim or u.shape[-1] != config.d_model or u.numel() == 0:
+    config: MambaConfig, u: Tensor, state: MambaState | None, reset: Tensor | None
+) -> None:
+    one_token = u.ndim == 2 and state is not None
+    if not (one_token or u.ndim == 3) or u.shape[-1] != config.d_model or u.numel() == 0:
+        axes = "(batch, d_model)" if one_token else "(batch, seqlen, d_model)"
         raise ValueError(f"expected {axes}, d_model = {config.d_model}, got {tuple(u.shape)}")
     if state is not None:
         for name, last in (("conv", config.d_conv - 1), ("h", config.d_state)):
             expected, shape = (u.shape[0], config.d_inner, last), getattr(state, name).shape
             if shape != expected:
                 raise ValueError(f"state.{name} must have shape {expected}, got {tuple(shape)}")
-    if reset is not None and (reset.dtype != torch.bool or reset.shape != u.shape[:2]):
+    if reset is not None and (reset.dtype != torch.bool or reset.shape != u.shape[:-1]):
         raise ValueError(
-            f"reset must be bool {tuple(u.shape[:2])}, got {reset.dtype} {tuple(reset.shape)}"
+            f"reset must be bool {tuple(u.shape[:-1])}, got {reset.dtype} {tuple(reset.shape)}"
         )
 
 
@@ -1084,23 +1088,35 @@ def mark_parameters(block: MambaBlock, *_: Any) -> None:
     """The marks of the official layer, for code that looks for them. A parameter that takes the
     place of another has none: they are set again after loading, copying and moving."""
     block.A_log._no_weight_decay = block.D._no_weight_decay = True
-    block.dt_proj.bias._no_reinit = True
+    if getattr(block.dt_proj, "bias", None) is not None:
+        block.dt_proj.bias._no_reinit = True
     if not block._load_state_dict_post_hooks:
         block.register_load_state_dict_post_hook(mark_parameters)
 
 
 def marked(name: str) -> Callable[..., Any]:
     def method(block: MambaBlock, *arguments: Any, **options: Any) -> Any:
-        result = getattr(nn.Module, name)(block, *arguments, **options)
+        result = getattr(super(MambaBlock, block), name)(*arguments, **options)
         mark_parameters(block)
         return result
 
     return method
 
 
+def keep_tied(model: Mamba, *arguments: Any, **options: Any) -> Mamba:
+    """Moved from the meta device, one matrix of two names would become two."""
+    tied = model.lm_head.weight is model.backbone.embedding.weight
+    super(Mamba, model)._apply(*arguments, **options)
+    if tied:
+        model.lm_head.weight = model.backbone.embedding.weight
+    return model
+
+
 MambaBlock._apply, MambaBlock.__setstate__ = marked("_apply"), marked("__setstate__")
+Mamba._apply = keep_tied
 Mamba.param_groups = param_groups
-torch.export.register_dataclass(MambaState)  # a pytree: torch.export, vmap and compile look inside
+# A pytree: torch.export, vmap and torch.compile look inside.
+torch.export.register_dataclass(MambaState, serialized_type_name=f"{__name__}.MambaState")
 
 
 ## Files. A folder or a repository of the Hub holds config.json and the weights, in the layout of
@@ -1128,7 +1144,10 @@ def load(
     """
     if (dtype := dtype or torch.float32) not in FLOATS:
         raise ValueError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype!r}")
-    torch.empty(0, device=device)  # a device that is not there is missed before a download
+    try:
+        torch.empty(0, device=device)  # a device that is not there is missed before a download
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {str(device)!r} is not available on this machine") from error
     find = file_finder(name_or_path, revision, cache_dir, local_files_only)
     config = replace(read_config(find("config.json")), scan=scan)
     with torch.device("meta"):  # the shapes without the numbers: these come from the file
@@ -1161,7 +1180,8 @@ def save(model: Mamba, path: str | os.PathLike) -> None:
     folder, weights = Path(path), dict(model.state_dict())
     with torch.device("meta"):
         check_fit("the model and its config", type(model)(model.config), weights)
-    if tied := weights[HEAD].data_ptr() == weights[EMBEDDING].data_ptr():
+    one, other = weights[HEAD], weights[EMBEDDING]
+    if tied := (one.data_ptr(), one.stride()) == (other.data_ptr(), other.stride()):
         del weights[HEAD]
     values = vars(replace(model.config, scan="auto", tie_embeddings=tied))
     ssm = {name: values.pop(name) for name in SSM_FIELDS}
@@ -1245,7 +1265,7 @@ def read_weights(path: Path, find: Callable[..., Path]) -> dict[str, Tensor]:
             raise ValueError(f"{path}: weight_map must name the file of each weight")
     for path in map(find, files):
         tensors = read_file(path)
-        for key in tensors.keys() & {"state_dict", "model"}:
+        for key in tensors.keys() & {"state_dict", "model_state_dict", "model", "module", "ema"}:
             line = f"torch.save(torch.load({str(path)!r})[{key!r}], {str(path)!r})"
             raise RuntimeError(f"{path} holds its tensors under {key!r}: take them out by `{line}`")
         if twice := weights.keys() & tensors:

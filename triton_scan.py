@@ -1993,7 +1993,7 @@ def norm_step(u: Tensor, weight: Tensor, eps: float, overlap: bool = False) -> T
 def block_step(
     layer: Any, u: Tensor, conv: Tensor, h: Tensor, *, rule: str = "mamba", overlap: bool = False
 ) -> Tensor:
-    """`layer.step` of a ResidualBlock of mamba.py: u (b, d_model) -> u (b, d_model), no gradients.
+    """A ResidualBlock of mamba.py for one token: u (b, d_model) -> u (b, d_model), no gradients.
 
     conv (b, d, W - 1), of any strides, and h (b, d, n) float32 are changed in place. The weights
     are of one dtype; rule "mamba" or "dirac". All but conv are contiguous.

@@ -144,7 +144,7 @@ def check(u, delta, A, B, C, D, z, delta_bias) -> None:
 
 class Layer(MambaBlock):
     """A MambaBlock with the arguments of the official layer. Its state is an argument and a result,
-    where the official one keeps it in `inference_params`, which is refused with a TypeError."""
+    where the official one keeps it in `inference_params`: ValueError unless these are None."""
 
     def __init__(
         self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: float = 2,
@@ -159,10 +159,20 @@ class Layer(MambaBlock):
             dt_max=dt_max, dt_init=dt_init, dt_scale=dt_scale, dt_init_floor=dt_init_floor,
             conv_bias=conv_bias, bias=bias, scan="auto" if use_fast_path else "chunked",
         )  # fmt: skip
-        with torch.device(device or torch.get_default_device()):
+        with torch.get_default_device() if device is None else torch.device(device):
             super().__init__(config)
-        self.to(dtype or torch.get_default_dtype())
+        A_log, D = self.A_log.data, self.D.data
+        self.to(torch.get_default_dtype() if dtype is None else dtype)
+        self.A_log.data, self.D.data = A_log, D  # float32, whatever the rest is
         self.layer_idx = layer_idx
+
+    def forward(
+        self, u: Tensor, state: MambaState | None = None, *, reset: Tensor | None = None,
+        inference_params: None = None,
+    ) -> Tensor | tuple[Tensor, MambaState]:  # fmt: skip
+        if inference_params is not None or not isinstance(state, MambaState | None):
+            raise ValueError("Layer takes a MambaState, not inference_params: see `init_state`")
+        return super().forward(u, state, reset=reset)
 
 
 class Mixer(MambaBlock):
@@ -218,7 +228,7 @@ class Mixer(MambaBlock):
             start = self.read_cache(cache, start)
         reset = None if attention_mask is None else reset_after_padding(attention_mask, start)
         if hidden_states.shape[1] == 1 and reset is None:
-            out, state = self.step(hidden_states.squeeze(1), start)
+            out, state = super().forward(hidden_states.squeeze(1), start)
             out = out.unsqueeze(1)
         else:
             out, state = super().forward(hidden_states, start, reset=reset)

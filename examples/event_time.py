@@ -41,6 +41,7 @@ from mamba import (
     at_least_float32,
     causal_conv,
     check_block,
+    check_token,
     in_functorch,
     selective_scan,
 )
@@ -93,35 +94,29 @@ class EventBlock(MambaBlock):
         self, u: Tensor, state: MambaState | None = None, *, time_steps: Tensor,
         reset: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, MambaState]:  # fmt: skip
-        check_block(self.config, u, 3, state, reset)
-        start = self.init_state(len(u)) if state is None else state
-        out, next_state = self.mix(u, start, reset, time_steps)
-        return out if state is None else (out, next_state)
-
-    def step(
-        self, u: Tensor, state: MambaState, *, time_steps: Tensor
-    ) -> tuple[Tensor, MambaState]:
-        check_block(self.config, u, 2, state)
-        return self.mix(u, state, None, time_steps)
-
-    def mix(
-        self, u: Tensor, state: MambaState, reset: Tensor | None, time_steps: Tensor
-    ) -> tuple[Tensor, MambaState]:
-        """As in MambaBlock, u (b, l, d_model) or (b, d_model); time_steps without the last axis."""
+        config, start = self.config, self.init_state(len(u)) if state is None else state
+        check_block(config, u, state, reset)
         check_time_steps(time_steps, u)
         raw, z = self.in_proj(u).chunk(2, dim=-1)  # (b, l, d) each
-        x, conv = causal_conv(raw, self.conv1d, state.conv, reset, scan=self.config.scan)
+        x, conv = causal_conv(raw, self.conv1d, start.conv, reset, scan=config.scan)
         dt, B, C = self.select(x)
         delta_write = F.softplus(at_least_float32(dt) + self.dt_proj.bias)
         rate = F.softplus(at_least_float32(self.dt_A_bias))
         delta_forget = time_steps.to(rate.dtype).unsqueeze(-1) * rate
         y, h = selective_scan(
-            delta_write * x, delta_forget, self.A, B, C, h0=state.h, dt_softplus=False,
-            rule="dirac", reset=reset, scan=self.config.scan,
+            delta_write * x, delta_forget, self.A, B, C, h0=start.h, dt_softplus=False,
+            rule="dirac", reset=reset, scan=config.scan,
         )  # fmt: skip
         ## D x and the gate take x itself, not the impulse.
         y = (y + at_least_float32(self.D) * x) * F.silu(at_least_float32(z))
-        return self.out_proj(y.to(x.dtype)), MambaState(conv, h)
+        out = self.out_proj(y.to(x.dtype))
+        return out if state is None else (out, MambaState(conv, h))
+
+    def step(
+        self, u: Tensor, state: MambaState, *, time_steps: Tensor
+    ) -> tuple[Tensor, MambaState]:
+        check_token(self.config, u)
+        return self(u, state, time_steps=time_steps)
 
 
 def check_time_steps(time_steps: Tensor, u: Tensor) -> None:

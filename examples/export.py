@@ -73,10 +73,10 @@ def load_step(path: Path) -> StepFunction:
 def complete(step: StepFunction, state: MambaState, ids: list[int], tokens: int) -> list[int]:
     """Feed the prompt, then each most probable token, one by one."""
     conv, h, written = state.conv, state.h, []
-    for _ in range(len(ids) + tokens - 1):
-        token_id = ids.pop(0) if ids else written[-1]
+    for i in range(len(ids) + tokens - 1):
+        token_id = ids[i] if i < len(ids) else written[-1]
         logits, conv, h = step(torch.tensor([token_id]), conv, h)
-        if not ids:
+        if i >= len(ids) - 1:
             written.append(logits[0].argmax().item())
     return written
 
@@ -90,15 +90,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("step.pt2"), help="a .pt2 or .onnx file")
     parser.add_argument("--tokens", type=int, default=60, help="how many to write with it")
     options = parser.parse_args()
+    if not options.prompt or options.tokens < 1:
+        parser.error("need a prompt, and at least one token to write")
 
-    model = Mamba.from_pretrained(options.model).eval().requires_grad_(False)
-    tokenizer = load_tokenizer(model.config, options.model)
-    export_step(model, options.out)
+    try:
+        model = Mamba.from_pretrained(options.model).eval().requires_grad_(False)
+        tokenizer = load_tokenizer(model.config, options.model)
+        export_step(model, options.out)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        raise SystemExit(f"export.py: error: {error}") from error
     print(f"wrote {options.out}: {options.out.stat().st_size / 1e6:.1f} MB")
     ids, state = tokenizer.encode(options.prompt), model.init_state(1)
-    written = complete(load_step(options.out), state, list(ids), options.tokens)
+    written = complete(load_step(options.out), state, ids, options.tokens)
     print(options.prompt + tokenizer.decode(written))
-    same = written == complete(Step(model), state, list(ids), options.tokens)
+    same = written == complete(Step(model), state, ids, options.tokens)
     print("the model itself writes", "the same" if same else "something else")
 
 

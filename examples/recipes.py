@@ -57,8 +57,7 @@ def starts(documents: Tensor) -> Tensor:
 ## audio, a sentence to tag), a second block may read it from the right: flip, run, flip back.
 ##
 ## The flip brings padding from the right to the left, where a block reads it before the sequence.
-## `mask` takes padding on the left only, so it would fit one of the two directions. `reset`, where
-## padding ends and the sequence starts, fits both, whichever side is padded.
+## `reset`, where padding ends and the sequence starts, fits both, whichever side is padded.
 
 
 class BidirectionalBlock(nn.Module):
@@ -117,14 +116,14 @@ class SequenceClassifier(nn.Module):
             lengths = torch.full((batch,), seqlen, device=inputs.device)
         if lengths.shape != (batch,) or lengths.min() < 1 or lengths.max() > seqlen:
             raise ValueError(f"need {batch} lengths in 1 ... {seqlen}, got {lengths.tolist()}")
-        u = self.embed(inputs)
+        stream = self.embed(inputs)
         for norm, block in zip(self.norms, self.blocks, strict=True):
-            u = u + block(norm(u))
-        u = self.norm_f(u)
+            stream = stream + block(norm(stream))
+        stream, device = self.norm_f(stream), stream.device
         if self.pool == "last":
-            return self.head(u[torch.arange(batch, device=u.device), lengths - 1])
-        valid = torch.arange(seqlen, device=u.device) < lengths.unsqueeze(1)
-        return self.head((u * valid.unsqueeze(-1)).sum(1) / lengths.unsqueeze(1))
+            return self.head(stream[torch.arange(batch, device=device), lengths - 1])
+        valid = torch.arange(seqlen, device=device) < lengths.unsqueeze(1)
+        return self.head((stream * valid.unsqueeze(-1)).sum(1) / lengths.unsqueeze(1))
 
 
 ## 3. Windows of a long sequence -------------------------------------------------------------------
@@ -192,7 +191,7 @@ def packed_loss(model: Mamba, ids: Tensor, documents: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
 
-## Files for others --------------------------------------------------------------------------------
+## 5. Files for others -----------------------------------------------------------------------------
 ##
 ## Other tokens need another embedding; other libraries read other files. None of the three needs
 ## the libraries that it writes for.
@@ -216,7 +215,10 @@ def resize_token_embeddings(model: Mamba, vocab_size: int) -> None:
     if len(modules) == 1:
         model.lm_head.weight = model.backbone.embedding.weight
     model.backbone.embedding.num_embeddings = model.lm_head.out_features = len(new)
-    model.config.vocab_size = vocab_size
+    old_config = model.config  # which another model may share
+    for module in model.modules():
+        if getattr(module, "config", None) is old_config:
+            module.config = config
 
 
 def save_for_official(model: Mamba, path: str | Path) -> None:
@@ -235,17 +237,19 @@ def save_for_official(model: Mamba, path: str | Path) -> None:
     # Written aside and moved: the model's weights may be mapped from the file of this name.
     torch.save(model.state_dict(), folder / "pytorch_model.bin.partial")
     (folder / "pytorch_model.bin.partial").replace(folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
+    for other in (*folder.glob("*.safetensors"), *folder.glob("*.index.json")):
+        other.unlink()  # older files too: a loader would prefer them
 
 
 def save_for_transformers(model: Mamba, path: str | Path) -> None:
     """A folder for `MambaForCausalLM.from_pretrained` of transformers, and for ours.
 
-    Some fields and one weight change their names. Raises ValueError for another rule than "mamba".
+    Some fields and one weight change their names. The tokenizer is not named there, and rows that
+    pad count as tokens. Raises ValueError for another rule than "mamba" and a fractional expand.
     """
     from safetensors.torch import load_file, save_file
 
-    check_is_standard(model, rule="mamba")
+    check_is_standard(model, rule="mamba", expand=int(model.config.expand))
     folder = Path(path)
     model.save_pretrained(folder)
     file, saved = folder / "model.safetensors", read_config(folder / "config.json")

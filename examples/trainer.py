@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,11 @@ class TrainerMamba(Mamba):
 
 
 class MambaTrainer(Trainer):
+    def __init__(self, model: TrainerMamba, args: TrainingArguments, **options: Any) -> None:
+        if args.label_smoothing_factor:  # the Trainer's own, for labels that are shifted already
+            raise ValueError("label_smoothing_factor must be 0: the loss is the model's own")
+        super().__init__(model, args, **options)
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         decayed = {id(p) for p in self.model.param_groups(weight_decay=1.0)[0]["params"]}
         return [name for name, p in self.model.named_parameters() if id(p) in decayed]
@@ -66,6 +72,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000, help="in all, of 16 x 256 bytes each")
     parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
     options = parser.parse_args()
+    if options.steps < 1 or options.save_every < 1:
+        parser.error("--steps and --save-every must be at least 1")
     try:
         text = b"\n\n".join(path.read_bytes() for path in options.data)
         if len(text) < 256:

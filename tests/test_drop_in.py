@@ -179,11 +179,14 @@ def test_the_layer_takes_the_arguments_of_the_official_one():
     sizes = dict(d_state=4, d_conv=3, expand=1.5, dt_rank=2, conv_bias=False, bias=True)
     layer = Layer(16, **sizes, use_fast_path=False, layer_idx=3, device="cpu", dtype=torch.bfloat16)
     assert (layer.config.d_inner, layer.config.scan, layer.layer_idx) == (24, "chunked", 3)
-    assert {p.dtype for p in layer.parameters()} == {torch.bfloat16}
+    kept = {n for n, p in layer.named_parameters() if p.dtype == torch.float32}
+    assert kept == {"A_log", "D"}, "as in the official layer"
+    assert {p.dtype for p in layer.parameters()} == {torch.bfloat16, torch.float32}
     u = torch.randn(2, 5, 16).bfloat16()
-    block = MambaBlock(MambaConfig(16, scan="chunked", **sizes)).bfloat16()
-    block.load_state_dict(layer.state_dict())
+    block = MambaBlock(MambaConfig(16, scan="chunked", **sizes))
+    block.load_state_dict(layer.state_dict(), assign=True)
     assert torch.equal(layer(u), block(u))
+    assert torch.equal(layer(u, inference_params=None), block(u))
     assert Layer(16, 4, 3).config == MambaConfig(16, d_state=4, d_conv=3)
     assert Layer(16, 8, 4, 2, "auto", 0.01, 0.2).config.dt_max == 0.2
 
@@ -193,8 +196,11 @@ def test_the_layer_is_built_where_it_is_wanted():
     with torch.device("meta"):
         assert Layer(16).A_log.is_meta
     assert Layer(16).A_log.dtype == torch.float32
-    with pytest.raises(TypeError, match="inference_params"):
-        Layer(16)(torch.randn(1, 2, 16), inference_params=None)
+    with pytest.raises((RuntimeError, AssertionError)):
+        Layer(16, device="cuda:99")
+    for arguments, options in (((object(),), {}), ((), {"inference_params": object()})):
+        with pytest.raises(ValueError, match="not inference_params"):
+            Layer(16)(torch.randn(1, 2, 16), *arguments, **options)
 
 
 ## Edges -------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ class Stack(nn.Module):
     def step(self, stream: Tensor, states: list[MambaState], **options):
         states = list(states)
         for i, layer in enumerate(self.layers):
-            stream, states[i] = layer.step(stream, states[i], **options)
+            stream, states[i] = layer(stream, states[i], **options)
         return stream, states
 
 

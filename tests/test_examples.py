@@ -305,6 +305,11 @@ def three_steps(script, folder, resume=None, tie_embeddings=True, **options):
     return trainer
 
 
+def test_the_trainer_refuses_labels_that_it_would_smooth_without_shifting_them(script, tmp_path):
+    with pytest.raises(ValueError, match="label_smoothing_factor must be 0"):
+        three_steps(script, tmp_path, label_smoothing_factor=0.1)
+
+
 def distances(model, other) -> dict[str, float]:
     both = zip(model.named_parameters(), other.parameters(), strict=True)
     return {name: (a - b).abs().max().item() for (name, a), b in both}

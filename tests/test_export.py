@@ -79,6 +79,14 @@ def test_a_loop_around_the_exported_step_reads_and_writes_as_the_model_does(file
     assert len(set(written)) > 2, "a model that repeats itself shows little"
 
 
+def test_a_state_may_be_an_argument_of_a_program_that_is_saved(tmp_path):
+    module, inputs = inputs_of("step")
+    torch.export.save(torch.export.export(module, inputs), tmp_path / "step.pt2")
+    with torch.serialization.safe_globals([MambaState]):  # its example is among what is saved
+        program = torch.export.load(tmp_path / "step.pt2").module()
+    assert_same_results(program(*inputs), module(*inputs))
+
+
 def test_another_kind_of_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"must end in \.pt2 or \.onnx, got 'step\.bin'"):
         export.export_step(random_model(), tmp_path / "step.bin")

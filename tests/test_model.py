@@ -252,7 +252,7 @@ def test_a_model_with_a_hook_an_adapter_or_another_forward_is_not_our_own():
         model = random_model()
         change(model)
         assert not mamba.is_our_own(model), change.__name__
-    for name in ("forward", "step", "select", "mix"):
+    for name in ("forward", "step", "select"):
         model = random_model()
         setattr(model.backbone.layers[0].mixer, name, lambda *args: None)
         assert not mamba.is_our_own(model), name

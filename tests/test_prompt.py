@@ -247,7 +247,7 @@ def test_each_of_unequal_prompts_has_the_continuation_that_it_has_alone():
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.float32, torch.complex64])
 def test_ids_that_no_embedding_takes_are_refused(dtype):
-    with pytest.raises(ValueError, match="expected integer ids"):
+    with pytest.raises(ValueError, match="input_ids must be int64 or int32"):
         next(generate.stream(small_model(), random_ids(1, 4).to(dtype)))
 
 

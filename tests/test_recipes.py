@@ -302,6 +302,15 @@ def test_a_resized_model_keeps_what_it_knew_of_old_tokens_trains_and_can_be_save
     assert loaded.config == model.config and torch.equal(loaded(new), model(new))
 
 
+def test_a_model_is_resized_without_another_that_shares_its_configuration():
+    model, other = (Mamba(config) for config in [small()] * 2)
+    recipes.resize_token_embeddings(model, 20.0)
+    assert (model.config.vocab_size, type(model.config.vocab_size)) == (20, int)
+    assert other.config == small()
+    model.config.scan = "sequential"  # one configuration for all blocks, as before
+    assert model.backbone.layers[1].mixer.config.scan == "sequential"
+
+
 def test_a_size_that_no_model_can_have_is_refused_and_the_model_stays_as_it_was():
     model = Mamba(small())
     with pytest.raises(ValueError, match="vocab_size must be a positive integer, got 0"):
@@ -324,6 +333,8 @@ OFFICIAL_SSM_FIELDS = {
 def test_the_official_loader_reads_what_is_saved_for_it(tied, tmp_path):
     """Its two steps: config.json as keyword arguments, then a strict load of pytorch_model.bin."""
     model = randomised(Mamba(small(tie_embeddings=tied, tokenizer="bytes"))).float()
+    for name in ("model.safetensors.index.json", "model-00001-of-00001.safetensors"):
+        (tmp_path / name).write_text("of another model, and older")
     recipes.save_for_official(model, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "pytorch_model.bin"}
 

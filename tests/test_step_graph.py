@@ -236,7 +236,7 @@ def test_a_block_steps_on_with_nothing_between_the_steps(batch):
     state, expected = (layer.mixer.init_state(batch) for _ in range(2))
     outs = [triton_scan.block_step(layer, u, state.conv, state.h) for u in inputs]
     for u, out in zip(inputs, outs, strict=True):
-        wanted, expected = layer.step(u, expected)
+        wanted, expected = layer(u, expected)
         assert_close("u", out, wanted, 1e-5)
     assert_close("h", state.h, expected.h, 1e-5)
     assert_close("conv", state.conv, expected.conv, 1e-5)
@@ -253,7 +253,7 @@ def test_the_residual_stream_keeps_its_dtype(batch, stream_dtype):
     out = triton_scan.block_step(layer, u, state.conv, state.h)
     assert out.dtype == stream_dtype
     if stream_dtype == torch.float32:
-        expected, _ = copy.deepcopy(layer).double().step(u.double(), block.init_state(batch))
+        expected, _ = copy.deepcopy(layer).double()(u.double(), block.init_state(batch))
         assert_close("u", out, expected, 1e-4)  # rounded to bfloat16 it would be 2e-3
 
 

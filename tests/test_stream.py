@@ -395,6 +395,35 @@ def test_a_stop_that_would_end_every_text_or_is_no_list_is_refused(stop):
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.ao will move
+@pytest.mark.parametrize("shape", [(0, 5), (1, 0), (5,), ()])
+def test_a_prompt_of_no_tokens_or_of_another_shape_is_refused_in_a_sentence(shape):
+    ids = torch.zeros(shape, dtype=torch.int64)
+    for wrong in (ids, torch.zeros(1, 3)):
+        with pytest.raises(
+            ValueError, match=r"input_ids must be int64 or int32, \(batch, seqlen\)"
+        ):
+            generate.stream(random_model(), wrong)
+
+
+@pytest.mark.parametrize("tokens", [20, 70])
+def test_the_state_of_a_running_stream_is_a_copy(tokens):
+    model, ids = random_model(), random_ids(1, 5)
+    expected = [t.item() for t in generate.stream(model, ids, max_new_tokens=tokens, temperature=0)]
+    start = model.init_state(1)
+    stream = generate.stream(model, ids, state=start, max_new_tokens=tokens, temperature=0)
+    spoken = []
+    stream.state.h.fill_(9)
+    for token in stream:
+        stream.state.h.fill_(9)
+        spoken.append(token.item())
+    assert spoken == expected and not start.h.any()
+
+
+def test_end_tokens_may_be_a_tensor():
+    steps = generate.stream(random_model(), random_ids(2, 3), eos_token_id=torch.tensor([1, 2]))
+    assert steps.ends == [1, 2]
+
+
 def test_a_model_with_quantised_projections_generates():
     """Its Linears have no parameter that would tell the device."""
     model = random_model(vocab_size=256)

@@ -81,8 +81,9 @@ from torch import Tensor, nn
 ## In S4 (arXiv 2111.00396) Δ, A, B and C are the same at every step. Unroll (2a), and powers of one
 ## Ā appear: y_t = C B̄ x_t + C Ā B̄ x_{t-1} + C Ā² B̄ x_{t-2} + ... This is a convolution with one
 ## filter as long as the text (eq. 3), which a fast Fourier transform computes for all t at once.
-## But it treats every token alike: it cannot keep this name and skip that filler word. (Mamba makes
-## of the same sum an l x l matrix for each channel, as attention does, but without a softmax.)
+## But it treats every token alike: it cannot keep this name and skip that filler word. (Written
+## out, Mamba's sum is an l x l matrix for each channel, as attention's is, but has no softmax. It
+## is never formed.)
 ##
 ## Mamba's one idea is selection: Δ, B and C are computed from the current input (`select`). Ā now
 ## differs at every step, so there is no such filter. What is left is (2a) itself, to be run as a
@@ -98,9 +99,9 @@ from torch import Tensor, nn
 ## tokens and after a million. A transformer of that width, 12 layers of attention and 12 of MLPs,
 ## caches 12 x (key + value) x 768 x 4 bytes for each token: 2.8 MB at token 38. The price: a state
 ## of fixed size cannot hold everything. A long random string, or a long phone book, takes more bits
-## than it has (arXiv 2402.01032). Selection chooses what to lose. And the shape sets no limit, but
-## the training does: the published models saw 2048 tokens at a time. Beyond, h holds a longer past
-## than their weights have learned to read, and they get worse.
+## than it has (arXiv 2402.01032). Selection chooses what to lose. And the shape sets no limit to
+## the length, but the training does: the published models saw 2048 tokens at a time. Beyond, h
+## holds a longer past than their weights have learned to read, and they get worse.
 
 
 @dataclass
@@ -110,7 +111,7 @@ class MambaConfig:
 
     d_model: int  # width of the stream (the paper's D; its code has D for the direct path, as here)
     n_layer: int = 1
-    vocab_size: int = 50277  # rows of the embedding that stand for tokens; no other is ever sampled
+    vocab_size: int = 50277  # rows of the embedding that stand for tokens: sample no other
     d_state: int = 16  # the paper's N: states per channel
     d_conv: int = 4  # width of the causal convolution
     expand: float = 2  # the paper's E: d_inner = E * d_model
@@ -126,7 +127,7 @@ class MambaConfig:
     norm_eps: float = 1e-5
     residual_in_fp32: bool = True
     tie_embeddings: bool = True  # lm_head.weight is embedding.weight
-    pad_vocab_size_multiple: int = 8  # the embedding's rows are rounded up to a multiple of this
+    pad_vocab_size_multiple: int = 8  # rows are rounded up to it: matrix units like multiples
     tokenizer: str | None = None  # "bytes": token i is byte i. None: see generate.py
     scan: str = "auto"  # how to run the recurrence, not what it is: never saved. See part II
 
@@ -169,6 +170,7 @@ class Mamba(nn.Module):
     Module names equal the keys of the published checkpoints (state-spaces/mamba-*).
 
         logits = model(input_ids)                      # (b, l) -> (b, l, padded_vocab_size)
+        state = model.init_state(b)                    # or what an earlier call has returned
         logits, state = model(input_ids, state)        # the same, continuing from a state
         logits, state = model.step(token_ids, state)   # (b,) -> (b, padded_vocab_size)
 
@@ -346,7 +348,8 @@ class MambaBlock(nn.Module):
     ## (Backwards, too, a step multiplies by Ā: along time gradients fade and cannot grow.) -exp(.)
     ## is negative whatever the optimiser does, and an update changes a rate of decay by a factor
     ## and not by an amount. Weight decay would pull every rate towards 1, and dt's bias to 0, which
-    ## is Δ to 0.69: A_log, D, biases and norms go without it (`param_groups`, part III).
+    ## is Δ to 0.69; norms and D are scales that start at 1, where decay would close a path. It is
+    ## for matrices, the convolution's too (`param_groups`, part III).
 
     @property
     def A(self) -> Tensor:

@@ -77,19 +77,14 @@ class Mutant:
         )
 
 
+# What an operator looks like, and what stands in its place.
 SWAPS = {
-    ast.Add: "-", ast.Sub: "+", ast.Mult: "+", ast.Div: "*", ast.FloorDiv: "*", ast.Mod: "+",
-    ast.Pow: "*", ast.BitOr: "&", ast.BitAnd: "|", ast.BitXor: "|", ast.LShift: ">>",
-    ast.RShift: "<<", ast.MatMult: "*", ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">",
-    ast.Eq: "!=", ast.NotEq: "==", ast.Is: "is not", ast.IsNot: "is", ast.In: "not in",
-    ast.NotIn: "in", ast.And: "or", ast.Or: "and",
-}  # fmt: skip
-SIGNS = {
-    ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.FloorDiv: "//", ast.Mod: "%",
-    ast.Pow: "**", ast.BitOr: "|", ast.BitAnd: "&", ast.BitXor: "^", ast.LShift: "<<",
-    ast.RShift: ">>", ast.MatMult: "@", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=",
-    ast.Eq: "==", ast.NotEq: "!=", ast.Is: "is", ast.IsNot: "is not", ast.In: "in",
-    ast.NotIn: "not in", ast.And: "and", ast.Or: "or",
+    ast.Add: "+ -", ast.Sub: "- +", ast.Mult: "* +", ast.Div: "/ *", ast.FloorDiv: "// *",
+    ast.Mod: "% +", ast.Pow: "** *", ast.BitOr: "| &", ast.BitAnd: "& |", ast.BitXor: "^ |",
+    ast.LShift: "<< >>", ast.RShift: ">> <<", ast.MatMult: "@ *", ast.Lt: "< <=", ast.LtE: "<= <",
+    ast.Gt: "> >=", ast.GtE: ">= >", ast.Eq: "== !=", ast.NotEq: "!= ==", ast.And: "and or",
+    ast.Or: "or and", ast.In: "in not_in", ast.NotIn: "not_in in", ast.Is: "is is_not",
+    ast.IsNot: "is_not is",
 }  # fmt: skip
 NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "float32": "bfloat16",
          "True": "False", "zeros": "ones", "ones": "zeros", "amax": "amin", "floor": "ceil",
@@ -128,13 +123,14 @@ def mutants_of(file: str, source: str) -> Iterator[Mutant]:
             yield at(node, node.lineno, node.col_offset, node.end_col_offset, text)
 
     def operator(node: ast.AST, left: ast.AST, kind: ast.AST, right: ast.AST) -> Iterator[Mutant]:
-        sign, line = SIGNS.get(type(kind)), left.end_lineno
-        if sign is None or line != right.lineno:
+        if left.end_lineno != right.lineno or type(kind) not in SWAPS:
             return
+        sign, other = (text.replace("_", " ") for text in SWAPS[type(kind)].split())
+        line = right.lineno
         gap = text_between(line, left.end_col_offset, right.col_offset)
         if (found := gap.find(sign)) >= 0:
             start = left.end_col_offset + len(gap[:found].encode())
-            yield at(node, line, start, start + len(sign), SWAPS[type(kind)])
+            yield at(node, line, start, start + len(sign), other)
 
     for node in ast.walk(tree):
         if id(node) in skipped:

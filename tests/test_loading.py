@@ -324,6 +324,22 @@ def test_peft_warns_of_an_adapter_in_one_of_two_tied_matrices():
         tuned(small(), **options).merge_and_unload()
 
 
+def test_what_is_not_the_default_is_saved_too(tmp_path):
+    config = MambaConfig(8, rule="zoh", norm_eps=1e-3, tokenizer="bytes", vocab_size=256)
+    Mamba(config).save_pretrained(tmp_path)
+    assert Mamba.from_pretrained(tmp_path).config == config
+
+
+def test_a_head_of_its_own_is_saved_even_while_it_equals_the_embedding(tmp_path):
+    """A tied one would change with the embedding in the next training step."""
+    model = Mamba(MambaConfig(8, vocab_size=16))
+    model.lm_head.weight = torch.nn.Parameter(model.backbone.embedding.weight.detach().clone())
+    model.save_pretrained(tmp_path)
+    loaded = Mamba.from_pretrained(tmp_path)
+    assert not loaded.config.tie_embeddings
+    assert loaded.lm_head.weight is not loaded.backbone.embedding.weight
+
+
 def test_peft_does_not_warn_of_a_head_that_is_not_tied(recwarn):
     tuned(small(tie_embeddings=False), target_modules=["lm_head"]).merge_and_unload()
     assert not [warning for warning in recwarn if "tie" in str(warning.message)]

@@ -256,6 +256,9 @@ def test_a_model_with_a_hook_an_adapter_or_another_forward_is_not_our_own():
         model = random_model()
         setattr(model.backbone.layers[0].mixer, name, lambda *args: None)
         assert not mamba.is_our_own(model), name
+    model = random_model()
+    model.embed = lambda ids: None
+    assert not mamba.is_our_own(model)
     with torch.autocast("cpu", torch.bfloat16):
         assert not mamba.is_our_own(random_model())
 

@@ -255,11 +255,25 @@ def test_a_hook_on_a_layer_or_a_mixer_is_called_for_every_token(find):
     assert len(tokens) == 70 and len(calls) == 4 + 1 + 69
 
 
+def test_a_hook_on_a_block_of_its_own_is_called_by_step():
+    block, calls = MambaBlock(MambaConfig(8)), []
+    block.register_forward_hook(lambda *arguments: calls.append(arguments))
+    block.step(torch.randn(2, 8), block.init_state(2))
+    assert len(calls) == 1
+
+
 def test_one_matrix_of_two_names_stays_one_when_the_model_leaves_the_meta_device():
     model = from_meta(random_model())
     assert model.lm_head.weight is model.backbone.embedding.weight
     model = from_meta(random_model(tie_embeddings=False))
     assert model.lm_head.weight is not model.backbone.embedding.weight
+
+
+def test_a_state_that_an_adapter_leaves_holds_no_sequence_in_memory():
+    block = MambaBlock(MambaConfig(8))
+    block.conv1d.register_forward_hook(lambda *arguments: None)
+    _, state = block(torch.randn(1, 500, 8), block.init_state(1))
+    assert state.conv.untyped_storage().nbytes() == state.conv.nbytes
 
 
 def test_a_reset_that_an_adapter_would_look_across_is_refused():

@@ -113,6 +113,10 @@ def read_prompt(text: str | None, file: str | None, parser: Parser) -> str:
     return text or parser.error("the prompt is empty: there is nothing to continue")
 
 
+def is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
 # Written as what is allowed: every comparison with NaN is False, so NaN is refused.
 ALLOWED = {
     "max_new_tokens": (Integral, lambda value: value >= 1, "an integer, at least 1"),
@@ -123,11 +127,7 @@ ALLOWED = {
     "repetition_penalty": (Real, lambda value: 0 < value < math.inf, "a positive number"),
     "seed": (Integral | None, lambda value: 0 <= (value or 0) < 2**64, "an integer in [0, 2**64)"),
     "num_samples": (Integral, lambda value: value >= 1, "at least 1"),
-    "stop": (
-        list | tuple,
-        lambda texts: all(isinstance(text, str) and text for text in texts),
-        "a list of texts that are not empty",
-    ),
+    "stop": (list | tuple, lambda v: all(map(is_text, v)), "a list of texts that are not empty"),
 }
 
 
@@ -235,7 +235,7 @@ def generate(
     input_ids, mask = encode_batch(tokenizer, prompts, model.backbone.embedding.weight.device)
     defaults = {"eos_token_id": tokenizer.eos_token_ids, "vocab_size": tokenizer.vocab_size}
     steps = stream(model, input_ids, mask=mask, **defaults | sampling)
-    # Each row takes as many steps as it needs; tee keeps those that others have still to take.
+    ## Each row takes as many steps as it needs; tee keeps those that others have still to take.
     rows = enumerate(itertools.tee(map(Tensor.tolist, steps), len(prompts)))
     rows = [text_of(tokenizer, map(itemgetter(i), row), steps.ends, stop) for i, row in rows]
     texts = ["".join(pieces) for pieces in rows]

@@ -1357,7 +1357,6 @@ def file_finder(
     """
     folder, name = Path(name_or_path).expanduser(), str(name_or_path).rstrip("/")
     where, listed, failure = {"revision": revision, "cache_dir": cache_dir}, set(), None
-    seconds = float(os.environ.get("HF_HUB_ETAG_TIMEOUT", 1.5))
     is_folder = name != "" and folder.is_dir()
     if is_folder:
         listed = {path.name for path in folder.iterdir() if path.is_file()}
@@ -1371,6 +1370,7 @@ def file_finder(
         from huggingface_hub import errors, utils
 
         utils.validate_repo_id(name)
+        seconds = float(os.environ.get("HF_HUB_ETAG_TIMEOUT", 1.5))
         try:
             if local_files_only:
                 raise errors.OfflineModeIsEnabled

@@ -324,6 +324,12 @@ def test_peft_warns_of_an_adapter_in_one_of_two_tied_matrices():
         tuned(small(), **options).merge_and_unload()
 
 
+def test_a_local_folder_does_not_ask_for_the_hubs_timeout(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "soon")
+    write(tmp_path, "bin")
+    assert_loads(tmp_path)
+
+
 def test_what_is_not_the_default_is_saved_too(tmp_path):
     config = MambaConfig(8, rule="zoh", norm_eps=1e-3, tokenizer="bytes", vocab_size=256)
     Mamba(config).save_pretrained(tmp_path)

@@ -388,7 +388,7 @@ def test_pieces_hold_back_what_may_become_a_stop_string_and_nothing_else():
     assert list(generate.text_of(tokenizer, b"xa", [], ["ab"])) == ["x", "", "a"]
 
 
-@pytest.mark.parametrize("stop", ["text", [""], ["a", ""]])
+@pytest.mark.parametrize("stop", ["text", [""], ["a", ""], [5]])
 def test_a_stop_that_would_end_every_text_or_is_no_list_is_refused(stop):
     with pytest.raises(ValueError, match="stop must be a list of texts that are not empty"):
         generate.generate(random_model(), generate.ByteTokenizer(), "a", stop=stop)

@@ -20,15 +20,29 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
+
+# Before triton and torch are imported: the interpreter where there is no GPU, and a question about
+# GPUs that does not spoil them for the children.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Only so that no child has to.
+import hypothesis  # noqa: F401
+import pytest
+import torch._dynamo
+import triton  # noqa: F401
+from transformers import AutoTokenizer, MambaForCausalLM  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -197,26 +211,49 @@ def copy_of_the_project(folder: Path) -> Path:
     return folder
 
 
-def judge(mutant: Mutant, folder: Path, limit: float) -> str:
-    """ "caught", "time" or "survived"."""
+def judge(mutant: Mutant, folder: Path, limit: int) -> None:
+    """In a child: plants the mutant, runs its tests, and ends with what pytest ends with."""
+    os.setsid()  # so that what the tests start ends with them
+    signal.alarm(limit)
+    os.chdir(folder)
+    os.environ.pop("CI", None)  # what is not installed here is skipped
+    sys.path.insert(0, str(folder))
+    os.environ |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    with open("output.txt", "w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
     path = folder / mutant.file
-    source = path.read_text()
-    path.write_text(mutant.apply(source))
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header"]
-    environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-    environment.pop("CI", None)  # what is not installed here is skipped
-    try:
-        run = subprocess.run(
-            [*command, *tests_of(mutant)], cwd=folder, env=environment, timeout=limit,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, text=True,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return "time"
-    finally:
-        path.write_text(source)
-    if run.returncode not in (0, 1, 2):
-        raise RuntimeError(f"pytest ended with {run.returncode}:\n{run.stdout[-2000:]}")
-    return "survived" if run.returncode == 0 else "caught"
+    path.write_text(mutant.apply(path.read_text()))
+    status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--no-header", *tests_of(mutant)])
+    sys.stdout.flush()
+    os._exit(int(status))
+
+
+def verdicts(mutants: list[Mutant], options: argparse.Namespace) -> Iterator[tuple[Mutant, str]]:
+    """Each mutant with "caught", "time" or "survived", as they end.
+
+    This process has imported what takes long and nothing of the project; its children begin there.
+    """
+    waiting, running = list(mutants), {}
+    with tempfile.TemporaryDirectory() as scratch:
+        while waiting or running:
+            while waiting and len(running) < options.jobs:
+                mutant = waiting.pop(0)
+                folder = copy_of_the_project(Path(tempfile.mkdtemp(dir=scratch)))
+                if (child := os.fork()) == 0:
+                    judge(mutant, folder, options.limit)
+                running[child] = mutant, folder
+            child, status = os.wait()
+            mutant, folder = running.pop(child)
+            try:
+                os.killpg(child, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            code = os.waitstatus_to_exitcode(status)
+            if code not in (0, 1, 2, -signal.SIGALRM):  # a crash is noticed too, but is named
+                print((folder / "output.txt").read_text()[-2000:], file=sys.stderr)
+            shutil.rmtree(folder)
+            yield mutant, {0: "survived", -signal.SIGALRM: "time"}.get(code, "caught")
 
 
 def chosen(options: argparse.Namespace) -> list[Mutant]:
@@ -249,33 +286,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--file", choices=list(BELONGING), help="mutants of this file alone")
     parser.add_argument("--lines", metavar="FIRST-LAST", help="and of these lines alone")
-    parser.add_argument("--limit", type=float, default=400, help="seconds for the tests of one")
+    parser.add_argument("--limit", type=int, default=400, help="seconds for the tests of one")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants at a time")
+    parser.add_argument("--verbose", action="store_true", help="name those that are caught too")
     options = parser.parse_args()
-    mutants, folders = chosen(options), SimpleQueue()
+    mutants, begun = chosen(options), time.perf_counter()
     counts = dict.fromkeys(("caught", "time", "survived"), 0)
-    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(options.jobs) as pool:
-        for i in range(options.jobs):
-            folders.put(copy_of_the_project(Path(scratch) / str(i)))
-
-        def run(mutant: Mutant) -> None:
-            folder, begun = folders.get(), time.perf_counter()
-            try:
-                verdict = judge(mutant, folder, options.limit)
-            finally:
-                folders.put(folder)
-            counts[verdict] += 1
-            before, after = mutant.before_and_after((ROOT / mutant.file).read_text())
-            seconds = time.perf_counter() - begun
-            if verdict == "survived":
-                print(
-                    f"SURVIVED {mutant.file}:{mutant.line}\n  - {before}\n  + {after}", flush=True
-                )
-            print(
-                f"{sum(counts.values())}/{len(mutants)} {verdict} {seconds:.0f} s", file=sys.stderr
-            )
-
-        list(pool.map(run, mutants))
+    for mutant, verdict in verdicts(mutants, options):
+        counts[verdict] += 1
+        before, after = mutant.before_and_after((ROOT / mutant.file).read_text())
+        if verdict == "survived" or options.verbose:
+            word = verdict.upper()
+            print(f"{word} {mutant.file}:{mutant.line}\n  - {before}\n  + {after}", flush=True)
+        done, seconds = sum(counts.values()), time.perf_counter() - begun
+        print(f"{done}/{len(mutants)} {verdict}, after {seconds:.0f} s", file=sys.stderr)
     known = len(mutants) - counts["survived"]
     print(f"{known} of {len(mutants)} caught ({counts['time']} by time), seed {options.seed}")
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import itertools
 import os
 import random
 import re
@@ -256,26 +257,34 @@ def verdicts(mutants: list[Mutant], options: argparse.Namespace) -> Iterator[tup
             yield mutant, {0: "survived", -signal.SIGALRM: "time"}.get(code, "caught")
 
 
+def compiles(mutant: Mutant, source: str) -> bool:
+    try:
+        compile(mutant.apply(source), mutant.file, "exec")
+    except SyntaxError:
+        return False
+    return True
+
+
 def chosen(options: argparse.Namespace) -> list[Mutant]:
-    files = [options.file] if options.file else list(BELONGING)
-    mutants = []
-    for file in files:
-        source = (ROOT / file).read_text()
-        for mutant in sorted(
-            set(mutants_of(file, source)), key=lambda m: (m.line, m.column, m.text)
-        ):
-            try:
-                compile(mutant.apply(source), file, "exec")
-            except SyntaxError:
-                continue
-            if (file, *mutant.before_and_after(source)) not in EQUIVALENT:
-                mutants.append(mutant)
+    sources = {
+        file: (ROOT / file).read_text()
+        for file in ([options.file] if options.file else list(BELONGING))
+    }
+    mutants = sorted(
+        {mutant for file, source in sources.items() for mutant in mutants_of(file, source)},
+        key=lambda mutant: (mutant.file, mutant.line, mutant.column, mutant.text),
+    )
     if options.lines:
         first, last = map(int, options.lines.split("-"))
         mutants = [mutant for mutant in mutants if first <= mutant.line <= last]
-    if len(mutants) > options.sample:
-        mutants = random.Random(options.seed).sample(mutants, options.sample)
-    return mutants
+    random.Random(options.seed).shuffle(mutants)
+    valid = (
+        mutant
+        for mutant in mutants
+        if (mutant.file, *mutant.before_and_after(sources[mutant.file])) not in EQUIVALENT
+        and compiles(mutant, sources[mutant.file])
+    )
+    return list(itertools.islice(valid, options.sample))
 
 
 def main() -> None:

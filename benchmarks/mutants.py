@@ -49,8 +49,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # The tests that should notice a mistake in a file.
 BELONGING = {
     "mamba.py": (
-        "test_mamba.py tests/test_scans.py tests/test_model.py tests/test_stream.py "
-        "tests/test_loading.py tests/test_wrapped.py tests/test_export.py tests/test_prompt.py"
+        "test_mamba.py tests/test_model.py tests/test_wrapped.py tests/test_stream.py "
+        "tests/test_loading.py tests/test_prompt.py"
     ),
     "generate.py": (
         "tests/test_decoding.py tests/test_prompt.py tests/test_cpu_step.py tests/test_stream.py "
@@ -59,7 +59,7 @@ BELONGING = {
     "triton_scan.py": "tests/test_triton_scan.py tests/test_step_graph.py",
     "examples/drop_in.py": "tests/test_drop_in.py",
     "examples/event_time.py": "tests/test_event_time.py tests/test_examples.py",
-    "examples/export.py": "tests/test_export.py tests/test_examples.py",
+    "examples/export.py": "tests/test_wrapped.py tests/test_examples.py",
     "examples/look_inside.py": "tests/test_look_inside.py tests/test_examples.py",
     "examples/recipes.py": "tests/test_recipes.py tests/test_examples.py",
     "examples/train.py": "tests/test_examples.py",

@@ -13,34 +13,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from look_inside import watch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import generate
 import mamba
-from mamba import Mamba, MambaBlock, MambaConfig, MambaState, selective_scan
+from mamba import Mamba, MambaBlock, MambaConfig, selective_scan
 from test_mamba import (
-    ALONG_TIME,
     SCANS,
     assert_all_close,
     assert_close,
     by_hand,
     error_of,
     gradients_of,
-    judge_scan,
     logspace_bound,
     packed_documents,
     random_ids,
     random_model,
-    random_state,
     rules_of,
     scan_inputs,
     selective_inputs,
     values_and_gradients,
 )
 
+IDS = torch.arange(6).view(2, 3)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -90,14 +87,6 @@ def test_every_scan_stays_exact_for_extreme_step_sizes_and_decays_and_under_auto
                 assert_close(f"{where}gradients", actual, expected, 10 * tolerance)
 
 
-@pytest.mark.parametrize("scan", SCANS)
-def test_every_scan_keeps_the_digits_of_tiny_inputs(scan):
-    inputs = scan_inputs(20)
-    for name in ("x", "h0"):
-        inputs[name] = (1e-20 * inputs[name]).detach().requires_grad_()
-    judge_scan(scan, inputs, chunk=8)
-
-
 class BytesWritten(TorchDispatchMode):
     """Counts the bytes of every tensor that any operation returns, in forward and backward."""
 
@@ -110,22 +99,14 @@ class BytesWritten(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("scan", SCANS)
-def test_memory_and_memory_traffic_of_training_grow_linearly_with_length(scan):
-    """Traffic too: the gradient of x[:, t] is a tensor as long as x, so l of them are quadratic."""
-
-    def cost(seqlen: int) -> tuple[int, int]:
-        saved, written = [], BytesWritten()
-
-        def note(tensor):
-            saved.append(tensor.nbytes)
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), written:
+def test_memory_traffic_of_training_grows_linearly_with_length(scan):
+    """The gradient of x[:, t] is a tensor as long as x, so l of them are quadratic."""
+    written = []
+    for seqlen in (128, 256):
+        with BytesWritten() as counter:
             values_and_gradients(SCANS[scan], scan_inputs(seqlen))
-        return sum(saved), written.total
-
-    for name, short, long in zip(("saved", "written"), cost(128), cost(256), strict=True):
-        assert long <= 2.1 * short, f"bytes {name}: {short} for 128 tokens, {long} for 256"
+        written.append(counter.total)
+    assert written[1] <= 2.1 * written[0]
 
 
 def test_the_norm_of_zeros_has_a_finite_gradient_and_that_of_large_float16_numbers_is_exact():
@@ -153,12 +134,10 @@ def run_alone(scan, **options):
     return SCANS[scan](**scan_inputs(3), **options)
 
 
-def read(ids=None, method="forward", stranger=None, rows=2, reset=None):
+def read(method="forward", stranger=None, rows=2, ids=IDS, **options):
     """stranger: by what the model differs whose state is given."""
-    model = random_model()
     state = random_model(**stranger or {}).init_state(rows)
-    ids = random_ids(2, 3) if ids is None else ids
-    return model.step(ids, state) if method == "step" else model(ids, state, reset=reset)
+    return getattr(random_model(), method)(ids, state, **options)
 
 
 def feed(shape, method="forward", state=None):
@@ -171,16 +150,6 @@ def convolve(raw, **changes):
     return mamba.causal_conv(raw, conv1d, torch.ones(2, 16, 3))
 
 
-ONE_TOKEN = {n: t[:, 0] for n, t in selective_inputs(1).items() if n in ALONG_TIME}
-IDS, STEP = "expected integer ids (batch, seqlen), got ", "expected integer ids (batch,), got "
-BLOCK = "expected (batch, seqlen, d_model), d_model = 8, got "
-TOKEN = "expected (batch, d_model), d_model = 8, got "
-LONGER = {n: torch.cat([t, t]) for n, t in selective_inputs().items() if n != "x"}
-STATES = [
-    *(({"n_layer": n}, "expected the state of a model of 2 layers") for n in (1, 3)),
-    ({"d_state": 5}, "state.h must have shape (2, 32, 4), got (2, 32, 5)"),
-    *(({"d_conv": n}, "state.conv must have shape (2, 32, 3), got (2, 32, ") for n in (1, 5)),
-]
 WRONG_CALLS = [
     (configure, {"d_model": 8.5}, "d_model must be a positive integer, got 8.5"),
     (configure, {"n_layer": 0}, "n_layer must be a positive integer, got 0"),
@@ -199,46 +168,59 @@ WRONG_CALLS = [
     (configure, {"scan": "fast"}, f"scan must be one of {(*mamba.SCANS, 'triton')}, got 'fast'"),
     (run, {"rule": "euler"}, f"rule must be one of {mamba.RULES}, got 'euler'"),
     (run, {"scan": "fast"}, f"scan must be one of {(*mamba.SCANS, 'triton')}, got 'fast'"),
-    *((run, {name: t}, f"{name} must have shape (") for name, t in LONGER.items()),
+    *(
+        (run, {name: torch.cat([tensor, tensor])}, f"{name} must have shape (")
+        for name, tensor in selective_inputs().items()
+        if name != "x"
+    ),
     (run, {"reset": torch.ones(2, 8) > 0}, "reset must have shape (2, 7), got (2, 8)"),
     (run, {"reset": torch.ones(2, 7)}, "reset must be bool, got torch.float32"),
     (run, {"A": torch.ones(3, 4).cfloat()}, "A must be real"),
     (run, {"x": torch.ones(7)}, "x must be real (batch, seqlen, d_inner), got torch.float32 (7,)"),
     (run, {"x": torch.ones(2, 0, 3)}, "x must be real (batch, seqlen, d_inner), got"),
     (run, {"x": torch.ones(2, 7, 3).int()}, "x must be real (batch, seqlen, d_inner), got"),
-    (run, ONE_TOKEN | {"h0": None}, "x (2, 3) is one token (batch, d_inner): it needs h0"),
+    (run, {"x": torch.ones(2, 3), "h0": None}, "x (2, 3) is one token (batch, d_inner): it needs"),
     (run_alone, {"scan": "logspace", "rule": "bilinear"}, "cannot do rule='bilinear'"),
-    (run_alone, {"scan": "logspace", "chunk": 0}, "chunk must be at least 1, got 0"),
-    (run_alone, {"scan": "chunked", "chunk": 0}, "chunk must be at least 1, got 0"),
-    (run_alone, {"scan": "recompute", "chunk": 0}, "chunk must be at least 1, got 0"),
-    (read, {"ids": torch.rand(2, 5)}, f"{IDS}torch.float32 (2, 5)"),
-    (read, {"ids": torch.ones(2, 5) > 0}, f"{IDS}torch.bool (2, 5)"),
-    (read, {"ids": torch.ones(2, dtype=int)}, f"{IDS}torch.int64 (2,)"),
-    (read, {"ids": torch.ones(2, 0, dtype=int)}, f"{IDS}torch.int64 (2, 0)"),
-    (read, {"ids": random_ids(2, 1), "method": "step"}, f"{STEP}torch.int64 (2, 1)"),
-    *((read, {"stranger": changes}, words) for changes, words in STATES),
     *(
-        (read, {"stranger": changes, "method": "step", "ids": random_ids(1, 2)[0]}, words)
-        for changes, words in STATES
+        (run_alone, {"scan": scan, "chunk": 0}, "chunk must be at least 1, got 0")
+        for scan in ("logspace", "chunked", "recompute")
     ),
+    (read, {"ids": IDS.float()}, "expected integer ids (batch, seqlen), got torch.float32 (2, 3)"),
+    (read, {"ids": IDS > 0}, "expected integer ids (batch, seqlen), got torch.bool (2, 3)"),
+    (read, {"ids": IDS[0]}, "expected integer ids (batch, seqlen), got torch.int64 (3,)"),
+    (read, {"ids": IDS[:, :0]}, "expected integer ids (batch, seqlen), got torch.int64 (2, 0)"),
+    (read, {"method": "step"}, "expected integer ids (batch,), got torch.int64 (2, 3)"),
+    *(
+        (read, {"stranger": changes, **call}, f"{words} must have shape (2, 32, ")
+        for changes, words in (({"d_state": 5}, "state.h"), ({"d_conv": 5}, "state.conv"))
+        for call in ({}, {"method": "step", "ids": IDS[:, 0]})
+    ),
+    *((read, {"stranger": {"n_layer": n}}, "the state of a model of 2 layers") for n in (1, 3)),
     (read, {"rows": 3}, "state.conv must have shape (2, 32, 3), got (3, 32, 3)"),
     (read, {"reset": torch.ones(1, 3) > 0}, "reset must be bool (2, 3), got torch.bool (1, 3)"),
     (read, {"reset": torch.ones(2, 3)}, "reset must be bool (2, 3), got torch.float32 (2, 3)"),
-    (feed, {"shape": (2, 3, 9)}, f"{BLOCK}(2, 3, 9)"),
-    (feed, {"shape": (2, 8)}, f"{BLOCK}(2, 8)"),
-    (feed, {"shape": (0, 3, 8)}, f"{BLOCK}(0, 3, 8)"),
-    (feed, {"shape": (2, 9), "state": True}, f"{TOKEN}(2, 9)"),
-    (feed, {"shape": (2, 3, 8), "state": True, "method": "step"}, f"{TOKEN}(2, 3, 8)"),
-    (convolve, {"raw": torch.ones(2, 9, 16), "kernel_size": 8}, "a filter per channel as long as"),
-    (convolve, {"raw": torch.ones(2, 9, 16), "groups": 1}, "a filter per channel as long as"),
-    (convolve, {"raw": torch.ones(2, 16), "dilation": 2}, "a filter per channel as long as"),
+    *(
+        (feed, {"shape": shape}, f"expected (batch, seqlen, d_model), d_model = 8, got {shape}")
+        for shape in ((2, 3, 9), (2, 8), (0, 3, 8))
+    ),
+    *(
+        (feed, {"shape": shape, "state": True, "method": method}, f"d_model = 8, got {shape}")
+        for shape, method in (((2, 9), "forward"), ((2, 3, 8), "step"))
+    ),
+    *(
+        (
+            convolve,
+            {"raw": torch.ones(shape), **changes},
+            "a filter per channel as long as its past",
+        )
+        for changes in ({"kernel_size": 8}, {"groups": 1}, {"dilation": 2})
+        for shape in ((2, 9, 16), (2, 16))
+    ),
 ]
 
 
 @pytest.mark.parametrize(("call", "arguments", "words"), WRONG_CALLS)
-def test_a_call_that_does_not_fit_is_told_what_was_given_and_what_was_expected(
-    call, arguments, words
-):
+def test_a_call_that_does_not_fit_is_told_what_was_given_or_expected(call, arguments, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         call(**arguments)
 
@@ -265,73 +247,65 @@ def test_an_explicit_triton_that_cannot_run_is_an_error_and_no_silent_fallback(m
 ## A model as it was made, and others --------------------------------------------------------------
 
 
-def test_a_model_with_a_hook_an_adapter_or_another_forward_is_not_our_own():
-    """Nor is one under autocast: whoever computes a model without its modules asks for all this."""
+class Subclass(Mamba):
+    pass
 
-    class Subclass(Mamba):
-        pass
 
-    class Adapter(nn.Linear):
-        pass
+class Adapter(nn.Linear):
+    pass
 
-    class Quantised(Tensor):
-        pass
 
-    def quantised(model):
-        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().as_subclass(Quantised))
+class Quantised(Tensor):
+    pass
 
-    def hooked(register):
-        return lambda model: getattr(mixer(model).dt_proj, register)(lambda *arguments: None)
 
-    def replaced(find, name):
-        return lambda model: setattr(find(model), name, lambda *arguments: None)
+def mixer(model: Mamba) -> MambaBlock:
+    return model.backbone.layers[1].mixer
 
-    def mixer(model):
-        return model.backbone.layers[1].mixer
 
-    assert mamba.is_our_own(random_model())
-    for change in (
-        hooked("register_forward_hook"),
-        hooked("register_forward_pre_hook"),
-        hooked("register_full_backward_hook"),
-        hooked("register_full_backward_pre_hook"),
-        *(replaced(mixer, name) for name in ("forward", "step", "select")),
-        replaced(lambda model: model, "embed"),
-        lambda model: setattr(mixer(model).in_proj, "__class__", Adapter),
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: mixer(model).dt_proj.register_forward_hook(print),
+        lambda model: mixer(model).dt_proj.register_forward_pre_hook(print),
+        lambda model: mixer(model).dt_proj.register_full_backward_hook(print),
+        lambda model: mixer(model).dt_proj.register_full_backward_pre_hook(print),
+        lambda model: setattr(mixer(model), "forward", print),
+        lambda model: setattr(mixer(model), "step", print),
+        lambda model: setattr(mixer(model), "select", print),
+        lambda model: setattr(model, "embed", print),
         lambda model: setattr(model, "__class__", Subclass),
-        quantised,
-    ):
-        model = random_model()
-        change(model)
-        assert not mamba.is_our_own(model)
+        lambda model: setattr(mixer(model).in_proj, "__class__", Adapter),
+        lambda model: setattr(
+            mixer(model), "D", nn.Parameter(torch.ones(32).as_subclass(Quantised))
+        ),
+    ],
+)
+def test_a_model_with_a_hook_an_adapter_or_another_forward_is_not_our_own(change):
+    """Nor is one under autocast: whoever computes a model without its modules asks for all this."""
+    model = random_model()
+    assert mamba.is_our_own(model)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not mamba.is_our_own(random_model())
+        assert not mamba.is_our_own(model)
+    change(model)
+    assert not mamba.is_our_own(model)
 
 
 @needs_gpu
 @pytest.mark.parametrize("scan", SCANS)
 def test_a_gpu_gives_the_numbers_of_the_cpu(scan):
-    model, (ids, reset) = random_model(scan=scan), packed_documents((5, 35, 1, 29))
+    model, (ids, reset) = random_model(scan=scan).double(), packed_documents((5, 35, 1, 29))
     numbers = {}
-    with watch(model) as layers:
-        model(ids, reset=reset)
     for device in ("cpu", "cuda"):
         there = copy.deepcopy(model).to(device)
-        start = there.init_state(len(ids))
-        logits, state = there(ids.to(device), start, reset=reset.to(device))
-        gradients = gradients_of(logits.square().mean(), there)
-        next_logits, state = there.step(ids[:, -1].to(device), state)
+        logits, state = there(ids.to(device), there.init_state(3), reset=reset.to(device))
         prompt = ids[:, :9].to(device)
         tokens = torch.stack([*generate.stream(there, prompt, max_new_tokens=9, temperature=0)])
-        outputs = {"logits": logits, "next logits": next_logits, "h": state.h, "tokens": tokens}
-        numbers[device] = [
-            {name: t.cpu() for name, t in each.items()} for each in (outputs, gradients)
-        ]
-    # As in judge_scan: log space within what it states about itself, the others within 1e-5.
-    bound = max(logspace_bound(layer, 64, reset) for layer in layers)
-    tolerance = max(1e-5, 2 * bound) if scan == "logspace" else 1e-5
-    assert_all_close(numbers["cuda"][0], numbers["cpu"][0], tolerance)
-    assert_all_close(numbers["cuda"][1], numbers["cpu"][1], 10 * tolerance)
+        next_logits, state = there.step(ids[:, -1].to(device), state)
+        values = {"logits": logits, "next logits": next_logits, **vars(state), "tokens": tokens}
+        values |= gradients_of(logits.square().mean(), there)
+        numbers[device] = {name: tensor.cpu() for name, tensor in values.items()}
+    assert_all_close(numbers["cuda"], numbers["cpu"], 1e-10)
 
 
 ## In a folder -------------------------------------------------------------------------------------
@@ -339,8 +313,7 @@ def test_a_gpu_gives_the_numbers_of_the_cpu(scan):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_saved_model_loads_bit_by_bit_with_its_whole_configuration(tied, tmp_path):
-    """Also from the folder that it came from. Numbers of other types are what they are, and float32
-    is what is asked for, whatever the file holds."""
+    """Also from the folder that it came from. Numbers of other types are what they are."""
     config = MambaConfig(
         d_model=np.int64(16), n_layer=2.0, vocab_size=np.float32(30), expand=1.3, d_conv=3,
         dt_rank=5, norm_eps=1e-3, rule="zoh", tokenizer="bytes", tie_embeddings=tied,
@@ -349,23 +322,12 @@ def test_a_saved_model_loads_bit_by_bit_with_its_whole_configuration(tied, tmp_p
     Mamba(config).save_pretrained(tmp_path / "new" / "folder")
     model = Mamba.from_pretrained(tmp_path / "new" / "folder", dtype=torch.bfloat16)
     assert model.config == config
-    with torch.no_grad():
-        model.backbone.norm_f.weight += 1
+    model.backbone.norm_f.weight.data += 1
     model.save_pretrained(tmp_path / "new" / "folder")
-    for dtype, expected in ((torch.bfloat16, model), (None, copy.deepcopy(model).float())):
-        loaded = Mamba.from_pretrained(tmp_path / "new" / "folder", dtype=dtype, scan="chunked")
-        assert loaded.config.scan == "chunked"
-        assert (loaded.lm_head.weight is loaded.backbone.embedding.weight) == tied
-        assert loaded.state_dict().keys() == expected.state_dict().keys()
-        for name, tensor in loaded.state_dict().items():
-            assert tensor.dtype == expected.state_dict()[name].dtype, name
-            assert torch.equal(tensor, expected.state_dict()[name]), name
-    names = {path.name for path in (tmp_path / "new" / "folder").iterdir()}
-    assert names == {"config.json", "model.safetensors"}
-
-
-def test_a_state_survives_a_file_that_may_hold_tensors_only(tmp_path):
-    state = random_state(random_model(), 2)
-    torch.save(vars(state), tmp_path / "state.pt")
-    loaded = MambaState(**torch.load(tmp_path / "state.pt", weights_only=True))
-    assert torch.equal(loaded.conv, state.conv) and torch.equal(loaded.h, state.h)
+    loaded = Mamba.from_pretrained(tmp_path / "new" / "folder", scan="chunked")
+    assert loaded.config.scan == "chunked"
+    assert (loaded.lm_head.weight is loaded.backbone.embedding.weight) == tied
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in loaded.state_dict().items():
+        assert tensor.dtype == torch.float32  # whatever the file holds
+        assert torch.equal(tensor, model.state_dict()[name].float()), name

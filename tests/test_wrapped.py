@@ -1,5 +1,5 @@
-"""Our modules in the hands of others: adapters, hooks, wrappers, and code that expects the marks of
-the official layer.
+"""Our modules in the hands of others: code that expects the marks of the official layer, adapters,
+hooks, wrappers, exporters and compilers.
 """
 
 from __future__ import annotations
@@ -7,17 +7,18 @@ from __future__ import annotations
 import copy
 import pickle
 
+import export
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 import generate
 import mamba
-from mamba import Mamba, MambaBlock, MambaConfig, MambaState
+from mamba import Mamba, MambaState, selective_scan
 from test_mamba import (
     assert_all_close,
     assert_close,
@@ -28,9 +29,10 @@ from test_mamba import (
     random_model,
     random_state,
     run_steps,
+    selective_inputs,
 )
 
-## Loaded, copied and moved ------------------------------------------------------------------------
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def loaded(model: Mamba) -> Mamba:
@@ -46,38 +48,30 @@ def from_meta(model: Mamba) -> Mamba:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_marks_of_the_official_layer_and_tied_matrices_survive(tied, tmp_path):
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model,
+        loaded,
+        from_meta,
+        lambda model: model.to("meta"),
+        lambda model: model.to(torch.bfloat16),
+        lambda model: pickle.loads(pickle.dumps(model)),
+        lambda model: copy.deepcopy(loaded(copy.deepcopy(model))),
+    ],
+)
+def test_the_marks_of_the_official_layer_and_tied_matrices_survive(change, tied):
     """Code of that family looks for the marks before it decays or initialises a parameter."""
-    random_model(tie_embeddings=tied).save_pretrained(tmp_path)
+    model = change(random_model(tie_embeddings=tied))
+    marks = {
+        f"{name} {mark}"
+        for name, parameter in model.named_parameters()
+        for mark in ("_no_weight_decay", "_no_reinit")
+        if getattr(parameter, mark, False)
+    }
     ends = ("A_log _no_weight_decay", "D _no_weight_decay", "dt_proj.bias _no_reinit")
-    expected = {f"backbone.layers.{i}.mixer.{end}" for i in range(2) for end in ends}
-    for way, change in {
-        "made": lambda model: model,
-        "loaded": loaded,
-        "from a folder": lambda model: Mamba.from_pretrained(tmp_path),
-        "from meta": from_meta,
-        "to meta": lambda model: model.to("meta"),
-        "to bfloat16": lambda model: model.to(torch.bfloat16),
-        "pickled": lambda model: pickle.loads(pickle.dumps(model)),
-        "one after the other": lambda model: copy.deepcopy(loaded(copy.deepcopy(model))),
-    }.items():
-        model = change(random_model(tie_embeddings=tied))
-        marks = {
-            f"{name} {mark}"
-            for name, parameter in model.named_parameters()
-            for mark in ("_no_weight_decay", "_no_reinit")
-            if getattr(parameter, mark, False)
-        }
-        assert marks == expected, way
-        assert (model.lm_head.weight is model.backbone.embedding.weight) == tied, way
-
-
-def test_a_state_is_of_its_own_class_and_of_the_parameters_dtype_on_any_device():
-    block = MambaBlock(MambaConfig(8)).to(torch.bfloat16)
-    state = block.init_state(3)
-    assert isinstance(state, MambaState)
-    assert (state.conv.dtype, state.h.dtype) == (torch.bfloat16, torch.float32)
-    assert block.to("meta").init_state(3).h.is_meta
+    assert marks == {f"backbone.layers.{i}.mixer.{end}" for i in range(2) for end in ends}
+    assert (model.lm_head.weight is model.backbone.embedding.weight) == tied
 
 
 ## Adapters and hooks ------------------------------------------------------------------------------
@@ -121,14 +115,7 @@ class Wrapper(nn.Module):
 
 
 def doubled_by_hook(conv1d):
-    """In float64, too."""
     conv1d.register_forward_hook(lambda module, inputs, output: 2 * output.double())
-    return conv1d
-
-
-def doubled_before(conv1d):
-    conv1d.bias.data *= 2
-    conv1d.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
     return conv1d
 
 
@@ -137,9 +124,10 @@ def doubled_by_method(conv1d):
     return conv1d
 
 
-@pytest.mark.parametrize("double", [Wrapper, doubled_by_hook, doubled_before, doubled_by_method])
+@pytest.mark.parametrize("double", [Wrapper, doubled_by_hook, doubled_by_method])
 @pytest.mark.parametrize("d_conv", [1, 4])
 def test_what_is_done_to_the_convolution_counts(double, d_conv):
+    """Also if it computes in float64."""
     model, (ids, reset) = random_model(d_conv=d_conv), packed_documents()
     start, expected = random_state(model, 3), copy.deepcopy(model)
     for layer in expected.backbone.layers:
@@ -154,15 +142,6 @@ def test_what_is_done_to_the_convolution_counts(double, d_conv):
     assert_same_results(run_steps(model, ids, start), expected(ids, start), 2e-6)
     with pytest.raises(ValueError, match="look across a reset inside the sequence: feed such"):
         model(ids, reset=reset)
-
-
-@pytest.mark.parametrize("hook", ["register_full_backward_hook", "register_full_backward_pre_hook"])
-def test_backward_hooks_of_the_convolution_are_called(hook):
-    model, calls = random_model(), []
-    conv1d = model.backbone.layers[0].mixer.conv1d
-    getattr(conv1d, hook)(lambda *arguments: calls.append(arguments))
-    model(random_ids(2, 5)).sum().backward()
-    assert len(calls) == 1
 
 
 @pytest.mark.parametrize(
@@ -201,45 +180,145 @@ def test_a_fully_sharded_model_trains_and_speaks(one_process):
         fully_shard(module, mesh=mesh)
     register_fsdp_forward_method(sharded, "step")
     streams = [generate.stream(m, ids, max_new_tokens=5, temperature=0) for m in (model, sharded)]
-    spoken, expected = (torch.stack([*stream]) for stream in streams)
-    assert torch.equal(spoken, expected)
+    assert torch.equal(*(torch.stack([*stream]) for stream in streams))
     (loss := sharded(ids).square().mean()).backward()
-    expected = model(ids).square().mean()
-    assert_close("loss", loss, expected, 1e-6)
     named = sharded.named_parameters()
     gradients = {f"gradient of {name}": p.grad.full_tensor() for name, p in named}
-    assert_all_close(gradients, gradients_of(expected, model), 1e-6)
+    assert_all_close(gradients, gradients_of(model(ids).square().mean(), model), 1e-6)
     torch.optim.AdamW(mamba.param_groups(sharded, 0.1)).step()
     assert (sharded(ids).square().mean() - loss).abs() > 1e-6, "it learns"
 
 
-def test_a_loss_as_head_is_shared_between_processes(one_process):
+def test_a_loss_as_head_takes_the_place_of_the_logits_and_is_shared_between_processes(one_process):
     """What does not go through the wrapper's forward is not: gradients would stay each its own. A
     message that comes back three times as large stands for what the others send."""
     model, ids = random_model(), random_ids(2, 9)
-    replica = DistributedDataParallel(model)
+    start, targets = random_state(model, 2), ids[:, 1:].flatten()
 
     def reply(_, bucket):
         future = torch.futures.Future()
         future.set_result(3 * bucket.buffer())
         return future
 
-    def loss_of(hidden):
-        return F.cross_entropy(model.lm_head(hidden).flatten(0, 1), ids[:, 1:].flatten())
+    def head(hidden):
+        return F.cross_entropy(model.lm_head(hidden).flatten(0, 1), targets)
 
+    replica = DistributedDataParallel(model)
     replica.register_comm_hook(None, reply)
-    replica(ids[:, :-1], head=loss_of).backward()
-    logits = model(ids[:, :-1])
-    loss = 3 * F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    loss, _ = results = replica(ids[:, :-1], start, head=head)
+    loss.backward()
+    logits, state = model(ids[:, :-1], start)
+    expected = F.cross_entropy(logits.flatten(0, 1), targets)
+    assert_same_results(results, (expected, state), 1e-6)
     gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters()}
-    assert_all_close(gradients, gradients_of(loss, model), 1e-5)
+    assert_all_close(gradients, gradients_of(3 * expected, model), 1e-5)
 
 
-def test_the_head_takes_the_place_of_the_logits():
-    model, ids = random_model().double(), random_ids(2, 7)
-    start = random_state(model, 2)
-    logits, state = model(ids, start)
-    last = model(ids, start, head=lambda hidden: model.lm_head(hidden[:, -1]))
-    assert_same_results(last, (logits[:, -1], state), 1e-12)
-    hidden = model(ids, head=nn.Identity())
-    assert_close("hidden", model.lm_head(hidden), model(ids), 1e-12)
+## Exported and compiled ---------------------------------------------------------------------------
+
+
+class Step(nn.Module):
+    """`model.step` as a forward, which is what exporters take."""
+
+    def __init__(self, model: Mamba) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, token_ids: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
+        return self.model.step(token_ids, state)
+
+
+def test_an_exported_step_takes_batches_of_any_size_and_states_and_can_be_saved(tmp_path):
+    model = random_model().eval()
+    batch = torch.export.Dim("batch", max=64)
+    example, shapes = (
+        (torch.tensor([1, 2]), random_state(model, 2)),
+        ({0: batch}, [{1: batch}, {1: batch}]),
+    )
+    exported = torch.export.export(Step(model), example, dynamic_shapes=shapes)
+    torch.export.save(exported, tmp_path / "step.pt2")
+    with torch.serialization.safe_globals([MambaState]):  # its example is among what is saved
+        program = torch.export.load(tmp_path / "step.pt2").module()
+    inputs = random_ids(5, 1)[:, 0], random_state(model, 5)
+    assert_same_results(program(*inputs), model.step(*inputs), 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnxruntime_computes_what_the_model_does(tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")  # which torch.onnx needs
+    model, ids = random_model(n_layer=1).eval(), random_ids(2, 3)
+    state = random_state(model, 2)
+    torch.onnx.export(model, (ids, state), verbose=False).save(tmp_path / "model.onnx")
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    names = [item.name for item in session.get_inputs()]
+    tensors = [tensor.numpy() for tensor in (ids, state.conv, state.h)]
+    logits, conv, h = map(torch.tensor, session.run(None, dict(zip(names, tensors, strict=True))))
+    assert_same_results((logits, MambaState(conv, h)), model(ids, state), 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("file", ["step.pt2", "step.onnx"])
+def test_a_loop_around_the_exported_step_reads_and_writes_as_the_model_does(file, tmp_path):
+    if file == "step.onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    model, prompt = random_model().eval(), random_ids(1, 7)
+    export.export_step(model, tmp_path / file)
+    step, start = export.load_step(tmp_path / file), model.init_state(1)
+    written = export.complete(step, start, prompt[0].tolist(), 9)
+    expected = generate.stream(model, prompt, max_new_tokens=9, temperature=0)
+    assert written == [token.item() for token in expected]
+    assert len(set(written)) > 2, "a model that repeats itself shows little"
+    with pytest.raises(ValueError, match=r"must end in \.pt2 or \.onnx, got 'step\.bin'"):
+        export.export_step(model, tmp_path / "step.bin")
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor", "ignore:.torch.jit.trace. is deprecated")
+def test_auto_recomputes_on_a_cpu_and_runs_chunks_for_compilers_transforms_and_tracers(monkeypatch):
+    inputs = selective_inputs(4)
+    x = inputs.pop("x")
+
+    def run(x):
+        return selective_scan(x, **inputs)[0]
+
+    expected = run(x)
+    with monkeypatch.context() as patch:
+        patch.setattr(mamba, "scan_chunked", "not to be called")
+        assert torch.equal(run(x), expected)
+    monkeypatch.setattr(mamba, "scan_recompute", "not to be called")
+    for name, chosen in (
+        ("torch.compile", torch.compile(run, backend="eager", fullgraph=True)(x)),
+        ("torch.func", torch.func.vmap(run)(x.unsqueeze(0))[0]),
+        ("torch.jit", torch.jit.trace(run, x, check_trace=False)(x)),
+    ):
+        assert_close(name, chosen, expected, 1e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_a_compiled_model_is_the_model_and_is_compiled_whole_once_for_a_length(device):
+    """fullgraph: a graph break is an error. Lengths may be rounded up, by padding on the right,
+    which the tokens to its left do not see. One graph serves all steps."""
+    model, graphs = random_model(n_layer=1).to(device), []
+    backend = torch._dynamo.lookup_backend("inductor" if device == "cuda" else "aot_eager")
+
+    def noting(graph, inputs):
+        graphs.append(graph)
+        return backend(graph, inputs)
+
+    torch.compiler.reset()
+    options = {"backend": noting, "fullgraph": True, "dynamic": False}
+    forward, step = torch.compile(model, **options), torch.compile(model.step, **options)
+    for length in (3, 4):
+        ids, state = random_ids(2, length).to(device), random_state(model, 2)
+        logits, _ = forward(F.pad(ids, (0, 4 - length)), state)
+        expected, _ = model(ids, state)
+        assert_close("logits", logits[:, :length], expected, 1e-5)
+        actual, right = (
+            gradients_of(each[:, :length].square().mean(), model) for each in (logits, expected)
+        )
+        assert_all_close(actual, right, 1e-4)
+        with torch.no_grad():
+            inputs = random_ids(1, 2)[0].to(device), state
+            assert_same_results(step(*inputs), model.step(*inputs), where="step: ")
+    assert len(graphs) == 2

@@ -247,16 +247,8 @@ def test_an_explicit_triton_that_cannot_run_is_an_error_and_no_silent_fallback(m
 ## A model as it was made, and others --------------------------------------------------------------
 
 
-class Subclass(Mamba):
-    pass
-
-
-class Adapter(nn.Linear):
-    pass
-
-
-class Quantised(Tensor):
-    pass
+def subclass_of(kind: type) -> type:
+    return type("Subclass", (kind,), {})
 
 
 def mixer(model: Mamba) -> MambaBlock:
@@ -274,10 +266,10 @@ def mixer(model: Mamba) -> MambaBlock:
         lambda model: setattr(mixer(model), "step", print),
         lambda model: setattr(mixer(model), "select", print),
         lambda model: setattr(model, "embed", print),
-        lambda model: setattr(model, "__class__", Subclass),
-        lambda model: setattr(mixer(model).in_proj, "__class__", Adapter),
+        lambda model: setattr(model, "__class__", subclass_of(Mamba)),
+        lambda model: setattr(mixer(model).in_proj, "__class__", subclass_of(nn.Linear)),
         lambda model: setattr(
-            mixer(model), "D", nn.Parameter(torch.ones(32).as_subclass(Quantised))
+            mixer(model), "D", nn.Parameter(torch.ones(32).as_subclass(subclass_of(Tensor)))
         ),
     ],
 )

@@ -446,11 +446,12 @@ def test_a_state_is_a_value_of_one_size_and_keeps_nothing_else_in_memory(change)
     start = block.init_state(1).map(torch.randn_like)
     kept = start.map(torch.clone)
     for seqlen in (1, 2, 500):
-        _, state = block(torch.randn(1, seqlen, 8), start)
+        u = torch.randn(1, seqlen, 8)
+        out, state = block(u, start)
+        assert_close("step", block.step(u[:, 0], start)[0], out[:, 0], 1e-6)
         for name, tensor in vars(state.detach()).items():
             assert tensor.shape == getattr(start, name).shape
             assert tensor.untyped_storage().nbytes() == tensor.nbytes, f"{name} after {seqlen}"
-    block.step(torch.randn(1, 8), start)
     assert torch.equal(start.conv, kept.conv) and torch.equal(start.h, kept.h)
 
 

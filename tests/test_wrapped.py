@@ -135,9 +135,10 @@ def test_hooks_on_a_layer_and_on_a_mixer_are_called_for_every_token():
     model.backbone.layers[1].mixer.register_forward_hook(add_one)
     start = random_state(model, 1)
     assert_same_results(run_steps(model, ids, start), model(ids, start), 1e-12)
-    assert len(calls) == 2 * (3 + 1)
+    model.backbone.layers[1].mixer.step(torch.ones(1, 16).double(), start[1])
+    assert len(calls) == 2 * (3 + 1) + 1
     assert len([*generate.stream(model, ids, max_new_tokens=70, temperature=0)]) == 70
-    assert len(calls) == 2 * (4 + 1 + 69)
+    assert len(calls) == 9 + 2 * (1 + 69)
 
 
 ## Sharded and replicated --------------------------------------------------------------------------

@@ -285,7 +285,7 @@ def test_mamba_130m_has_129_135_360_parameters_and_remembers_2_8_megabytes_a_seq
     with torch.device("meta"):
         model = Mamba(MambaConfig(d_model=768, n_layer=24))
     state = model.init_state(1)
-    assert state.conv.is_meta and state.h.is_meta
+    assert model.config.vocab_size == 50277 and state.conv.is_meta and state.h.is_meta
     assert sum(parameter.numel() for parameter in model.parameters()) == 129_135_360
     assert sum(tensor.nbytes for tensor in vars(state).values()) == 2_801_664
     assert "24 layers x 1536 x (16 + 3) x 4 bytes = 2.8 MB" in SOURCE
@@ -385,18 +385,18 @@ def test_initial_step_sizes_are_log_uniform_from_dt_min_to_dt_max_and_not_below_
 
 def test_all_else_starts_as_in_the_official_code_also_the_second_time():
     def start_of(**changes) -> MambaBlock:
-        block = MambaBlock(MambaConfig(64, dt_rank=16, dt_scale=3.0, bias=True, **changes))
+        block = MambaBlock(MambaConfig(64, dt_rank=16, bias=True, **changes))
         block.reset_parameters()
         return block
 
-    block, ninth = start_of(d_state=20), start_of(n_layer=9, dt_init="constant")
+    block, ninth = start_of(d_state=20), start_of(n_layer=9, dt_init="constant", dt_scale=3.0)
     assert_close("A", block.A, -torch.arange(1.0, 21).expand(128, 20), 1e-6)
     assert torch.equal(block.D, torch.ones(128))
     assert not block.in_proj.bias.any() and not block.out_proj.bias.any()
     assert torch.equal(ninth.dt_proj.weight, torch.full((128, 16), 3 / 4))  # dt_scale / sqrt(rank)
     embedding = Mamba(MambaConfig(64, vocab_size=1000)).backbone.embedding.weight
     for name, weight, std in (
-        ("dt_proj", block.dt_proj.weight, 3 / 4 / 3**0.5),
+        ("dt_proj", block.dt_proj.weight, 1 / 4 / 3**0.5),
         ("out_proj of 1 layer", block.out_proj.weight, (3 * 128) ** -0.5),
         ("out_proj of 9 layers", ninth.out_proj.weight, (3 * 128) ** -0.5 / 3),
         ("embedding", embedding, 0.02),
@@ -449,6 +449,8 @@ def test_a_state_is_a_value_of_one_size_and_keeps_nothing_else_in_memory(change)
         u = torch.randn(1, seqlen, 8)
         out, state = block(u, start)
         assert_close("step", block.step(u[:, 0], start)[0], out[:, 0], 1e-6)
+        out_of_wide, of_wide = block(u, MambaState(start.conv.double(), start.h))
+        assert torch.equal(out_of_wide, out) and of_wide.conv.dtype == torch.float32
         for name, tensor in vars(state.detach()).items():
             assert tensor.shape == getattr(start, name).shape
             assert tensor.untyped_storage().nbytes() == tensor.nbytes, f"{name} after {seqlen}"
@@ -603,9 +605,33 @@ def test_recomputation_keeps_the_inputs_and_one_state_a_chunk_and_no_other_byte(
     assert sum(storage.nbytes() for storage in kept.values()) <= 4 * (inputs + states)
 
 
+def test_chunks_are_as_long_as_the_text_states(monkeypatch):
+    """Recomputed: 8 to 64 steps, about 1 MB of states. All at once: 2 sqrt(2 l) steps, of which one
+    half go from chunk to chunk."""
+    lengths, tokens, decays_and_inputs = [], [], mamba.RecomputedChunk.decays_and_inputs
+
+    def noting(x, *others):
+        lengths.append(len(x))
+        return decays_and_inputs(x, *others)
+
+    monkeypatch.setattr(mamba.RecomputedChunk, "decays_and_inputs", noting)
+    for d_inner, steps in ((1, 64), (2**11, 16), (2**14, 8)):
+        x, A, B = torch.ones(2, 65, d_inner), -torch.ones(d_inner, 4), torch.ones(2, 65, 4)
+        mamba.scan_recompute(x, x, A, B, B)
+        assert max(lengths) == steps
+        lengths.clear()
+    recurrence = mamba.recurrence
+    monkeypatch.setattr(
+        mamba, "recurrence", lambda *a, **k: tokens.append(a) or recurrence(*a, **k)
+    )
+    mamba.scan_chunked(
+        torch.ones(1, 128, 1), torch.ones(1, 128, 1), A[:1], *torch.ones(2, 1, 128, 4)
+    )
+    assert len(tokens) == 16
+
+
 def test_recomputation_refuses_a_second_derivative_which_the_chunked_scan_has():
-    inputs = {name: t.detach()[:1].double().requires_grad_() for name, t in scan_inputs(4).items()}
-    inputs["A"] = inputs["A"].detach().expand(3, 4).clone().requires_grad_()
+    inputs = {name: t.detach().double().requires_grad_() for name, t in scan_inputs(2).items()}
     for loss in (Tensor.sum, Tensor.norm):  # the gradient of a sum is constant and has no graph
         y, _ = mamba.scan_recompute(**inputs)
         with pytest.raises(RuntimeError, match=r"second derivatives.*chunked"):

@@ -67,7 +67,113 @@ BELONGING = {
 }
 
 # (file, the line, the line of the mutant): why no test can tell them apart.
-EQUIVALENT: dict[tuple[str, str, str], str] = {}
+EQUIVALENT: dict[tuple[str, str, str], str] = {
+    (
+        "mamba.py",
+        "for x_k, delta_k, B_k, C_k, reset_k in zip(*chunks, resets, strict=True):",
+        "for x_k, delta_k, B_k, C_k, reset_k in zip(*chunks, resets, strict=False):",
+    ): "the lengths are equal: strict guards against a mistake elsewhere",
+    (
+        "mamba.py",
+        "for decay, end in zip(unfold(decays).unbind(1), unfold(ends).unbind(1), strict=True):",
+        "for decay, end in zip(unfold(decays).unbind(1), unfold(ends).unbind(1), strict=False):",
+    ): "the lengths are equal: strict guards against a mistake elsewhere",
+    (
+        "mamba.py",
+        "for A_t, h_t in zip(A_bar.unbind(), v.unbind(), strict=True):",
+        "for A_t, h_t in zip(A_bar.unbind(), v.unbind(), strict=False):",
+    ): "the lengths are equal: strict guards against a mistake elsewhere",
+    (
+        "mamba.py",
+        "steps = zip(*(tensor.unbind(1) for tensor in (x, delta, B, C)), resets, strict=True)",
+        "steps = zip(*(tensor.unbind(1) for tensor in (x, delta, B, C)), resets, strict=False)",
+    ): "the lengths are equal: strict guards against a mistake elsewhere",
+    (
+        "mamba.py",
+        "resets = [None] * len(chunks[0]) if reset is None else reset.split(chunk, dim=1)",
+        "resets = [None] * len(chunks[1]) if reset is None else reset.split(chunk, dim=1)",
+    ): "all inputs are cut into as many chunks",
+    (
+        "mamba.py",
+        "resets = [None] * len(chunks[0]) if reset is None else reset.mT.split(chunk)",
+        "resets = [None] * len(chunks[1]) if reset is None else reset.mT.split(chunk)",
+    ): "all inputs are cut into as many chunks",
+    (
+        "mamba.py",
+        "log_A_bar = log_A_bar.masked_fill(reset_k[:, :, None, None], -104.0)",
+        "log_A_bar = log_A_bar.masked_fill(reset_k[:, :, None, None], -105.0)",
+    ): "exp(-105) is as good a zero as exp(-104)",
+    (
+        "mamba.py",
+        '*, rule: str = "mamba", reset: Tensor | None = None, chunk: int = 64,',
+        '*, rule: str = "mamba", reset: Tensor | None = None, chunk: int = 65,',
+    ): "changes the speed and the rounding only",
+    (
+        "mamba.py",
+        "A_bar, v = A_bar.mT.contiguous(), (B_bar * x.unsqueeze(-1)).mT.contiguous()",
+        "A_bar, v = A_bar.mT, (B_bar * x.unsqueeze(-1)).mT.contiguous()",
+    ): "the layout in memory, not the numbers",
+    (
+        "mamba.py",
+        "A_bar, v = A_bar.mT.contiguous(), (B_bar * x.unsqueeze(-1)).mT.contiguous()",
+        "A_bar, v = A_bar.mT.contiguous(), (B_bar * x.unsqueeze(-1)).mT",
+    ): "the layout in memory, not the numbers",
+    (
+        "mamba.py",
+        "A, h = A.mT.contiguous(), h.mT.contiguous()",
+        "A, h = A.mT, h.mT.contiguous()",
+    ): "the layout in memory, not the numbers",
+    (
+        "mamba.py",
+        "A, h = A.mT.contiguous(), h.mT.contiguous()",
+        "A, h = A.mT.contiguous(), h.mT",
+    ): "the layout in memory, not the numbers",
+    (
+        "mamba.py",
+        "return torch.cat(ys, dim=1), h.mT.contiguous()",
+        "return torch.cat(ys, dim=1), h.mT",
+    ): "the layout in memory, not the numbers",
+    (
+        "mamba.py",
+        "decays, hs = A_bar.detach(), v.detach()",
+        "decays, hs = A_bar, v.detach()",
+    ): "autograd is off in this function",
+    (
+        "mamba.py",
+        "decays, hs = A_bar.detach(), v.detach()",
+        "decays, hs = A_bar.detach(), v",
+    ): "autograd is off in this function",
+    (
+        "mamba.py",
+        "inputs = [tensor.detach().requires_grad_() for tensor in inputs]",
+        "inputs = [tensor.requires_grad_() for tensor in inputs]",
+    ): "the gradient ends at these tensors in any case",
+    (
+        "mamba.py",
+        "small = a.abs() < 0.03",
+        "small = a.abs() <= 0.03",
+    ): "both branches are exact there",
+    (
+        "mamba.py",
+        "quotient_a = torch.where(small, 1.0, a)",
+        "quotient_a = torch.where(small, 2.0, a)",
+    ): "any number but 0, in the branch not taken",
+    (
+        "mamba.py",
+        'tensors, one_token, needs = (x, dt, A, B, C, D, z, h0), x.ndim == 2, {"d_state": A.shape[-1]}',  # noqa: E501
+        'tensors, one_token, needs = (x, dt, A, B, C, D, z, h0), x.ndim == 2, {"d_state": A.shape[1]}',  # noqa: E501
+    ): "A has two axes",
+    (
+        "mamba.py",
+        '*axes, d, n = *x.shape, tensors["A"].shape[-1]',
+        '*axes, d, n = *x.shape, tensors["A"].shape[1]',
+    ): "A has two axes",
+    (
+        "mamba.py",
+        "chunk = min(64, max(8, 2**18 // max(1, x.shape[0] * A.numel())))",
+        "chunk = min(64, max(8, 2**18 // max(2, x.shape[0] * A.numel())))",
+    ): "as short as 64 steps in both cases",
+}
 
 
 @dataclass(frozen=True)
@@ -180,7 +286,8 @@ def mutants_of(file: str, source: str) -> Iterator[Mutant]:
                     start, line = node.func.value.end_col_offset, node.end_lineno
                     yield at(node, line, start, node.end_col_offset, "")
             symmetric = re.search(
-                r"(^|\.)(min|max|gcd|equal|minimum|maximum)$", ast.unparse(node.func)
+                r"(^|\.)(min|max|gcd|equal|minimum|maximum|mul|addcmul_|transpose)$",
+                ast.unparse(node.func),
             )
             if len(node.args) > 1 and node.args[0].lineno == node.args[1].end_lineno:
                 first, second = map(ast.unparse, node.args[:2])

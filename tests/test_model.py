@@ -27,6 +27,7 @@ from test_mamba import (
     SCANS,
     assert_all_close,
     assert_close,
+    assert_same_results,
     by_hand,
     error_of,
     gradients_of,
@@ -34,6 +35,7 @@ from test_mamba import (
     packed_documents,
     random_ids,
     random_model,
+    random_state,
     rules_of,
     scan_inputs,
     selective_inputs,
@@ -137,9 +139,9 @@ def run_alone(scan, **options):
     return SCANS[scan](**scan_inputs(3), **options)
 
 
-def read(method="forward", stranger=None, rows=2, ids=IDS, **options):
+def read(method="forward", stranger=None, rows=2, layers=slice(None), ids=IDS, **options):
     """stranger: by what the model differs whose state is given."""
-    state = random_model(**stranger or {}).init_state(rows)
+    state = random_model(**stranger or {}).init_state(rows)[layers]
     return getattr(random_model(), method)(ids, state, **options)
 
 
@@ -199,6 +201,7 @@ WRONG_CALLS = [
         for call in ({}, {"method": "step", "ids": IDS[:, 0]})
     ),
     *((read, {"stranger": {"n_layer": n}}, "the state of a model of 2 layers") for n in (1, 3)),
+    (read, {"layers": 0}, "the state of a model of 2 layers"),
     (read, {"rows": 3}, "state.conv must have shape (2, 32, 3), got (3, 32, 3)"),
     (read, {"reset": torch.ones(1, 3) > 0}, "reset must be bool (2, 3), got torch.bool (1, 3)"),
     (read, {"reset": torch.ones(2, 3)}, "reset must be bool (2, 3), got torch.float32 (2, 3)"),
@@ -231,6 +234,7 @@ def test_a_call_that_does_not_fit_is_told_what_was_given_or_expected(call, argum
 def test_numbers_of_other_types_are_the_numbers_that_they_are():
     config = MambaConfig(d_model=np.int64(16), n_layer=2.0, dt_min=np.float32(0.5), dt_max=1)
     assert repr(config) == repr(MambaConfig(d_model=16, n_layer=2, dt_min=0.5, dt_max=1))
+    assert MambaConfig(d_model=1, expand=1).d_inner == 1
 
 
 @pytest.mark.parametrize("bad", [-1, 32, 1000])
@@ -251,6 +255,24 @@ def test_a_gpu_takes_the_kernel_where_it_can_and_all_others_when_it_is_asked_for
             assert mamba.companion(scan, x, rule=rule) is (kernels if taken else None)
     monkeypatch.setitem(sys.modules, "triton_scan", None)
     assert mamba.companion("auto", gpu, rule="mamba") is None
+
+
+def test_the_kernels_are_given_what_the_scans_are(monkeypatch):
+    pytest.importorskip("triton_scan", exc_type=ImportError)
+    device, asked, companion = "cuda" if torch.cuda.is_available() else "cpu", [], mamba.companion
+    model = random_model(d_model=4, n_layer=1, d_conv=3, scan="triton").to(device)
+
+    def noting(scan, *tensors, **needs):
+        asked.append(needs)
+        return companion(scan, *tensors, **needs)
+
+    monkeypatch.setattr(mamba, "companion", noting)
+    inputs = random_ids(1, 4).to(device), random_state(model, 1)
+    reset = torch.tensor([[False, False, True, False]], device=device)
+    actual = model(*inputs, reset=reset)
+    model.config.scan = "chunked"
+    assert_same_results(actual, model(*inputs, reset=reset))
+    assert asked[:2] == [{"d_conv": 3}, {"rule": "mamba", "d_state": 4}]
 
 
 def test_an_explicit_triton_that_cannot_run_is_an_error_and_no_silent_fallback(monkeypatch):

@@ -120,8 +120,9 @@ def test_what_is_done_to_the_convolution_counts(d_conv):
         results = expected(ids, start, reset=each)
         assert_same_results(model(ids, start, reset=each), results, 2e-6)
     assert_same_results(run_steps(model, ids, start), expected(ids, start), 2e-6)
-    with pytest.raises(ValueError, match="look across a reset inside the sequence: feed such"):
-        model(ids, reset=reset)
+    for inside in (reset, (torch.arange(16) == 1).expand(3, 16)):
+        with pytest.raises(ValueError, match="look across a reset inside the sequence: feed such"):
+            model(ids, reset=inside)
 
 
 def test_hooks_on_a_layer_and_on_a_mixer_are_called_for_every_token():

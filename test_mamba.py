@@ -608,22 +608,23 @@ def test_recomputation_keeps_the_inputs_and_one_state_a_chunk_and_no_other_byte(
 def test_chunks_are_as_long_as_the_text_states(monkeypatch):
     """Recomputed: 8 to 64 steps, about 1 MB of states. All at once: 2 sqrt(2 l) steps, of which one
     half go from chunk to chunk."""
-    lengths, tokens, decays_and_inputs = [], [], mamba.RecomputedChunk.decays_and_inputs
+    lengths, tokens = [], []
+    run_chunk, run_token = mamba.RecomputedChunk.decays_and_inputs, mamba.recurrence
 
-    def noting(x, *others):
+    def note_chunk(x, *others):
         lengths.append(len(x))
-        return decays_and_inputs(x, *others)
+        return run_chunk(x, *others)
 
-    monkeypatch.setattr(mamba.RecomputedChunk, "decays_and_inputs", noting)
-    for d_inner, steps in ((1, 64), (2**11, 16), (2**14, 8)):
-        x, A, B = torch.ones(2, 65, d_inner), -torch.ones(d_inner, 4), torch.ones(2, 65, 4)
+    def note_token(*inputs, **options):
+        tokens.append(inputs)
+        return run_token(*inputs, **options)
+
+    monkeypatch.setattr(mamba.RecomputedChunk, "decays_and_inputs", note_chunk)
+    monkeypatch.setattr(mamba, "recurrence", note_token)
+    for d_inner in (1, 2**11, 2**14):
+        x, A, B = torch.ones(2, 64, d_inner), -torch.ones(d_inner, 4), torch.ones(2, 64, 4)
         mamba.scan_recompute(x, x, A, B, B)
-        assert max(lengths) == steps
-        lengths.clear()
-    recurrence = mamba.recurrence
-    monkeypatch.setattr(
-        mamba, "recurrence", lambda *a, **k: tokens.append(a) or recurrence(*a, **k)
-    )
+    assert lengths == [64] + 4 * [16] + 8 * [8]
     mamba.scan_chunked(
         torch.ones(1, 128, 1), torch.ones(1, 128, 1), A[:1], *torch.ones(2, 1, 128, 4)
     )

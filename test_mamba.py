@@ -18,6 +18,7 @@ import itertools
 import math
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -608,27 +609,18 @@ def test_recomputation_keeps_the_inputs_and_one_state_a_chunk_and_no_other_byte(
 def test_chunks_are_as_long_as_the_text_states(monkeypatch):
     """Recomputed: 8 to 64 steps, about 1 MB of states. All at once: 2 sqrt(2 l) steps, of which one
     half go from chunk to chunk."""
-    lengths, tokens = [], []
-    run_chunk, run_token = mamba.RecomputedChunk.decays_and_inputs, mamba.recurrence
-
-    def note_chunk(x, *others):
-        lengths.append(len(x))
-        return run_chunk(x, *others)
-
-    def note_token(*inputs, **options):
-        tokens.append(inputs)
-        return run_token(*inputs, **options)
-
-    monkeypatch.setattr(mamba.RecomputedChunk, "decays_and_inputs", note_chunk)
-    monkeypatch.setattr(mamba, "recurrence", note_token)
+    run_chunk = Mock(wraps=mamba.RecomputedChunk.decays_and_inputs)
+    run_token = Mock(wraps=mamba.recurrence)
+    monkeypatch.setattr(mamba.RecomputedChunk, "decays_and_inputs", run_chunk)
+    monkeypatch.setattr(mamba, "recurrence", run_token)
     for d_inner in (1, 2**11, 2**14):
         x, A, B = torch.ones(2, 64, d_inner), -torch.ones(d_inner, 4), torch.ones(2, 64, 4)
         mamba.scan_recompute(x, x, A, B, B)
+    lengths = [len(call.args[0]) for call in run_chunk.call_args_list]
     assert lengths == [64] + 4 * [16] + 8 * [8]
-    mamba.scan_chunked(
-        torch.ones(1, 128, 1), torch.ones(1, 128, 1), A[:1], *torch.ones(2, 1, 128, 4)
-    )
-    assert len(tokens) == 16
+    x, B = torch.ones(1, 128, 1), torch.ones(1, 128, 4)
+    mamba.scan_chunked(x, x, A[:1], B, B)
+    assert run_token.call_count == 16
 
 
 def test_recomputation_refuses_a_second_derivative_which_the_chunked_scan_has():

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -150,11 +151,13 @@ def feed(shape, method="forward", state=None):
     return getattr(block, method)(torch.zeros(shape), block.init_state(2) if state else None)
 
 
-def convolve(raw, **changes):
+def convolve(shape, **changes):
     conv1d = nn.Conv1d(16, 16, **{"kernel_size": 4, "groups": 16} | changes)
-    return mamba.causal_conv(raw, conv1d, torch.ones(2, 16, 3))
+    return mamba.causal_conv(torch.ones(shape), conv1d, torch.ones(2, 16, 3))
 
 
+INPUTS = selective_inputs()
+CHUNKED = ("logspace", "chunked", "recompute")
 WRONG_CALLS = [
     (configure, {"d_model": 8.5}, "d_model must be a positive integer, got 8.5"),
     (configure, {"n_layer": 0}, "n_layer must be a positive integer, got 0"),
@@ -174,9 +177,9 @@ WRONG_CALLS = [
     (run, {"rule": "euler"}, f"rule must be one of {mamba.RULES}, got 'euler'"),
     (run, {"scan": "fast"}, f"scan must be one of {(*mamba.SCANS, 'triton')}, got 'fast'"),
     *(
-        (run, {name: torch.cat([tensor, tensor])}, f"{name} must have shape (")
-        for name, tensor in selective_inputs().items()
-        if name != "x"
+        (run, {n: torch.cat([t, t])}, f"{n} must have shape (")
+        for n, t in INPUTS.items()
+        if n != "x"
     ),
     (run, {"reset": torch.ones(2, 8) > 0}, "reset must have shape (2, 7), got (2, 8)"),
     (run, {"reset": torch.ones(2, 7)}, "reset must be bool, got torch.float32"),
@@ -186,20 +189,13 @@ WRONG_CALLS = [
     (run, {"x": torch.ones(2, 7, 3).int()}, "x must be real (batch, seqlen, d_inner), got"),
     (run, {"x": torch.ones(2, 3), "h0": None}, "x (2, 3) is one token (batch, d_inner): it needs"),
     (run_alone, {"scan": "logspace", "rule": "bilinear"}, "cannot do rule='bilinear'"),
-    *(
-        (run_alone, {"scan": scan, "chunk": 0}, "chunk must be at least 1, got 0")
-        for scan in ("logspace", "chunked", "recompute")
-    ),
+    *((run_alone, {"scan": s, "chunk": 0}, "chunk must be at least 1, got 0") for s in CHUNKED),
     (read, {"ids": IDS.float()}, "expected integer ids (batch, seqlen), got torch.float32 (2, 3)"),
     (read, {"ids": IDS > 0}, "expected integer ids (batch, seqlen), got torch.bool (2, 3)"),
     (read, {"ids": IDS[0]}, "expected integer ids (batch, seqlen), got torch.int64 (3,)"),
     (read, {"ids": IDS[:, :0]}, "expected integer ids (batch, seqlen), got torch.int64 (2, 0)"),
     *((read, {"ids": torch.tensor([[5, n]] * 2)}, "ids must be in [0, 32), got") for n in (-1, 32)),
-    (
-        read,
-        {"ids": torch.tensor([5, 32]), "method": "step"},
-        "ids must be in [0, 32), got 5 ... 32",
-    ),
+    (read, {"ids": torch.tensor([5, 32]), "method": "step"}, "ids must be in [0, 32), got 5 ..."),
     (read, {"method": "step"}, "expected integer ids (batch,), got torch.int64 (2, 3)"),
     *(
         (read, {"stranger": changes, **call}, f"{words} must have shape (2, 32, ")
@@ -220,11 +216,7 @@ WRONG_CALLS = [
         for shape, method in (((2, 9), "forward"), ((2, 3, 8), "step"))
     ),
     *(
-        (
-            convolve,
-            {"raw": torch.ones(shape), **changes},
-            "a filter per channel as long as its past",
-        )
+        (convolve, {"shape": shape, **changes}, "a filter per channel as long as its past")
         for changes in ({"kernel_size": 8}, {"groups": 1}, {"dilation": 2})
         for shape in ((2, 9, 16), (2, 16))
     ),
@@ -256,20 +248,16 @@ def test_a_gpu_takes_the_kernel_where_it_can_and_all_others_when_it_is_asked_for
 
 def test_the_kernels_are_given_what_the_scans_are(monkeypatch):
     pytest.importorskip("triton_scan", exc_type=ImportError)
-    device, asked, companion = "cuda" if torch.cuda.is_available() else "cpu", [], mamba.companion
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     model = random_model(d_model=4, n_layer=1, d_conv=3, scan="triton").to(device)
-
-    def noting(scan, *tensors, **needs):
-        asked.append(needs)
-        return companion(scan, *tensors, **needs)
-
-    monkeypatch.setattr(mamba, "companion", noting)
+    monkeypatch.setattr(mamba, "companion", companion := Mock(wraps=mamba.companion))
     inputs = random_ids(1, 4).to(device), random_state(model, 1)
     reset = torch.tensor([[False, False, True, False]], device=device)
     actual = model(*inputs, reset=reset)
+    needs = [call.kwargs for call in companion.call_args_list]
+    assert needs == [{"d_conv": 3}, {"rule": "mamba", "d_state": 4}]
     model.config.scan = "chunked"
     assert_same_results(actual, model(*inputs, reset=reset))
-    assert asked[:2] == [{"d_conv": 3}, {"rule": "mamba", "d_state": 4}]
 
 
 def test_an_explicit_triton_that_cannot_run_is_an_error_and_no_silent_fallback(monkeypatch):

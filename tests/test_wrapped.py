@@ -42,19 +42,13 @@ def loaded(model: Mamba) -> Mamba:
     return model
 
 
-def from_meta(model: Mamba) -> Mamba:
-    with torch.device("meta"):
-        return Mamba(model.config).to_empty(device="cpu")
-
-
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(
     "change",
     [
         lambda model: model,
         loaded,
-        from_meta,
-        lambda model: model.to("meta"),
+        lambda model: model.to("meta").to_empty(device="cpu"),
         lambda model: model.to(torch.bfloat16),
         lambda model: pickle.loads(pickle.dumps(model)),
         lambda model: copy.deepcopy(loaded(copy.deepcopy(model))),
@@ -197,27 +191,16 @@ def test_a_loss_as_head_takes_the_place_of_the_logits_and_is_shared_between_proc
 ## Exported and compiled ---------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_an_exported_model_takes_states_and_batches_of_any_size_also_in_onnx(tmp_path):
+def test_an_exported_model_takes_states_and_batches_of_any_size_and_can_be_saved(tmp_path):
     model = random_model(n_layer=1).eval()
-    batch, example = torch.export.Dim("batch", max=64), (random_ids(2, 3), random_state(model, 2))
+    batch, example = torch.export.Dim("batch", max=64), (random_ids(2, 2), random_state(model, 2))
     shapes = ({0: batch}, [{1: batch}, {1: batch}])
     exported = torch.export.export(model, example, dynamic_shapes=shapes)
     torch.export.save(exported, tmp_path / "model.pt2")
     with torch.serialization.safe_globals([MambaState]):  # its example is among what is saved
         program = torch.export.load(tmp_path / "model.pt2").module()
-    ids, state = random_ids(5, 3), random_state(model, 5)
-    expected = model(ids, state)
-    assert_same_results(program(ids, state), expected, 1e-6)
-
-    runtime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")  # which torch.onnx needs
-    torch.onnx.export(exported, verbose=False).save(tmp_path / "model.onnx")
-    session = runtime.InferenceSession(tmp_path / "model.onnx")
-    names = [item.name for item in session.get_inputs()]
-    tensors = [tensor.numpy() for tensor in (ids, state.conv, state.h)]
-    logits, conv, h = map(torch.tensor, session.run(None, dict(zip(names, tensors, strict=True))))
-    assert_same_results((logits, MambaState(conv, h)), expected, 1e-5)
+    inputs = random_ids(5, 2), random_state(model, 5)
+    assert_same_results(program(*inputs), model(*inputs), 1e-6)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -226,7 +209,7 @@ def test_a_loop_around_the_exported_step_reads_and_writes_as_the_model_does(file
     if file == "step.onnx":
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
-    model, prompt = random_model().eval(), random_ids(1, 7)
+    model, prompt = random_model(n_layer=1).eval(), random_ids(1, 7)
     export.export_step(model, tmp_path / file)
     step, start = export.load_step(tmp_path / file), model.init_state(1)
     written = export.complete(step, start, prompt[0].tolist(), 9)
@@ -272,9 +255,9 @@ def test_a_compiled_model_is_the_model_and_is_compiled_whole_once_for_a_length(d
     torch.compiler.reset()
     options = {"backend": noting, "fullgraph": True, "dynamic": False}
     forward, step = torch.compile(model, **options), torch.compile(model.step, **options)
-    for length in (3, 4):
+    for length in (1, 2):
         ids, state = random_ids(2, length).to(device), random_state(model, 2)
-        logits, _ = forward(F.pad(ids, (0, 4 - length)), state)
+        logits, _ = forward(F.pad(ids, (0, 2 - length)), state)
         expected, _ = model(ids, state)
         assert_close("logits", logits[:, :length], expected, 1e-5)
         actual, right = (

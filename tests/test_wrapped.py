@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import runpy
+import sys
 
 import export
 import pytest
@@ -216,8 +218,41 @@ def test_a_loop_around_the_exported_step_reads_and_writes_as_the_model_does(file
     expected = generate.stream(model, prompt, max_new_tokens=9, temperature=0)
     assert written == [token.item() for token in expected]
     assert len(set(written)) > 2, "a model that repeats itself shows little"
-    with pytest.raises(ValueError, match=r"must end in \.pt2 or \.onnx, got 'step\.bin'"):
-        export.export_step(model, tmp_path / "step.bin")
+
+
+def test_the_command_writes_the_step_and_the_text_that_it_completes(capsys, monkeypatch, tmp_path):
+    model, asked = random_model(n_layer=1, vocab_size=256, tokenizer="bytes"), []
+    monkeypatch.setattr(Mamba, "from_pretrained", lambda folder: asked.append(folder) or model)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["export.py", *arguments])
+        runpy.run_path(export.__file__, run_name="__main__")
+        return capsys.readouterr().out
+
+    said = run()
+    assert asked == [str(export.SHIPPED)] and (export.SHIPPED / "config.json").exists()
+    assert sys.path[0] == str(export.SHIPPED.parent.parent)
+    prompt = torch.tensor([list(b"To be, or not to be")])
+    tokens = [t.item() for t in generate.stream(model, prompt, max_new_tokens=60, temperature=0)]
+    text = "To be, or not to be" + bytes(tokens).decode(errors="replace")
+    megabytes = (tmp_path / "step.pt2").stat().st_size / 1e6
+    wrote = f"wrote step.pt2: {megabytes:.1f} MB"
+    assert said == f"{wrote}\n{text}\nthe model itself writes the same\n"
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    for arguments, words in (
+        (("", "--tokens", "1"), "need a prompt, and at least one token to write"),
+        (("a", "--tokens", "0"), "need a prompt, and at least one token to write"),
+        (("--help",), "The step as a file that runs without this project"),
+    ):
+        with pytest.raises(SystemExit):
+            run(*arguments)
+        assert words in "".join(capsys.readouterr())
+    with pytest.raises(
+        SystemExit, match=r"export\.py: error: .* must end in \.pt2 or \.onnx, got 'step"
+    ):
+        run("a", "--tokens", "1", "--out", "step.bin")
 
 
 @pytest.mark.filterwarnings("ignore:Converting a tensor", "ignore:.torch.jit.trace. is deprecated")

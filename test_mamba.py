@@ -18,7 +18,6 @@ import itertools
 import math
 import re
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -606,23 +605,6 @@ def test_recomputation_keeps_the_inputs_and_one_state_a_chunk_and_no_other_byte(
     assert sum(storage.nbytes() for storage in kept.values()) <= 4 * (inputs + states)
 
 
-def test_chunks_are_as_long_as_the_text_states(monkeypatch):
-    """Recomputed: 8 to 64 steps, about 1 MB of states. All at once: 2 sqrt(2 l) steps, of which one
-    half go from chunk to chunk."""
-    run_chunk = Mock(wraps=mamba.RecomputedChunk.decays_and_inputs)
-    run_token = Mock(wraps=mamba.recurrence)
-    monkeypatch.setattr(mamba.RecomputedChunk, "decays_and_inputs", run_chunk)
-    monkeypatch.setattr(mamba, "recurrence", run_token)
-    for d_inner in (1, 2**11, 2**14):
-        x, A, B = torch.ones(2, 64, d_inner), -torch.ones(d_inner, 4), torch.ones(2, 64, 4)
-        mamba.scan_recompute(x, x, A, B, B)
-    lengths = [len(call.args[0]) for call in run_chunk.call_args_list]
-    assert lengths == [64] + 4 * [16] + 8 * [8]
-    x, B = torch.ones(1, 128, 1), torch.ones(1, 128, 4)
-    mamba.scan_chunked(x, x, A[:1], B, B)
-    assert run_token.call_count == 16
-
-
 def test_recomputation_refuses_a_second_derivative_which_the_chunked_scan_has():
     inputs = {name: t.detach().double().requires_grad_() for name, t in scan_inputs(2).items()}
     for loss in (Tensor.sum, Tensor.norm):  # the gradient of a sum is constant and has no graph
@@ -630,27 +612,6 @@ def test_recomputation_refuses_a_second_derivative_which_the_chunked_scan_has():
         with pytest.raises(RuntimeError, match=r"second derivatives.*chunked"):
             torch.autograd.grad(loss(y), inputs["x"], create_graph=True)
     assert gradgradcheck(lambda *tensors: mamba.scan_chunked(*tensors)[0], [*inputs.values()])
-
-
-def test_gradients_for_each_sample_by_torch_func_are_those_of_each_alone():
-    """Its state is one of the things that are mapped over, also by a step."""
-    model, ids = random_model(), random_ids(3, 7)
-    states = random_state(model, 3)
-    alone = states.map(lambda tensor: tensor.unsqueeze(2))  # (layers, sample, batch of 1, ...)
-
-    def loss(parameters, row, state):
-        logits, last = torch.func.functional_call(model, parameters, (row.unsqueeze(0), state))
-        return logits.square().mean() + last.h.square().mean()
-
-    gradient, leaves = torch.func.grad(loss), dict(model.named_parameters())
-    each = torch.func.vmap(gradient, in_dims=(None, 0, 1))(leaves, ids, alone)
-    for i, row in enumerate(ids):
-        actual = {f"gradient of {name}": gradients[i] for name, gradients in each.items()}
-        expected = gradients_of(loss(leaves, row, alone[:, i]), leaves)
-        assert_all_close(actual, expected, 1e-4, f"sample {i}: ")
-    logits, last = torch.func.vmap(model.step, in_dims=(0, 1))(ids[:, :1], alone)
-    stepped = logits.squeeze(1), last.map(lambda tensor: tensor.squeeze(2).transpose(0, 1))
-    assert_same_results(stepped, model.step(ids[:, 0], states))
 
 
 ## Precision ---------------------------------------------------------------------------------------

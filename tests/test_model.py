@@ -93,6 +93,23 @@ def test_every_scan_stays_exact_for_extreme_step_sizes_and_decays_and_under_auto
         assert_close(f"{where}gradients", actual, expected, 10 * tolerance)
 
 
+def test_chunks_are_as_long_as_the_text_states(monkeypatch):
+    """Recomputed: 8 to 64 steps, about 1 MB of states. All at once: 2 sqrt(2 l) steps, of which one
+    half go from chunk to chunk."""
+    run_chunk = Mock(wraps=mamba.RecomputedChunk.decays_and_inputs)
+    run_token = Mock(wraps=mamba.recurrence)
+    monkeypatch.setattr(mamba.RecomputedChunk, "decays_and_inputs", run_chunk)
+    monkeypatch.setattr(mamba, "recurrence", run_token)
+    for d_inner in (1, 2**11, 2**14):
+        x, A, B = torch.ones(2, 64, d_inner), -torch.ones(d_inner, 4), torch.ones(2, 64, 4)
+        mamba.scan_recompute(x, x, A, B, B)
+    lengths = [len(call.args[0]) for call in run_chunk.call_args_list]
+    assert lengths == [64] + 4 * [16] + 8 * [8]
+    x, B = torch.ones(1, 128, 1), torch.ones(1, 128, 4)
+    mamba.scan_chunked(x, x, A[:1], B, B)
+    assert run_token.call_count == 16
+
+
 class BytesWritten(TorchDispatchMode):
     """Counts the bytes of every tensor that any operation returns, in forward and backward."""
 

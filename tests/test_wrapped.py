@@ -276,6 +276,27 @@ def test_auto_recomputes_on_a_cpu_and_runs_chunks_for_compilers_transforms_and_t
         assert_close(name, chosen, expected, 1e-5)
 
 
+def test_gradients_for_each_sample_by_torch_func_are_those_of_each_alone():
+    """Its state is one of the things that are mapped over, also by a step."""
+    model, ids = random_model(), random_ids(3, 7)
+    states = random_state(model, 3)
+    alone = states.map(lambda tensor: tensor.unsqueeze(2))  # (layers, sample, batch of 1, ...)
+
+    def loss(parameters, row, state):
+        logits, last = torch.func.functional_call(model, parameters, (row.unsqueeze(0), state))
+        return logits.square().mean() + last.h.square().mean()
+
+    gradient, leaves = torch.func.grad(loss), dict(model.named_parameters())
+    each = torch.func.vmap(gradient, in_dims=(None, 0, 1))(leaves, ids, alone)
+    for i, row in enumerate(ids):
+        actual = {f"gradient of {name}": gradients[i] for name, gradients in each.items()}
+        expected = gradients_of(loss(leaves, row, alone[:, i]), leaves)
+        assert_all_close(actual, expected, 1e-4, f"sample {i}: ")
+    logits, last = torch.func.vmap(model.step, in_dims=(0, 1))(ids[:, :1], alone)
+    stepped = logits.squeeze(1), last.map(lambda tensor: tensor.squeeze(2).transpose(0, 1))
+    assert_same_results(stepped, model.step(ids[:, 0], states))
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 def test_a_compiled_model_is_the_model_and_is_compiled_whole_once_for_a_length(device):
     """fullgraph: a graph break is an error. Lengths may be rounded up, by padding on the right,

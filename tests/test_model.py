@@ -77,10 +77,8 @@ def test_every_scan_stays_exact_for_extreme_step_sizes_and_decays_and_under_auto
     chunk = {} if scan == "sequential" else {"chunk": 12}
     sizes = ((1e-8, 1e-7), (20.0, 50.0), (1e-8, 50.0)), ((1e-4, 2e-4), (50.0, 100.0), (1e-4, 100.0))
     for rule, delta, minus_A in itertools.product(rules_of(scan), *sizes):
-        inputs, where = (
-            scan_inputs(16, delta, minus_A),
-            f"rule {rule}, Δ in {delta}, -A in {minus_A}: ",
-        )
+        inputs = scan_inputs(16, delta, minus_A)
+        where = f"rule {rule}, Δ in {delta}, -A in {minus_A}: "
         tolerance = max(1e-5, 2 * logspace_bound(inputs, 12) if scan == "logspace" else 0)
         values, gradients = values_and_gradients(by_hand, inputs, rule=rule)
         with torch.autocast("cpu", torch.bfloat16):

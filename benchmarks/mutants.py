@@ -173,6 +173,41 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "chunk = min(64, max(8, 2**18 // max(1, x.shape[0] * A.numel())))",
         "chunk = min(64, max(8, 2**18 // max(2, x.shape[0] * A.numel())))",
     ): "as short as 64 steps in both cases",
+    (
+        "mamba.py",
+        "G = C.unsqueeze(-1) * grad_y.unsqueeze(-2)",
+        "G = C.unsqueeze(-1) * grad_y.unsqueeze(2)",
+    ): "the same axis",
+    (
+        "mamba.py",
+        "return *grads, (hs * grad_y.unsqueeze(-2)).sum(-1), decays[0] * G[0], None, None",
+        "return *grads, (hs * grad_y.unsqueeze(2)).sum(-1), decays[0] * G[0], None, None",
+    ): "the same axis",
+    (
+        "mamba.py",
+        "A_bar = torch.exp2(delta.unsqueeze(-2) * (A * math.log2(math.e)))",
+        "A_bar = torch.exp2(delta.unsqueeze(2) * (A * math.log2(math.e)))",
+    ): "the same axis",
+    (
+        "mamba.py",
+        "v = (delta * x).unsqueeze(-2) * B.unsqueeze(-1)",
+        "v = (delta * x).unsqueeze(2) * B.unsqueeze(-1)",
+    ): "the same axis",
+    (
+        "mamba.py",
+        "ys.append((hs * C_k.unsqueeze(-2)).sum(-1))",
+        "ys.append((hs * C_k.unsqueeze(2)).sum(-1))",
+    ): "the same axis",
+    (
+        "mamba.py",
+        "return (C.unsqueeze(-1) * hs).sum(-2), hs[-1].clone()",
+        "return (C.unsqueeze(-1) * hs).sum(2), hs[-1].clone()",
+    ): "the same axis",
+    (
+        "mamba.py",
+        "document = F.pad(reset.cumsum(-1), (reach, 0)).unsqueeze(-1)  # (b, d_conv - 1 + l, 1)",
+        "document = F.pad(reset.cumsum(1), (reach, 0)).unsqueeze(-1)  # (b, d_conv - 1 + l, 1)",
+    ): "the same axis",
 }
 
 

@@ -208,6 +208,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "document = F.pad(reset.cumsum(-1), (reach, 0)).unsqueeze(-1)  # (b, d_conv - 1 + l, 1)",
         "document = F.pad(reset.cumsum(1), (reach, 0)).unsqueeze(-1)  # (b, d_conv - 1 + l, 1)",
     ): "the same axis",
+    (
+        "mamba.py",
+        "chunk = max(1, round(math.sqrt(seqlen / 2))) if chunk is None else chunk",
+        "chunk = max(2, round(math.sqrt(seqlen / 2))) if chunk is None else chunk",
+    ): "changes the speed and the rounding only",
 }
 
 

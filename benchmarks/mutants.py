@@ -50,8 +50,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # The tests that should notice a mistake in a file.
 BELONGING = {
     "mamba.py": (
-        "test_mamba.py tests/test_scans.py tests/test_model.py tests/test_stream.py "
-        "tests/test_loading.py tests/test_wrapped.py tests/test_export.py tests/test_prompt.py"
+        "test_mamba.py tests/test_model.py tests/test_wrapped.py tests/test_stream.py "
+        "tests/test_loading.py tests/test_prompt.py"
     ),
     "generate.py": (
         "tests/test_decoding.py tests/test_prompt.py tests/test_cpu_step.py tests/test_stream.py "
@@ -60,7 +60,7 @@ BELONGING = {
     "triton_scan.py": "tests/test_triton_scan.py tests/test_step_graph.py",
     "examples/drop_in.py": "tests/test_drop_in.py",
     "examples/event_time.py": "tests/test_event_time.py tests/test_examples.py",
-    "examples/export.py": "tests/test_export.py tests/test_examples.py",
+    "examples/export.py": "tests/test_wrapped.py tests/test_examples.py",
     "examples/look_inside.py": "tests/test_look_inside.py tests/test_examples.py",
     "examples/recipes.py": "tests/test_recipes.py tests/test_examples.py",
     "examples/train.py": "tests/test_examples.py",
@@ -68,7 +68,153 @@ BELONGING = {
 }
 
 # (file, the line, the line of the mutant): why no test can tell them apart.
-EQUIVALENT: dict[tuple[str, str, str], str] = {}
+EQUIVALENT: dict[tuple[str, str, str], str] = {
+    (
+        "mamba.py",
+        "for x_k, delta_k, B_k, C_k, reset_k in zip(*chunks, resets, strict=True):",
+        "for x_k, delta_k, B_k, C_k, reset_k in zip(*chunks, resets, strict=False):",
+    ): "the lengths are equal: strict guards against a mistake elsewhere",
+    (
+        "mamba.py",
+        "for decay, end in zip(unfold(decays).unbind(1), unfold(ends).unbind(1), strict=True):",
+        "for decay, end in zip(unfold(decays).unbind(1), unfold(ends).unbind(1), strict=False):",
+    ): "the lengths are equal: strict guards against a mistake elsewhere",
+    (
+        "mamba.py",
+        "for A_t, h_t in zip(A_bar.unbind(), v.unbind(), strict=True):",
+        "for A_t, h_t in zip(A_bar.unbind(), v.unbind(), strict=False):",
+    ): "the lengths are equal: strict guards against a mistake elsewhere",
+    (
+        "mamba.py",
+        "steps = zip(*(tensor.unbind(1) for tensor in (x, delta, B, C)), resets, strict=True)",
+        "steps = zip(*(tensor.unbind(1) for tensor in (x, delta, B, C)), resets, strict=False)",
+    ): "the lengths are equal: strict guards against a mistake elsewhere",
+    (
+        "mamba.py",
+        "resets = [None] * len(chunks[0]) if reset is None else reset.split(chunk, dim=1)",
+        "resets = [None] * len(chunks[1]) if reset is None else reset.split(chunk, dim=1)",
+    ): "all inputs are cut into as many chunks",
+    (
+        "mamba.py",
+        "resets = [None] * len(chunks[0]) if reset is None else reset.mT.split(chunk)",
+        "resets = [None] * len(chunks[1]) if reset is None else reset.mT.split(chunk)",
+    ): "all inputs are cut into as many chunks",
+    (
+        "mamba.py",
+        "log_A_bar = log_A_bar.masked_fill(reset_k[:, :, None, None], -104.0)",
+        "log_A_bar = log_A_bar.masked_fill(reset_k[:, :, None, None], -105.0)",
+    ): "exp(-105) is as good a zero as exp(-104)",
+    (
+        "mamba.py",
+        '*, rule: str = "mamba", reset: Tensor | None = None, chunk: int = 64,',
+        '*, rule: str = "mamba", reset: Tensor | None = None, chunk: int = 65,',
+    ): "changes the speed and the rounding only",
+    (
+        "mamba.py",
+        "A_bar, v = A_bar.mT.contiguous(), (B_bar * x.unsqueeze(-1)).mT.contiguous()",
+        "A_bar, v = A_bar.mT, (B_bar * x.unsqueeze(-1)).mT.contiguous()",
+    ): "the layout in memory, not the numbers",
+    (
+        "mamba.py",
+        "A_bar, v = A_bar.mT.contiguous(), (B_bar * x.unsqueeze(-1)).mT.contiguous()",
+        "A_bar, v = A_bar.mT.contiguous(), (B_bar * x.unsqueeze(-1)).mT",
+    ): "the layout in memory, not the numbers",
+    (
+        "mamba.py",
+        "A, h = A.mT.contiguous(), h.mT.contiguous()",
+        "A, h = A.mT, h.mT.contiguous()",
+    ): "the layout in memory, not the numbers",
+    (
+        "mamba.py",
+        "A, h = A.mT.contiguous(), h.mT.contiguous()",
+        "A, h = A.mT.contiguous(), h.mT",
+    ): "the layout in memory, not the numbers",
+    (
+        "mamba.py",
+        "return torch.cat(ys, dim=1), h.mT.contiguous()",
+        "return torch.cat(ys, dim=1), h.mT",
+    ): "the layout in memory, not the numbers",
+    (
+        "mamba.py",
+        "decays, hs = A_bar.detach(), v.detach()",
+        "decays, hs = A_bar, v.detach()",
+    ): "autograd is off in this function",
+    (
+        "mamba.py",
+        "decays, hs = A_bar.detach(), v.detach()",
+        "decays, hs = A_bar.detach(), v",
+    ): "autograd is off in this function",
+    (
+        "mamba.py",
+        "inputs = [tensor.detach().requires_grad_() for tensor in inputs]",
+        "inputs = [tensor.requires_grad_() for tensor in inputs]",
+    ): "the gradient ends at these tensors in any case",
+    (
+        "mamba.py",
+        "small = a.abs() < 0.03",
+        "small = a.abs() <= 0.03",
+    ): "both branches are exact there",
+    (
+        "mamba.py",
+        "quotient_a = torch.where(small, 1.0, a)",
+        "quotient_a = torch.where(small, 2.0, a)",
+    ): "any number but 0, in the branch not taken",
+    (
+        "mamba.py",
+        'tensors, one_token, needs = (x, dt, A, B, C, D, z, h0), x.ndim == 2, {"d_state": A.shape[-1]}',  # noqa: E501
+        'tensors, one_token, needs = (x, dt, A, B, C, D, z, h0), x.ndim == 2, {"d_state": A.shape[1]}',  # noqa: E501
+    ): "A has two axes",
+    (
+        "mamba.py",
+        '*axes, d, n = *x.shape, tensors["A"].shape[-1]',
+        '*axes, d, n = *x.shape, tensors["A"].shape[1]',
+    ): "A has two axes",
+    (
+        "mamba.py",
+        "chunk = min(64, max(8, 2**18 // max(1, x.shape[0] * A.numel())))",
+        "chunk = min(64, max(8, 2**18 // max(2, x.shape[0] * A.numel())))",
+    ): "as short as 64 steps in both cases",
+    (
+        "mamba.py",
+        "G = C.unsqueeze(-1) * grad_y.unsqueeze(-2)",
+        "G = C.unsqueeze(-1) * grad_y.unsqueeze(2)",
+    ): "the same axis",
+    (
+        "mamba.py",
+        "return *grads, (hs * grad_y.unsqueeze(-2)).sum(-1), decays[0] * G[0], None, None",
+        "return *grads, (hs * grad_y.unsqueeze(2)).sum(-1), decays[0] * G[0], None, None",
+    ): "the same axis",
+    (
+        "mamba.py",
+        "A_bar = torch.exp2(delta.unsqueeze(-2) * (A * math.log2(math.e)))",
+        "A_bar = torch.exp2(delta.unsqueeze(2) * (A * math.log2(math.e)))",
+    ): "the same axis",
+    (
+        "mamba.py",
+        "v = (delta * x).unsqueeze(-2) * B.unsqueeze(-1)",
+        "v = (delta * x).unsqueeze(2) * B.unsqueeze(-1)",
+    ): "the same axis",
+    (
+        "mamba.py",
+        "ys.append((hs * C_k.unsqueeze(-2)).sum(-1))",
+        "ys.append((hs * C_k.unsqueeze(2)).sum(-1))",
+    ): "the same axis",
+    (
+        "mamba.py",
+        "return (C.unsqueeze(-1) * hs).sum(-2), hs[-1].clone()",
+        "return (C.unsqueeze(-1) * hs).sum(2), hs[-1].clone()",
+    ): "the same axis",
+    (
+        "mamba.py",
+        "document = F.pad(reset.cumsum(-1), (reach, 0)).unsqueeze(-1)  # (b, d_conv - 1 + l, 1)",
+        "document = F.pad(reset.cumsum(1), (reach, 0)).unsqueeze(-1)  # (b, d_conv - 1 + l, 1)",
+    ): "the same axis",
+    (
+        "mamba.py",
+        "chunk = max(1, round(math.sqrt(seqlen / 2))) if chunk is None else chunk",
+        "chunk = max(2, round(math.sqrt(seqlen / 2))) if chunk is None else chunk",
+    ): "changes the speed and the rounding only",
+}
 
 
 @dataclass(frozen=True)
@@ -181,7 +327,8 @@ def mutants_of(file: str, source: str) -> Iterator[Mutant]:
                     start, line = node.func.value.end_col_offset, node.end_lineno
                     yield at(node, line, start, node.end_col_offset, "")
             symmetric = re.search(
-                r"(^|\.)(min|max|gcd|equal|minimum|maximum)$", ast.unparse(node.func)
+                r"(^|\.)(min|max|gcd|equal|minimum|maximum|mul|addcmul_|transpose)$",
+                ast.unparse(node.func),
             )
             if len(node.args) > 1 and node.args[0].lineno == node.args[1].end_lineno:
                 first, second = map(ast.unparse, node.args[:2])

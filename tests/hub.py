@@ -11,7 +11,7 @@ with a file or with the list of files:
 
     gated, private, 500     what the Hub says of each; private is as if there were none
     500-body                the file is announced, but not to be had
-    cut, cut-once           the connection ends halfway: each time, or the rest comes when asked for
+    cut                     the connection ends halfway, each time
     short                   fewer bytes than announced
     portal                  a login page of the hotel answers in place of the Hub
     slow                    no answer before the test is over
@@ -43,7 +43,6 @@ class Hub:
         self.faults: dict[str, str] = {}
         self.requests: list[tuple[str, str, str]] = []  # (method, repository, file name)
         self.others: list[str] = []  # the paths of requests for anything else
-        self.ranges: list[str] = []  # the Range headers of all requests
         self.over = threading.Event()
         handler = type("Bound", (Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -129,18 +128,8 @@ class Handler(BaseHTTPRequestHandler):
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit}
         if fault == "short" and self.command == "GET":
             data = data[:-20]
-        status, start = 200, 0
-        if part := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
-            self.hub.ranges.append(part[0])
-            status, start = 206, int(part[1])
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        headers["Content-Length"] = str(len(data) - start)
-        body = data[start:]
-        if fault in ("cut", "cut-once") and self.command == "GET":
-            body = body[: len(body) // 2] if status == 200 else b""
-            if fault == "cut-once":
-                del self.hub.faults[name]
-        self.answer(headers, body, status)
+        headers["Content-Length"] = str(len(data))
+        self.answer(headers, data[: len(data) // 2] if fault == "cut" else data)
 
     def answer(self, headers: dict[str, str], body: bytes = b"", status: int = 200) -> None:
         self.send_response(status)

@@ -79,9 +79,7 @@ def set_clock(monkeypatch, *seconds: float) -> None:
     monkeypatch.setattr(generate, "time", clock)
 
 
-## ================================================================================================
-## What it prints
-## ================================================================================================
+## What it prints ----------------------------------------------------------------------------------
 
 
 def test_a_model_of_the_hub_completes_a_prompt_from_a_pipe_and_all_ways_print_the_same(
@@ -204,9 +202,7 @@ def test_a_small_model_takes_one_thread_and_rows_beyond_the_tokenizer_never_reac
     assert torch.get_num_threads() == threads
 
 
-## ================================================================================================
-## How it ends
-## ================================================================================================
+## How it ends -------------------------------------------------------------------------------------
 
 
 def test_help_and_wrong_calls_are_answered_before_torch_is_imported(tmp_path):

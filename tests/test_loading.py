@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
-import os
 import pickle
 import re
 import socket
@@ -103,16 +101,11 @@ def assert_refused(name_or_path: str | Path, kind: type, *words: str, **options)
     return message
 
 
-## ================================================================================================
-## What loads
-## ================================================================================================
+## What loads --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", [*FORMATS, "old bin", HF, HF_SHARDS, "hf bin shards"])
-def test_every_layout_gives_the_same_model_bit_by_bit_and_its_files_are_mapped(
-    layout, tmp_path, monkeypatch
-):
-    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "soon")  # a local folder does not ask for it
+def test_every_layout_gives_the_same_model_bit_by_bit_and_its_files_are_mapped(layout, tmp_path):
     write(tmp_path, layout)
     assert_loads(tmp_path, torch.bfloat16)
     assert_loads(tmp_path)
@@ -179,7 +172,10 @@ def test_fields_that_say_nothing_about_the_model_are_read_over(layout, changes, 
     assert mamba.read_config(tmp_path / "config.json") == expected
 
 
-def test_of_several_formats_the_first_is_read_and_what_is_saved_beside_them_counts(tmp_path):
+def test_of_several_formats_the_first_is_read_and_what_is_saved_beside_them_counts(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "soon")  # a local folder does not ask for it
     for layout, files in reversed(FORMATS.items()):
         write(tmp_path, layout)
         assert_loads(tmp_path)
@@ -190,9 +186,7 @@ def test_of_several_formats_the_first_is_read_and_what_is_saved_beside_them_coun
     assert_loads(tmp_path)
 
 
-## ================================================================================================
-## What is saved
-## ================================================================================================
+## What is saved -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flag", [True, False])
@@ -283,10 +277,7 @@ def test_peft_warns_of_an_adapter_in_one_of_two_tied_matrices_and_of_no_other(re
         tuned(small(), **options).merge_and_unload()
 
 
-## ================================================================================================
-## Folders that are wrong
-## ================================================================================================
-
+## Folders that are wrong --------------------------------------------------------------------------
 
 WRONG = {"model_type": "t5", "layer": "Mamba2", "attn_layer_idx": [1], "d_intermediate": 64}
 WRONG |= {"rms_norm": False, "d_stat": 16, "scan": "chunked", "ssm_cfg": 3, "n_layer": None}
@@ -301,9 +292,8 @@ HF_WRONG |= {"event_time": True}
     ("layout", "field", "value"),
     [("bin", *wrong) for wrong in WRONG.items()] + [(HF, *wrong) for wrong in HF_WRONG.items()],
 )
-def test_a_config_of_another_model_is_refused_by_its_files_own_name_of_the_field(
-    layout, field, value, tmp_path
-):
+def test_a_config_of_another_model_is_refused_by_its_field(layout, field, value, tmp_path):
+    """By the name that it has in the file."""
     write(tmp_path, layout, **{field: value})
     named = str(value) if type(value) is int and value > 10**8 else field
     message = assert_refused(tmp_path, ValueError, f"{tmp_path / 'config.json'}: ", named)
@@ -311,15 +301,13 @@ def test_a_config_of_another_model_is_refused_by_its_files_own_name_of_the_field
     if layout == "bin" and field in ("layer", "d_stat", "d_model"):
         write(tmp_path, layout, ssm_cfg={field: value})
         assert_refused(tmp_path, ValueError, "ssm_cfg" if field == "d_model" else field)
-
-
-def test_without_its_kind_a_config_of_transformers_is_not_read(tmp_path):
-    write(tmp_path, HF, model_type=None)
-    assert_refused(tmp_path, ValueError, "model_type = None is another architecture, not 'mamba'")
+    if field == "model_type":
+        write(tmp_path, HF, model_type=None)
+        assert_refused(tmp_path, ValueError, "model_type = None is another architecture, not 'm")
 
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 516\n"
-HTML = b"<!DOCTYPE html><html>404</html>"
+HTML = b"<!DOCTYPE html>"
 LLAMA = b'{"model_type": "llama", "hidden_size": 16, "num_attention_heads": 4}'
 
 
@@ -348,9 +336,7 @@ LLAMA = b'{"model_type": "llama", "hidden_size": 16, "num_attention_heads": 4}'
         (HF_SHARDS, INDEX, b'{"weight_map": {"D": "x.bin"}}', FileNotFoundError, "x.bin"),
     ],
 )
-def test_a_file_that_is_damaged_foreign_or_not_there_is_named(
-    layout, file, content, kind, named, tmp_path
-):
+def test_a_damaged_or_foreign_file_is_named(layout, file, content, kind, named, tmp_path):
     """content: None for no such file, a number for that part of the true content."""
     path = write(tmp_path / "model", layout) / file
     if isinstance(content, float):
@@ -394,6 +380,8 @@ def without(name: str, weights: dict) -> dict:
 
 BASE = {key.removeprefix("backbone."): tensor for key, tensor in HF_WEIGHTS.items()}
 SEVERAL = without("layers.0", WEIGHTS) | {NORM: torch.ones(2, 8), "head.bias": torch.ones(3)}
+FIRST = "(weights: 10 missing: backbone.layers.0.norm.weight, backbone.layers.0.mixer.A_log, "
+FIRST += "backbone.layers.0.mixer.D;"
 
 
 @pytest.mark.parametrize(
@@ -411,15 +399,12 @@ SEVERAL = without("layers.0", WEIGHTS) | {NORM: torch.ones(2, 8), "head.bias": t
         (without(EMBEDDING, WEIGHTS), [f"1 missing: {EMBEDDING})"]),
         (HF_WEIGHTS | WEIGHTS, ["1 unknown: backbone.embeddings.weight)"]),
         (BASE, [f"23 missing: {EMBEDDING}, ", "; 22 unknown: embeddings.weight, "]),
-        (SEVERAL, ["(weights: 10 missing: ", "; 1 unknown: head.bias; 1 misshapen: ", "(2, 8)"]),
+        (SEVERAL, [FIRST, f"; 1 unknown: head.bias; 1 misshapen: {NORM} (2, 8), not (8,)"]),
     ],
 )
-def test_weights_that_do_not_fit_are_counted_by_fault_and_the_first_three_are_named(
-    tensors, words, tmp_path
-):
+def test_weights_that_do_not_fit_are_counted_and_three_of_a_fault_named(tensors, words, tmp_path):
     write(tmp_path, "bin", tensors)
-    message = assert_refused(tmp_path, RuntimeError, str(tmp_path), *words)
-    assert message.count(", ") in (0, 1, 2, 4)
+    assert_refused(tmp_path, RuntimeError, str(tmp_path), *words)
 
 
 def test_a_head_or_a_layer_that_is_not_in_the_file_or_a_weight_in_two_shards_is_named(tmp_path):
@@ -466,9 +451,7 @@ def test_a_name_of_no_folder_and_no_repository_is_repeated_and_nobody_is_asked(h
     assert hub.requests == hub.others == []
 
 
-## ================================================================================================
-## The Hub
-## ================================================================================================
+## The Hub -----------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -525,9 +508,8 @@ def test_of_a_new_commit_only_what_differs_is_downloaded_and_the_old_one_stays_t
     (old,) = (tmp_path / "elsewhere").glob("*/snapshots/*/config.json")
     assert old.read_bytes() == files_of("bin")["config.json"]
     assert_loads(NAME, revision="main", local_files_only=True)
-    assert_refused(
-        NAME, FileNotFoundError, "not in the cache", revision="v2", local_files_only=True
-    )
+    absent = {"revision": "v2", "local_files_only": True}
+    assert_refused(NAME, FileNotFoundError, "not in the cache", **absent)
 
 
 def test_all_files_come_from_one_commit_though_another_is_pushed_meanwhile(hub, monkeypatch):
@@ -540,17 +522,6 @@ def test_all_files_come_from_one_commit_though_another_is_pushed_meanwhile(hub, 
 
     monkeypatch.setattr(mamba, "read_config", push)
     assert_loads(NAME)
-
-
-def test_a_download_that_breaks_once_is_resumed_where_it_broke(hub, monkeypatch):
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # whole chunks are kept
-    monkeypatch.setattr(time, "sleep", lambda _: None)  # between two tries
-    hub.faults[BIN] = "cut-once"
-    with contextlib.suppress(RuntimeError):  # the first clients 1.x resume in the next call
-        Mamba.from_pretrained(NAME)
-    assert_loads(NAME)
-    half = len(hub.repositories[NAME][BIN]) // 2
-    assert hub.ranges == [f"bytes={half // 1000 * 1000}-"]
 
 
 @pytest.mark.parametrize(
@@ -567,9 +538,7 @@ def test_a_download_that_breaks_once_is_resumed_where_it_broke(hub, monkeypatch)
         (BIN, "short", RuntimeError, "should be of size"),
     ],
 )
-def test_a_fault_of_the_hub_is_one_sentence_with_a_remedy(
-    file, fault, kind, named, hub, monkeypatch
-):
+def test_a_fault_of_the_hub_is_one_sentence(file, fault, kind, named, hub, monkeypatch):
     monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "0.3")
     monkeypatch.setattr(time, "sleep", lambda _: None)  # between two tries
     hub.faults[file] = fault
@@ -577,14 +546,6 @@ def test_a_fault_of_the_hub_is_one_sentence_with_a_remedy(
     # Nothing broken stays behind: as soon as the Hub is well, the same call succeeds.
     hub.faults.clear()
     assert_loads(NAME)
-
-
-def test_a_cache_that_cannot_be_written_is_named_with_its_path(hub, monkeypatch, tmp_path):
-    """As with HF_HOME: whatever does not depend on rights, which root has all of."""
-    (tmp_path / "home").write_text("a file")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
-    message = assert_refused(NAME, RuntimeError, str(tmp_path / "home"), "Not a directory")
-    assert "network" not in message
 
 
 def test_a_repository_a_revision_or_a_file_that_is_not_there_is_named(hub):
@@ -638,21 +599,9 @@ def test_offline_means_that_nobody_is_asked(way, hub, monkeypatch):
     assert hub.requests == hub.others == []
 
 
-def test_a_terminal_shows_how_far_a_download_is(hub, monkeypatch):
-    termios = pytest.importorskip("termios", reason="terminals are a matter of Unix")
-    master, slave = os.openpty()
-    termios.tcsetwinsize(slave, (24, 80))
-    with os.fdopen(slave, "w") as terminal:
-        monkeypatch.setattr(sys, "stderr", terminal)
-        Mamba.from_pretrained(NAME)
-    shown = os.read(master, 100_000).decode()
-    os.close(master)
-    assert "100%" in shown and BIN in shown
-
-
 def test_the_clients_own_command_finds_a_wrong_bit_in_the_second_of_three_shards(hub, tmp_path):
     """The README names it. A mapped file is not read as a whole: loading cannot find it."""
-    assert f"`hf cache verify {'state-spaces/mamba-130m'}`" in (ROOT / "README.md").read_text()
+    assert "`hf cache verify state-spaces/mamba-130m`" in (ROOT / "README.md").read_text()
     hub.repositories[NAME] = files_of(HF_SHARDS)
     assert_loads(NAME)
     environment = hub.environment(tmp_path, HF_HUB_CACHE=constants.HF_HUB_CACHE)
@@ -667,9 +616,7 @@ def test_the_clients_own_command_finds_a_wrong_bit_in_the_second_of_three_shards
         assert (result.returncode == 1, SHARDS[1] in said) == (is_wrong, is_wrong), said
 
 
-## ================================================================================================
-## The real Hub: pytest -m hub
-## ================================================================================================
+## The real Hub: pytest -m hub ---------------------------------------------------------------------
 
 
 @pytest.mark.hub

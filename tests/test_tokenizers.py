@@ -75,9 +75,7 @@ def load(folder: Path, file: tokenizers.Tokenizer | bytes, size: int, **changes)
     return load_tokenizer(config(size, **changes), folder)
 
 
-## ================================================================================================
-## The same as the library
-## ================================================================================================
+## The same as the library -------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -178,9 +176,7 @@ def test_a_template_may_begin_a_prompt_and_does_not_end_it(tmp_path):
         assert tokenizer.encode("") == []
 
 
-## ================================================================================================
-## The right one for each model
-## ================================================================================================
+## The right one for each model --------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -270,9 +266,7 @@ def test_without_a_network_a_tokenizer_that_is_not_cached_is_missed_in_one_sente
         load_tokenizer(config(50277), "state-spaces/mamba-130m")
 
 
-## ================================================================================================
-## What ends a text
-## ================================================================================================
+## What ends a text --------------------------------------------------------------------------------
 
 
 def ends_of(folder: Path, files: dict[str, object], tokenizer=None, size: int = 402) -> list[int]:
@@ -325,9 +319,7 @@ def test_a_file_that_is_damaged_is_not_a_file_that_says_nothing(content, tmp_pat
         load(tmp_path, trained(), 400)
 
 
-## ================================================================================================
-## Wrong ones
-## ================================================================================================
+## Wrong ones --------------------------------------------------------------------------------------
 
 GAP = byte_level(models.BPE({"a": 0, "b": 999}, []))
 

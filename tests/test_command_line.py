@@ -82,9 +82,7 @@ def set_clock(monkeypatch, *seconds: float) -> None:
 ## What it prints ----------------------------------------------------------------------------------
 
 
-def test_a_model_of_the_hub_completes_a_prompt_from_a_pipe_and_all_ways_print_the_same(
-    hub, run, tmp_path, monkeypatch
-):
+def test_a_model_of_the_hub_completes_a_prompt_from_wherever(hub, run, tmp_path, monkeypatch):
     """Nothing on stderr; from the Hub that the environment names, then from its cache."""
     files = {path.name: path.read_bytes() for path in generate.DEFAULT_MODEL.iterdir()}
     hub.repositories = {"someone/model": files}
@@ -158,9 +156,7 @@ def test_the_text_ends_before_the_models_end_token_or_a_stop_string(run, tmp_pat
 
 
 @pytest.mark.parametrize(("seconds", "terminal"), [(1.0, True), (0.5, True), (1.0, False)])
-def test_a_prompt_that_takes_long_says_so_on_a_terminal_until_it_is_read(
-    seconds, terminal, run, monkeypatch
-):
+def test_a_prompt_that_takes_long_says_so_on_a_terminal(seconds, terminal, run, monkeypatch):
     """Four parts of so many seconds each: after 2 s a line, and nothing is left of it."""
     file = io.StringIO()
     file.isatty = lambda: terminal
@@ -181,15 +177,14 @@ def test_samples_are_separated_and_differ_as_if_run_with_seeds_one_after_the_oth
     _, out, _ = run("O", *options, "--seed", "1", "--num-samples", "3")
     expected = [run("O", *options, "--seed", seed)[1] for seed in ("1", "2", "3")]
     assert out.split("-" * 80 + "\n") == expected
-    last = str(2**64 - 1), "the largest seed has a successor too: 0"
-    _, out, _ = run("O", *options, "--seed", last[0], "--num-samples", "2")
-    assert out.endswith(run("O", *options, "--seed", "0")[1]), last[1]
+    _, out, _ = run("O", *options, "--seed", str(2**64 - 1), "--num-samples", "2")
+    assert out.endswith(run("O", *options, "--seed", "0")[1]), "the largest seed has a successor"
     _, out, _ = run("O", *options, "--num-samples", "2")
     assert len(set(out.split("-" * 80 + "\n"))) == 2, "without a seed they differ"
 
 
 @pytest.mark.parametrize(("d_model", "threads"), [(512, 1), (513, 2)])
-def test_a_small_model_takes_one_thread_and_rows_beyond_the_tokenizer_never_reach_the_text(
+def test_a_small_model_takes_one_thread_and_rows_without_text_are_none(
     d_model, threads, run, tmp_path
 ):
     """Of the tokens of a random model with 384 rows one in three would be such a row."""
@@ -256,9 +251,7 @@ def test_a_scan_that_cannot_run_here_is_one_line_and_the_shell_gets_the_exit_cod
     assert_one_line(finish(process), 1, "--scan chunked")
 
 
-def test_options_reach_the_loader_and_its_errors_are_told_in_words_of_the_command_line(
-    run, monkeypatch
-):
+def test_the_loader_gets_the_options_and_its_errors_name_those_of_the_shell(run, monkeypatch):
     def fail(*arguments, **options):
         assert arguments == ("x/y",)
         assert options == {"device": "cpu", "dtype": torch.bfloat16, "scan": "chunked"}
@@ -309,9 +302,7 @@ FAILURES = [
     ("call", "words", "code"),
     [(*call, 2) for call in WRONG_CALLS] + [(*call, 1) for call in FAILURES],
 )
-def test_a_wrong_call_or_a_failure_is_one_line_that_names_it(
-    call, words, code, run, tmp_path, monkeypatch
-):
+def test_a_fault_is_one_line_that_names_it(call, words, code, run, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     (tmp_path / "newline").write_bytes(b"\n")
     (tmp_path / "binary").write_bytes(b"caf\xe9")

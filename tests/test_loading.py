@@ -183,7 +183,8 @@ def test_of_several_formats_the_first_is_read_and_what_is_saved_beside_them_coun
             (tmp_path / file).write_bytes(b"stale")
         assert_refused(tmp_path, RuntimeError, files[0])
     small(n_layer=2).save_pretrained(tmp_path)
-    assert_loads(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert_loads("~")
 
 
 ## What is saved -----------------------------------------------------------------------------------
@@ -477,7 +478,7 @@ def test_a_model_is_downloaded_once_and_then_only_asked_for(hub, capfd):
     assert downloads(hub) == sorted(files_of(HF_SHARDS))
     hub.requests.clear()
     capfd.readouterr()
-    assert_loads(NAME)
+    assert_loads(NAME + "/")
     assert hub.requests[0] == ("GET", NAME, LIST)
     assert {method for method, _, _ in hub.requests[1:]} == {"HEAD"}
     assert capfd.readouterr() == ("", "")  # no bar where nothing is downloaded

@@ -147,6 +147,7 @@ def test_an_absent_field_means_what_it_means_in_transformers(tmp_path):
 
 OFFICIAL = {"architectures": ["MambaLMHeadModel"], "torch_dtype": "float16", "layer": "Mamba1"}
 OFFICIAL |= {"eos_token_id": 0, "bos_token_id": [0, 1], "event_time": False, "attn_cfg": {}}
+OFFICIAL |= {"d_intermediate": 0, "attn_layer_idx": [], "pad_token_id": 2, "use_fast_path": True}
 NULL = dict.fromkeys(("norm_eps", "rule", "event_time", "residual_in_fp32", "d_stat", "ssm_cfg"))
 STALE = {"d_model": 2048, "n_layer": 7, "rms_norm": False, "ssm_cfg": 3, "event_time": False}
 STALE |= {"no_repeat_ngram_size": 0, "chunk_size_feed_forward": 0, "pad_vocab_size_multiple": 8}
@@ -484,19 +485,17 @@ def test_a_model_is_downloaded_once_and_then_only_asked_for(hub, capfd):
     assert capfd.readouterr() == ("", "")  # no bar where nothing is downloaded
 
 
-def test_of_several_formats_one_is_downloaded(hub):
+def test_of_several_formats_one_is_downloaded_and_of_a_foreign_model_none(hub):
     """state-spaces/mamba-2.8b has two, 11 GB each."""
+    hub.repositories["someone/foreign"] = files_of("bin") | {"config.json": LLAMA}
+    assert_refused("someone/foreign", ValueError, "llama")
+    assert downloads(hub) == ["config.json"]
+    hub.requests.clear()
     hub.repositories[NAME] |= files_of("hf bin shards") | files_of("shards") | {"x.bin": b"no use"}
     assert_loads(NAME)
     assert downloads(hub) == sorted(["config.json", INDEX, *SHARDS])
     hub.stop()
     assert_loads(NAME)  # chosen in the cache as on the Hub
-
-
-def test_a_foreign_model_is_refused_before_its_weights_are_downloaded(hub):
-    hub.repositories[NAME]["config.json"] = LLAMA
-    assert_refused(NAME, ValueError, "llama")
-    assert downloads(hub) == ["config.json"]
 
 
 def test_of_a_new_commit_only_what_differs_is_downloaded_and_the_old_one_stays_there(hub, tmp_path):

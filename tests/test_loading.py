@@ -334,7 +334,7 @@ LLAMA = b'{"model_type": "llama", "hidden_size": 16, "num_attention_heads": 4}'
         (HF_SHARDS, INDEX, 0.5, RuntimeError, INDEX),
         (HF_SHARDS, INDEX, b"{}", ValueError, "weight_map"),
         (HF_SHARDS, INDEX, b'{"weight_map": ["x"]}', ValueError, INDEX),
-        (HF_SHARDS, INDEX, b'{"weight_map": {"D": "../up.bin"}}', ValueError, "weight_map"),
+        (HF_SHARDS, INDEX, b'{"weight_map": {"D": "../up", "A": "a"}}', ValueError, "weight_map"),
         (HF_SHARDS, INDEX, b'{"weight_map": {"D": "x.bin"}}', FileNotFoundError, "x.bin"),
     ],
 )

@@ -54,7 +54,7 @@ BELONGING = {
     ),
     "generate.py": (
         "tests/test_decoding.py tests/test_prompt.py tests/test_cpu_step.py tests/test_stream.py "
-        "tests/test_tokenizers.py tests/test_command_line.py tests/test_properties.py"
+        "tests/test_sampler.py tests/test_tokenizers.py tests/test_command_line.py"
     ),
     "triton_scan.py": "tests/test_triton_scan.py tests/test_step_graph.py",
     "examples/drop_in.py": "tests/test_drop_in.py",

@@ -109,7 +109,10 @@ def test_a_stream_has_the_tokens_and_the_state_that_it_has_by_step(options, kind
     if "state" in options:
         _, options["state"] = model(ids.to(device), model.init_state(1))
     turn, expected = (stream_of(model, ids.to(device), **options) for _ in range(2))
-    tokens = [token.item() for token in turn]
+    tokens = []
+    for token in turn:
+        tokens.append(token.item())
+        turn.state.map(torch.zero_)  # a copy, so that nothing happens
     with by_step():
         assert tokens == [token.item() for token in expected]
     assert len(taken) == 1 and len(set(tokens)) > 1
@@ -126,22 +129,13 @@ def left_by_closing(steps) -> None:
     steps.steps.close()
 
 
-def left_by_an_error_of_the_reader(steps) -> None:
-    with pytest.raises(ZeroDivisionError):
-        for count, _ in enumerate(steps):
-            1 / (2 - count)
-
-
 def left_by_an_error_inside(steps) -> None:
     next(steps), next(steps)
     with pytest.raises(KeyboardInterrupt):
         steps.steps.throw(KeyboardInterrupt)
 
 
-@pytest.mark.parametrize(
-    "leave",
-    [left_at_the_end, left_by_closing, left_by_an_error_of_the_reader, left_by_an_error_inside],
-)
+@pytest.mark.parametrize("leave", [left_at_the_end, left_by_closing, left_by_an_error_inside])
 def test_a_stream_that_is_left_keeps_neither_its_step_nor_the_model(leave, kind, taken):
     """Copies are as large as the model: they go at once, and not with the next collection."""
     model = model_for(kind)

@@ -5,8 +5,6 @@ that the tokens are those of `model.step`, and that nothing is kept. On a machin
 stand-in is lent for the recorded step.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import sys
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 import generate
 import triton_scan
 from mamba import Mamba
-from test_mamba import assert_close, random_ids, random_model
+from test_mamba import assert_close, random_ids, random_model, random_state
 
 GPU = torch.cuda.is_available()
 
@@ -97,18 +95,14 @@ def model_for(kind: str) -> Mamba:
         {},
         {"temperature": 0.8, "seed": 2, "repetition_penalty": 1.3, "top_p": 0.9},
         {"temperature": 1.0, "seed": 3, "vocab_size": 29, "eos_token_id": 3, "max_new_tokens": 50},
-        {"mask": torch.tensor([[0, 0, 1, 1, 1]])},
-        {"state": True},
     ],
     ids=lambda options: ", ".join(options) or "greedy",
 )
 def test_a_stream_has_the_tokens_and_the_state_that_it_has_by_step(options, kind, taken):
-    model, ids = model_for(kind), random_ids(1, 5, 29)
-    device = model.lm_head.weight.device
-    options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
-    if "state" in options:
-        _, options["state"] = model(ids.to(device), model.init_state(1))
-    turn, expected = (stream_of(model, ids.to(device), **options) for _ in range(2))
+    model = model_for(kind)
+    ids = random_ids(1, 5, 29).to(model.lm_head.weight.device)
+    start = random_state(model, 1)
+    turn, expected = (stream_of(model, ids, state=start, **options) for _ in range(2))
     tokens = []
     for token in turn:
         tokens.append(token.item())
@@ -153,18 +147,6 @@ def test_a_stream_that_is_left_keeps_neither_its_step_nor_the_model(leave, kind,
         gc.enable()
 
 
-def test_streams_of_one_model_do_not_disturb_each_other(kind, taken):
-    model, ids = model_for(kind), random_ids(2, 4)
-    prompts = [row.unsqueeze(0).to(model.lm_head.weight.device) for row in ids]
-    with by_step():
-        expected = [torch.cat(list(stream_of(model, prompt))) for prompt in prompts]
-    assert not torch.equal(*expected)
-    both = zip(*(stream_of(model, prompt) for prompt in prompts), strict=True)
-    for row, tokens in enumerate(zip(*both, strict=True)):
-        assert torch.equal(torch.cat(tokens), expected[row])
-    assert len(taken) == 2
-
-
 def test_a_recorded_step_is_for_a_gpu_and_for_modules_of_our_own():
     """And where Triton is not installed, there is `model.step`."""
     model, ids = random_model(), random_ids(2, 4)
@@ -206,12 +188,3 @@ def test_weights_are_copied_for_one_long_sequence_of_a_small_model_of_our_own(mo
     assert worth(model)
     monkeypatch.setattr(generate, "COPY_AT_MOST", size - 1)
     assert not worth(model)
-
-
-@pytest.mark.parametrize("kind", ["copied"])
-def test_no_copies_are_made_for_a_stream_that_is_left_after_its_first_token(taken):
-    steps = stream_of(random_model(), random_ids(1, 4))
-    next(steps)
-    assert not taken[0]().layers
-    next(steps)
-    assert taken[0]().layers

@@ -3,8 +3,6 @@
 The judge is the model, reading the whole text again for every token.
 """
 
-from __future__ import annotations
-
 import math
 import re
 
@@ -49,9 +47,7 @@ def scripted_model(texts: list, **changes) -> Mamba:
     return model
 
 
-## ================================================================================================
-## Tokens
-## ================================================================================================
+## Tokens ------------------------------------------------------------------------------------------
 
 
 def test_greedy_streaming_equals_reading_the_whole_text_again_for_every_token():
@@ -62,20 +58,15 @@ def test_greedy_streaming_equals_reading_the_whole_text_again_for_every_token():
 def test_each_of_unequal_prompts_has_the_continuation_that_it_has_alone():
     """Of ids and of texts; what was padding is not seen by the penalty either."""
     model = random_model(vocab_size=256)
-    prompts, greedy = ["To be", "o", "not to"], {"temperature": 0, "max_new_tokens": 12}
-    options = greedy | {"repetition_penalty": 1.3}
+    prompts, options = ["To be", "o", "not to"], {"temperature": 0, "repetition_penalty": 1.3}
     alone = [generate.generate(model, BYTES, prompt, **options) for prompt in prompts]
     assert generate.generate(model, BYTES, prompts, **options) == alone
     assert len(set(alone)) == 3
     ids, mask = generate.encode_batch(BYTES, prompts, "cpu")
-    together = streamed(model, ids.masked_fill(~mask, 7), mask=mask.int(), **options)
-    for row, prompt in enumerate(prompts):
-        assert torch.equal(
-            together[row],
-            streamed(model, generate.encode_batch(BYTES, [prompt], "cpu")[0], **options)[0],
-        )
-    ids, mask = generate.encode_batch(BYTES, ["ab", "cd"], "cpu")
-    assert mask is None and ids.tolist() == [[97, 98], [99, 100]]
+    for filler in (0, 7):
+        ids = ids.masked_fill(~mask, filler)
+        rows = streamed(model, ids, mask=mask.int(), max_new_tokens=256, **options).tolist()
+        assert ["".join(BYTES.decode_stream(row)) for row in rows] == alone
 
 
 def test_with_a_huge_penalty_no_token_of_the_prompt_or_the_text_comes_again():
@@ -181,15 +172,7 @@ def test_logits_that_are_no_numbers_are_an_error_and_no_text(broken_from):
         next(steps)
 
 
-def test_streaming_switches_gradients_off_for_itself_alone():
-    steps = generate.stream(random_model(), random_ids(1, 3))
-    assert next(steps).dtype == torch.int64
-    assert torch.is_grad_enabled() and not steps.state.h.requires_grad
-
-
-## ================================================================================================
-## Conversations
-## ================================================================================================
+## Conversations -----------------------------------------------------------------------------------
 
 ## Two turns are one text: the model reads it whole and agrees with what was said in parts.
 
@@ -205,6 +188,7 @@ def test_two_turns_equal_one_text_wherever_the_first_one_ends(ending):
     assert torch.equal(turn.state.h, given.h), "nothing was read so far"
     for step in turn:
         said.append(step)
+        assert torch.is_grad_enabled() and not turn.state.h.requires_grad
         _, expected = model(text, model.init_state(2))
         assert_close("h", turn.state.h, expected.h, 1e-4)
         assert_close("conv", turn.state.conv, expected.conv, 1e-4)
@@ -230,9 +214,7 @@ def test_a_beginning_is_read_once_for_several_continuations():
     assert torch.equal(streamed(model, questions[1:2], state=state), expected[1:2])
 
 
-## ================================================================================================
-## Text, and where it ends
-## ================================================================================================
+## Text, and where it ends -------------------------------------------------------------------------
 
 
 def generated(texts: list[str], **options) -> list[str]:
@@ -284,16 +266,12 @@ def test_every_row_has_its_own_end_and_no_step_is_taken_once_all_have_ended():
     assert texts == ["a", "abcd"] and len(steps) == 5
 
 
-def test_a_tokenizer_says_what_ends_a_text_and_how_many_tokens_there_are():
-    """Unless the caller does."""
+def test_a_tokenizer_says_what_ends_a_text_and_how_many_tokens_there_are_unless_the_caller_does():
     tokenizer = generate.ByteTokenizer()
     tokenizer.eos_token_ids, tokenizer.vocab_size = [ord(".")], 128
-    options = {"temperature": 0, "max_new_tokens": 3}
-    for own, expected in (({}, "a"), ({"eos_token_id": [], "vocab_size": 256}, "a.b")):
-        model = scripted_model([b"a.b"], vocab_size=256)
-        assert generate.generate(model, tokenizer, "x", **options | own) == expected
-    model = scripted_model([b"\xc3\xa9"], vocab_size=256)
-    assert "é" not in generate.generate(model, tokenizer, "x", **options | {"max_new_tokens": 2})
+    for own, expected in (({}, "a\0\0"), ({"eos_token_id": [], "vocab_size": 256}, "aé.b")):
+        model, options = scripted_model(["aé.b".encode()], vocab_size=256), {"temperature": 0} | own
+        assert generate.generate(model, tokenizer, "x", max_new_tokens=5, **options) == expected
 
 
 def test_pieces_hold_back_what_may_become_a_stop_string_and_nothing_else():

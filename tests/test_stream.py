@@ -58,7 +58,7 @@ def test_greedy_streaming_equals_reading_the_whole_text_again_for_every_token():
 def test_each_of_unequal_prompts_has_the_continuation_that_it_has_alone():
     """Of ids and of texts; what was padding is not seen by the penalty either."""
     model = random_model(vocab_size=256)
-    prompts, options = ["To be", "o", "not to"], {"temperature": 0, "repetition_penalty": 1.3}
+    prompts, options = ["To be", "o", "not to"], {"temperature": 0, "repetition_penalty": 2}
     alone = [generate.generate(model, BYTES, prompt, **options) for prompt in prompts]
     assert generate.generate(model, BYTES, prompts, **options) == alone
     assert len(set(alone)) == 3
@@ -279,6 +279,7 @@ def test_pieces_hold_back_what_may_become_a_stop_string_and_nothing_else():
         (b"abxab-cd", ["ab-", "-e"], ["", "", "abx", "", "", ""]),
         (b"abxa-cd", ["ab-", "-e"], ["", "", "abx", "", "a", "-c"]),
         (b"xa", ["ab"], ["x", "", "a"]),
+        (b"ab", [], ["a", "b"]),
     ):
         assert list(generate.text_of(BYTES, said, [ord("d")], stop)) == expected
 

@@ -372,7 +372,7 @@ def stream(
             seen = seen.scatter_(1, real.long(), True)[:, :vocab_size]
         with continuing(model, read, max_new_tokens) as step:
             ask[0] = step.state
-            for count in itertools.count(1):
+            for count in range(1, max_new_tokens + 1):
                 logits = logits[:, :vocab_size]
                 if count == 1 or not on_gpu:  # a GPU would have to be waited for
                     check_logits(logits)

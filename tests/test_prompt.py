@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -23,7 +23,9 @@ from test_mamba import assert_close, assert_same_results, random_ids, random_mod
 
 SCANS = ("sequential", "logspace", "chunked", "recompute")
 # The same examples in every run, and none that fails because the machine is busy.
-few = settings(max_examples=60, derandomize=True, deadline=None, database=None)
+few = settings(
+    max_examples=60, derandomize=True, deadline=None, phases=(Phase.explicit, Phase.generate)
+)
 
 
 @functools.cache
@@ -73,7 +75,7 @@ def test_each_row_has_its_own_numbers_whatever_the_padding_and_the_parts(data, b
     """A mask with a hole is refused, and one that would forget what a row has read before."""
     ids, mask = batch
     length = ids.shape[1]
-    if data.draw(st.sampled_from((True, True, True, False))):
+    if data.draw(st.booleans()):
         starts = torch.tensor([[data.draw(st.integers(0, length - 1))] for _ in ids])
         mask = torch.arange(length) >= starts
     first = mask & (mask.cumsum(1) == 1) & (torch.arange(length) > 0)
@@ -110,7 +112,7 @@ def test_a_model_that_is_not_our_own_gets_the_prompt_in_one_piece_and_its_head_t
 
 def test_a_mask_that_is_not_left_padding_is_refused():
     for words, masks in (
-        ("left padding", ([[0, 0, 0], [1, 1, 1]], [[0, 1, 2]], [[0, -1, 1]])),
+        ("left padding", ([[0, 0, 0], [1, 1, 1]], [[0, 1, 0, 1]], [[0, 1, 2]], [[0, -1, 1]])),
         ("bool, or integers", ([[0.0, 1.0, 1.0]], [[0j, 1j]], [0, 1, 1], [[]])),
     ):
         for mask in masks:
@@ -138,7 +140,7 @@ def test_padding_is_refused_in_a_row_that_has_seen_tokens_and_only_there(name, l
 def test_a_model_by_convolution_has_the_same_parameters_results_and_gradients(changes, threads):
     """And the model itself is left as it was."""
     torch.set_num_threads(threads)
-    model, ids = random_model(**changes).double(), random_ids(2, 7)
+    model, ids = random_model(**changes).double(), random_ids(3, 7)  # an odd number
     modules = list(model.named_modules())
     twin, names = generate.by_convolution(model), dict(model.named_parameters()).keys()
     assert list(model.named_modules()) == modules
@@ -147,7 +149,7 @@ def test_a_model_by_convolution_has_the_same_parameters_results_and_gradients(ch
     for layer in twin.backbone.layers:
         types = [type(getattr(layer.mixer, name)) for name in ("in_proj", "out_proj", "x_proj")]
         assert types == [generate.Convolution, generate.Convolution, nn.Linear]
-    start = random_state(model, 2)
+    start = random_state(model, 3)
     results = [m(ids, start) for m in (twin, model)]
     assert_same_results(*results, 1e-12)
     assert_same_results(*(m.step(ids[:, 0], start) for m in (twin, model)), 1e-12)

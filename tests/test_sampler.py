@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import example, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -159,7 +159,9 @@ penalties = st.just(1.0) | st.floats(5e-324, 1.7e308) | st.sampled_from((1.3, 1e
 
 
 # The same examples in every run, and none that fails because the machine is busy.
-@settings(max_examples=150, derandomize=True, deadline=None, database=None)
+@settings(
+    max_examples=150, derandomize=True, deadline=None, phases=(Phase.explicit, Phase.generate)
+)
 @given(rows_of_logits, st.fixed_dictionaries(cutoffs), penalties)
 @example([-3e38, 3e38], OFF | {"temperature": 1.7e308}, 1.0)
 @example([-(2.0**-52), 0.0], OFF | {"top_p": 0.25}, 1.0)  # equal once they are probabilities

@@ -66,8 +66,110 @@ BELONGING = {
     "examples/trainer.py": "tests/test_examples.py",
 }
 
-# (file, the line, the line of the mutant): why no test can tell them apart.
+# (file, the line, the line of the mutant or "*" for all of its mutants): why no test can tell them
+# apart.
 EQUIVALENT: dict[tuple[str, str, str], str] = {}
+
+# Of generate.py: a reason, the lines that it holds for, and below each what becomes what; "*": all.
+OF_GENERATE = """
+# a tensor of so few axes that both names are of one, or of axes with one number each
+seen.scatter_(1, token_ids.unsqueeze(-1), True)
+    (-1) => (1)
+if not logits.amax(-1).isfinite().all():
+    (-1) => (1)
+ends = ~real[:, -1] | (real[:, :-1] & ~real[:, 1:]).any(-1)
+    any(-1) => any(1)
+used |= (tensor != 0).movedim(-3, 0).flatten(1).any(-1)
+    any(-1) => any(1)
+    (-3, 0) => (0, -3)
+return image.permute(0, 2, 3, 1).reshape(*u.shape[:-1], -1)
+    (0, 2, => (2, 0,
+return logits.argmax(-1)
+    (-1) => (1)
+probs = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, dim=-1)
+    amax(-1 => amax(1
+    dim=-1 => dim=1
+logits, token_ids = logits.topk(min(top_k, logits.shape[-1]))  # the most probable first
+    [-1] => [1]
+before = probs.cumsum(-1) - probs  # the probability of all better tokens
+    (-1) => (1)
+probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
+    (-1 => (1
+return (choice if token_ids is None else token_ids.gather(-1, choice)).squeeze(-1)
+    gather(-1 => gather(1
+    squeeze(-1 => squeeze(1
+if probs.device.type == "cpu" and probs.shape[-1] > 1024:
+    [-1] => [1]
+if (best.sum(-1) >= top_p).all():
+    (-1) => (1)
+return probs.sort(dim=-1, descending=True)
+    dim=-1 => dim=1
+return (weights / t).argmax(-1, keepdim=True)
+    (-1 => (1
+# how fast it is, or in how much memory, and not what comes out
+CPU_READS, GPU_READS = 1024, 8192  # tokens of all rows in a part. More are no faster
+    *
+WORTH_CONVOLUTION = 128  # tokens; oneDNN first copies the weights into an order of its own
+    *
+LONGEST_PIECE = 448 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 192
+    *
+WORTH_THREADS = 2**18  # to wake a thread takes as long as to multiply so many numbers
+    *
+image = u.reshape(1, -1, 1, u.shape[-1]).permute(0, 3, 1, 2)  # (1, d_in, tokens, 1)
+    (1, -1, => (-1, 1,
+self.starts = self.ids[::columns].contiguous()
+    .contiguous() =>
+self.filters = block.conv1d.weight.squeeze(1).T.float().contiguous()  # (d_conv, d)
+    .contiguous() =>
+self.A_log2e = block.A.T.contiguous() * math.log2(math.e)  # (n, d)
+    .contiguous() =>
+self.past, self.h = state.conv[0].T.float(), state.h[0].T.clone().contiguous()
+    .contiguous() =>
+COPY_FOR_TOKENS, COPY_AT_MOST = 64, 4 * 2**30  # tokens or more; bytes
+    4 * => 5 *
+    4 * => 4 +
+    2**30 => 3**30
+    2**30 => 2**31
+if probs.device.type == "cpu" and probs.shape[-1] > 1024:
+    > => >=
+if (best.sum(-1) >= top_p).all():
+    >= => >
+# a short float becomes the same float32 a moment later
+bias = None if linear.bias is None else linear.bias.float()
+    .float() =>
+self.eps, self.norm = layer.norm.eps, layer.norm.weight.float()
+    .float() =>
+self.filters = block.conv1d.weight.squeeze(1).T.float().contiguous()  # (d_conv, d)
+    .float() =>
+bias, self.D = block.conv1d.bias, block.D.float()
+    .float() =>
+self.conv_bias = torch.zeros_like(self.D) if bias is None else bias.float()
+    .float() =>
+self.past, self.h = state.conv[0].T.float(), state.h[0].T.clone().contiguous()
+    .float() =>
+# the same number, or one more of what nobody looks at
+seen = torch.zeros(batch, vocab_size + 1, dtype=torch.bool, device=device)
+    + 1 => + 2
+for count in range(1, max_new_tokens + 1):
+    + 1 => + 2
+temperature = min(max(temperature, 1e-30), 1e30)
+    , 1e30) => , 1e+30)
+logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+    top_p: float = 1.0 => top_p: float = 2.0
+if min_p > 0:
+    > => >=
+penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
+    > => >=
+"""
+for text in OF_GENERATE.strip().splitlines():
+    if text.startswith("# "):
+        why = text[2:]
+    elif not text.startswith("    "):
+        code = text
+    else:
+        old, _, new = text.strip().partition(" =>")
+        after = "*" if old == "*" else code.replace(old, new.strip())
+        EQUIVALENT["generate.py", code, after] = why
 
 
 @dataclass(frozen=True)
@@ -268,7 +370,8 @@ def chosen(options: argparse.Namespace) -> list[Mutant]:
                 compile(mutant.apply(source), file, "exec")
             except SyntaxError:
                 continue
-            if (file, *mutant.before_and_after(source)) not in EQUIVALENT:
+            before, after = mutant.before_and_after(source)
+            if not {(file, before, after), (file, before, "*")} & EQUIVALENT.keys():
                 mutants.append(mutant)
     if options.lines:
         first, last = map(int, options.lines.split("-"))

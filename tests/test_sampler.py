@@ -191,10 +191,10 @@ def test_any_allowed_arguments_keep_the_best_tokens_and_as_many_as_they_say(
 
 
 def test_the_repetition_penalty_lowers_what_was_seen_whatever_its_sign():
-    logits = torch.tensor([[3.0, -3.0, 3.0, -3.0]])
+    logits = torch.tensor([[0.75, -3.0, 3.0, -3.0]])
     seen = torch.tensor([[True, True, False, False]])
     for penalty, expected in (
-        (1.5, [2.0, -4.5, 3.0, -3.0]),
+        (1.5, [0.5, -4.5, 3.0, -3.0]),
         (1e-50, [torch.finfo().max, -0.0, 3.0, -3.0]),  # finite: inf - inf would be no number
         (1e50, [0.0, -torch.finfo().max, 3.0, -3.0]),
     ):

@@ -77,6 +77,8 @@ seen.scatter_(1, token_ids.unsqueeze(-1), True)
     (-1) => (1)
 if not logits.amax(-1).isfinite().all():
     (-1) => (1)
+self.h.mul_((delta * self.A_log2e).exp2_()).addcmul_(B.unsqueeze(-1), delta * x)  # (2a)
+    (-1) => (1)
 ends = ~real[:, -1] | (real[:, :-1] & ~real[:, 1:]).any(-1)
     any(-1) => any(1)
 used |= (tensor != 0).movedim(-3, 0).flatten(1).any(-1)
@@ -148,6 +150,8 @@ self.conv_bias = torch.zeros_like(self.D) if bias is None else bias.float()
 self.past, self.h = state.conv[0].T.float(), state.h[0].T.clone().contiguous()
     .float() =>
 # the same number, or one more of what nobody looks at
+self.h.mul_((delta * self.A_log2e).exp2_()).addcmul_(B.unsqueeze(-1), delta * x)  # (2a)
+    B.unsqueeze(-1), delta * x => delta * x, B.unsqueeze(-1)
 seen = torch.zeros(batch, vocab_size + 1, dtype=torch.bool, device=device)
     + 1 => + 2
 for count in range(1, max_new_tokens + 1):

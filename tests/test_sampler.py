@@ -114,6 +114,7 @@ def test_every_row_has_its_own_cuts_each_of_what_the_one_before_has_left():
     assert_cut(logits, temperature=3.0, top_p=0.95, min_p=0.02)
     assert_cut(logits, top_k=2000, top_p=0.95)
     assert_cut(logits, top_k=50, top_p=0.6, min_p=0.3)
+    assert_cut(torch.tensor([[0.0, -30.0]]), top_p=1.0)  # off, though 1 - 1e-13 is 1 in float32
 
 
 def test_of_tokens_that_are_equally_probable_as_many_are_kept_as_make_it_up():

@@ -47,9 +47,8 @@ def cut(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: flo
     probs = (below_best / min(max(temperature, 1e-30), 1e30)).softmax(-1)
     best_first, order = probs.sort(dim=-1, descending=True, stable=True)
     if top_k:
-        best_first = normalized(
-            best_first * (torch.arange(logits.shape[-1]) < min(top_k, logits.numel()))
-        )
+        among_best = torch.arange(logits.shape[-1]) < min(top_k, logits.shape[-1])
+        best_first = normalized(best_first * among_best)
     better = best_first.cumsum(-1) - best_first
     best_first = best_first * (better < top_p) * (best_first >= min_p * best_first[:, :1])
     return normalized(best_first.gather(-1, order.argsort(-1)))

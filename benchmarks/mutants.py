@@ -7,7 +7,7 @@ A mutant is the project with one expression changed: another operator, a number 
 condition turned round, a call or a statement left out. It is caught if a test of the files that
 belong to its source fails, or does not end in time. Survivors are listed by file and line: each is
 a claim that no test makes, code that does nothing, or an equivalent mutant, which computes the
-same. Equivalent ones stand in EQUIVALENT with their reason, and do not count.
+same. Equivalent ones stand in equivalent_mutants.txt with their reason, and do not count.
 
 Each worker has a copy of the project's tracked files; the project itself is not touched.
 """
@@ -50,15 +50,15 @@ ROOT = Path(__file__).resolve().parent.parent
 # The tests that should notice a mistake in a file.
 BELONGING = {
     "mamba.py": (
-        "test_mamba.py tests/test_model.py tests/test_wrapped.py tests/test_stream.py "
-        "tests/test_loading.py tests/test_prompt.py"
+        "test_mamba.py tests/test_model.py tests/test_stream.py tests/test_loading.py "
+        "tests/test_wrapped.py tests/test_prompt.py"
     ),
     "generate.py": (
         "tests/test_decoding.py tests/test_prompt.py tests/test_cpu_step.py tests/test_stream.py "
-        "tests/test_tokenizers.py tests/test_command_line.py tests/test_properties.py"
+        "tests/test_sampler.py tests/test_tokenizers.py tests/test_command_line.py"
     ),
     "triton_scan.py": "tests/test_triton_scan.py tests/test_step_graph.py",
-    "examples/drop_in.py": "tests/test_drop_in.py",
+    "examples/drop_in.py": "tests/test_drop_in.py tests/test_examples.py",
     "examples/event_time.py": "tests/test_event_time.py tests/test_examples.py",
     "examples/export.py": "tests/test_wrapped.py tests/test_examples.py",
     "examples/look_inside.py": "tests/test_look_inside.py tests/test_examples.py",
@@ -67,154 +67,37 @@ BELONGING = {
     "examples/trainer.py": "tests/test_examples.py",
 }
 
-# (file, the line, the line of the mutant): why no test can tell them apart.
-EQUIVALENT: dict[tuple[str, str, str], str] = {
-    (
-        "mamba.py",
-        "for x_k, delta_k, B_k, C_k, reset_k in zip(*chunks, resets, strict=True):",
-        "for x_k, delta_k, B_k, C_k, reset_k in zip(*chunks, resets, strict=False):",
-    ): "the lengths are equal: strict guards against a mistake elsewhere",
-    (
-        "mamba.py",
-        "for decay, end in zip(unfold(decays).unbind(1), unfold(ends).unbind(1), strict=True):",
-        "for decay, end in zip(unfold(decays).unbind(1), unfold(ends).unbind(1), strict=False):",
-    ): "the lengths are equal: strict guards against a mistake elsewhere",
-    (
-        "mamba.py",
-        "for A_t, h_t in zip(A_bar.unbind(), v.unbind(), strict=True):",
-        "for A_t, h_t in zip(A_bar.unbind(), v.unbind(), strict=False):",
-    ): "the lengths are equal: strict guards against a mistake elsewhere",
-    (
-        "mamba.py",
-        "steps = zip(*(tensor.unbind(1) for tensor in (x, delta, B, C)), resets, strict=True)",
-        "steps = zip(*(tensor.unbind(1) for tensor in (x, delta, B, C)), resets, strict=False)",
-    ): "the lengths are equal: strict guards against a mistake elsewhere",
-    (
-        "mamba.py",
-        "resets = [None] * len(chunks[0]) if reset is None else reset.split(chunk, dim=1)",
-        "resets = [None] * len(chunks[1]) if reset is None else reset.split(chunk, dim=1)",
-    ): "all inputs are cut into as many chunks",
-    (
-        "mamba.py",
-        "resets = [None] * len(chunks[0]) if reset is None else reset.mT.split(chunk)",
-        "resets = [None] * len(chunks[1]) if reset is None else reset.mT.split(chunk)",
-    ): "all inputs are cut into as many chunks",
-    (
-        "mamba.py",
-        "log_A_bar = log_A_bar.masked_fill(reset_k[:, :, None, None], -104.0)",
-        "log_A_bar = log_A_bar.masked_fill(reset_k[:, :, None, None], -105.0)",
-    ): "exp(-105) is as good a zero as exp(-104)",
-    (
-        "mamba.py",
-        '*, rule: str = "mamba", reset: Tensor | None = None, chunk: int = 64,',
-        '*, rule: str = "mamba", reset: Tensor | None = None, chunk: int = 65,',
-    ): "changes the speed and the rounding only",
-    (
-        "mamba.py",
-        "A_bar, v = A_bar.mT.contiguous(), (B_bar * x.unsqueeze(-1)).mT.contiguous()",
-        "A_bar, v = A_bar.mT, (B_bar * x.unsqueeze(-1)).mT.contiguous()",
-    ): "the layout in memory, not the numbers",
-    (
-        "mamba.py",
-        "A_bar, v = A_bar.mT.contiguous(), (B_bar * x.unsqueeze(-1)).mT.contiguous()",
-        "A_bar, v = A_bar.mT.contiguous(), (B_bar * x.unsqueeze(-1)).mT",
-    ): "the layout in memory, not the numbers",
-    (
-        "mamba.py",
-        "A, h = A.mT.contiguous(), h.mT.contiguous()",
-        "A, h = A.mT, h.mT.contiguous()",
-    ): "the layout in memory, not the numbers",
-    (
-        "mamba.py",
-        "A, h = A.mT.contiguous(), h.mT.contiguous()",
-        "A, h = A.mT.contiguous(), h.mT",
-    ): "the layout in memory, not the numbers",
-    (
-        "mamba.py",
-        "return torch.cat(ys, dim=1), h.mT.contiguous()",
-        "return torch.cat(ys, dim=1), h.mT",
-    ): "the layout in memory, not the numbers",
-    (
-        "mamba.py",
-        "decays, hs = A_bar.detach(), v.detach()",
-        "decays, hs = A_bar, v.detach()",
-    ): "autograd is off in this function",
-    (
-        "mamba.py",
-        "decays, hs = A_bar.detach(), v.detach()",
-        "decays, hs = A_bar.detach(), v",
-    ): "autograd is off in this function",
-    (
-        "mamba.py",
-        "inputs = [tensor.detach().requires_grad_() for tensor in inputs]",
-        "inputs = [tensor.requires_grad_() for tensor in inputs]",
-    ): "the gradient ends at these tensors in any case",
-    (
-        "mamba.py",
-        "small = a.abs() < 0.03",
-        "small = a.abs() <= 0.03",
-    ): "both branches are exact there",
-    (
-        "mamba.py",
-        "quotient_a = torch.where(small, 1.0, a)",
-        "quotient_a = torch.where(small, 2.0, a)",
-    ): "any number but 0, in the branch not taken",
-    (
-        "mamba.py",
-        'tensors, one_token, needs = (x, dt, A, B, C, D, z, h0), x.ndim == 2, {"d_state": A.shape[-1]}',  # noqa: E501
-        'tensors, one_token, needs = (x, dt, A, B, C, D, z, h0), x.ndim == 2, {"d_state": A.shape[1]}',  # noqa: E501
-    ): "A has two axes",
-    (
-        "mamba.py",
-        '*axes, d, n = *x.shape, tensors["A"].shape[-1]',
-        '*axes, d, n = *x.shape, tensors["A"].shape[1]',
-    ): "A has two axes",
-    (
-        "mamba.py",
-        "chunk = min(64, max(8, 2**18 // max(1, x.shape[0] * A.numel())))",
-        "chunk = min(64, max(8, 2**18 // max(2, x.shape[0] * A.numel())))",
-    ): "as short as 64 steps in both cases",
-    (
-        "mamba.py",
-        "G = C.unsqueeze(-1) * grad_y.unsqueeze(-2)",
-        "G = C.unsqueeze(-1) * grad_y.unsqueeze(2)",
-    ): "the same axis",
-    (
-        "mamba.py",
-        "return *grads, (hs * grad_y.unsqueeze(-2)).sum(-1), decays[0] * G[0], None, None",
-        "return *grads, (hs * grad_y.unsqueeze(2)).sum(-1), decays[0] * G[0], None, None",
-    ): "the same axis",
-    (
-        "mamba.py",
-        "A_bar = torch.exp2(delta.unsqueeze(-2) * (A * math.log2(math.e)))",
-        "A_bar = torch.exp2(delta.unsqueeze(2) * (A * math.log2(math.e)))",
-    ): "the same axis",
-    (
-        "mamba.py",
-        "v = (delta * x).unsqueeze(-2) * B.unsqueeze(-1)",
-        "v = (delta * x).unsqueeze(2) * B.unsqueeze(-1)",
-    ): "the same axis",
-    (
-        "mamba.py",
-        "ys.append((hs * C_k.unsqueeze(-2)).sum(-1))",
-        "ys.append((hs * C_k.unsqueeze(2)).sum(-1))",
-    ): "the same axis",
-    (
-        "mamba.py",
-        "return (C.unsqueeze(-1) * hs).sum(-2), hs[-1].clone()",
-        "return (C.unsqueeze(-1) * hs).sum(2), hs[-1].clone()",
-    ): "the same axis",
-    (
-        "mamba.py",
-        "document = F.pad(reset.cumsum(-1), (reach, 0)).unsqueeze(-1)  # (b, d_conv - 1 + l, 1)",
-        "document = F.pad(reset.cumsum(1), (reach, 0)).unsqueeze(-1)  # (b, d_conv - 1 + l, 1)",
-    ): "the same axis",
-    (
-        "mamba.py",
-        "chunk = max(1, round(math.sqrt(seqlen / 2))) if chunk is None else chunk",
-        "chunk = max(2, round(math.sqrt(seqlen / 2))) if chunk is None else chunk",
-    ): "changes the speed and the rounding only",
-}
+# Keyword arguments, or keys of a dictionary, that are no part of what is computed: the speed of a
+# kernel, and lengths that are equal by construction.
+UNJUDGED = ("num_warps", "num_stages", "maxnreg", "eviction_policy", "launch_pdl", "strict")
+
+# Whole kinds of equivalent mutants: file, function, what the line has and its mutant has not.
+KINDS = [
+    # Of tiles that are valid the fastest is chosen. That they are valid is tested.
+    ("triton_scan.py", "vector_tile", ""),
+    ("triton_scan.py", "matrix_tile", ""),
+    # Offsets beyond 32 bits: only a GPU with 45 GB free has a test.
+    ("triton_scan.py", "", ".to(tl.int64)"),
+    # A kernel that starts while the last one runs, which GPUs from Hopper on can.
+    ("triton_scan.py", "wait_for_the_kernel_before", "gdc_"),
+    ("triton_scan.py", "overlap_options", ""),
+]
+
+
+def equivalent_mutants() -> set[tuple[str, str, str]]:
+    """(file, line, line of the mutant, or "*" for all of them)."""
+    found, file, line = set(), "", ""
+    for text in (ROOT / "benchmarks" / "equivalent_mutants.txt").read_text().splitlines()[2:]:
+        if text.startswith("== "):
+            file = text[3:]
+        elif text == "    *":
+            found.add((file, line, "*"))
+        elif text.startswith("    "):
+            old, _, new = text[4:].partition(" =>")
+            found.add((file, line, line.replace(old, new.removeprefix(" "), 1).strip()))
+        elif text and not text.startswith("# "):
+            line = text
+    return found
 
 
 @dataclass(frozen=True)
@@ -263,6 +146,14 @@ def mutants_of(file: str, source: str) -> Iterator[Mutant]:
         if isinstance(outer := getattr(node, part, None), ast.AST)
         for inner in ast.walk(outer)
     }
+    for node in ast.walk(tree):
+        named = [(getattr(node, "arg", None), node)]
+        if isinstance(node, ast.Dict):
+            keys = [getattr(key, "value", None) for key in node.keys]
+            named = list(zip(keys, node.values, strict=True))
+        skipped |= {
+            id(inner) for name, part in named if name in UNJUDGED for inner in ast.walk(part)
+        }
     owner = {
         id(inner): node.name
         for node in ast.walk(tree)
@@ -327,7 +218,7 @@ def mutants_of(file: str, source: str) -> Iterator[Mutant]:
                     start, line = node.func.value.end_col_offset, node.end_lineno
                     yield at(node, line, start, node.end_col_offset, "")
             symmetric = re.search(
-                r"(^|\.)(min|max|gcd|equal|minimum|maximum|mul|addcmul_|transpose)$",
+                r"(^|\.)(min|max|gcd|equal|minimum|maximum|mul|addcmul_|transpose|wants_gradient)$",
                 ast.unparse(node.func),
             )
             if len(node.args) > 1 and node.args[0].lineno == node.args[1].end_lineno:
@@ -412,11 +303,18 @@ def compiles(mutant: Mutant, source: str) -> bool:
     return True
 
 
+def is_of_a_kind(mutant: Mutant, before: str, after: str) -> bool:
+    return any(
+        mutant.file == file
+        and function in ("", mutant.function)
+        and (not text or before.count(text) > after.count(text))
+        for file, function, text in KINDS
+    )
+
+
 def chosen(options: argparse.Namespace) -> list[Mutant]:
-    sources = {
-        file: (ROOT / file).read_text()
-        for file in ([options.file] if options.file else list(BELONGING))
-    }
+    files, equivalent = [options.file] if options.file else list(BELONGING), equivalent_mutants()
+    sources = {file: (ROOT / file).read_text() for file in files}
     mutants = sorted(
         {mutant for file, source in sources.items() for mutant in mutants_of(file, source)},
         key=lambda mutant: (mutant.file, mutant.line, mutant.column, mutant.text),
@@ -424,14 +322,18 @@ def chosen(options: argparse.Namespace) -> list[Mutant]:
     if options.lines:
         first, last = map(int, options.lines.split("-"))
         mutants = [mutant for mutant in mutants if first <= mutant.line <= last]
+
+    def counts(mutant: Mutant) -> bool:
+        before, after = mutant.before_and_after(sources[mutant.file])
+        names = {(mutant.file, before, after), (mutant.file, before, "*")}
+        return (
+            not names & equivalent
+            and not is_of_a_kind(mutant, before, after)
+            and compiles(mutant, sources[mutant.file])
+        )
+
     random.Random(options.seed).shuffle(mutants)
-    valid = (
-        mutant
-        for mutant in mutants
-        if (mutant.file, *mutant.before_and_after(sources[mutant.file])) not in EQUIVALENT
-        and compiles(mutant, sources[mutant.file])
-    )
-    return list(itertools.islice(valid, options.sample))
+    return list(itertools.islice(filter(counts, mutants), options.sample))
 
 
 def main() -> None:

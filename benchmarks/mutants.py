@@ -70,6 +70,10 @@ BELONGING = {
 EQUIVALENT: dict[tuple[str, str, str], str] = {}
 
 
+# Arguments of kernels, by keyword or in a dict, that change their speed alone.
+OF_SPEED = ("num_warps", "num_stages", "maxnreg", "eviction_policy", "launch_pdl")
+
+
 @dataclass(frozen=True)
 class Mutant:
     file: str
@@ -116,6 +120,16 @@ def mutants_of(file: str, source: str) -> Iterator[Mutant]:
         if isinstance(outer := getattr(node, part, None), ast.AST)
         for inner in ast.walk(outer)
     }
+    for node in ast.walk(tree):
+        pairs = [(getattr(node, "arg", None), node)]
+        if isinstance(node, ast.Dict):
+            pairs = [
+                (getattr(key, "value", None), value)
+                for key, value in zip(node.keys, node.values, strict=True)
+            ]
+        skipped |= {
+            id(inner) for name, part in pairs if name in OF_SPEED for inner in ast.walk(part)
+        }
     owner = {
         id(inner): node.name
         for node in ast.walk(tree)

@@ -87,9 +87,7 @@ def whole_slices():
 ## ================================================================================================
 
 
-def recurrence(
-    x, dt, A, B, C, D=None, z=None, h0=None, *, dt_bias=None, dt_softplus=True, **options
-):
+def recurrence(x, dt, A, B, C, D=None, z=None, h0=None, dt_bias=None, dt_softplus=True, **options):
     """The judge: one step after the other, in float64."""
     delta = dt if dt_bias is None else dt + dt_bias
     if dt_softplus:
@@ -138,11 +136,11 @@ def stored(name: str, tensor: Tensor) -> Tensor:
     return part.permute([axes.index(axis) for axis in range(tensor.ndim)]).copy_(tensor)
 
 
-def gradients_of_outputs(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def loss_of(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """What arrives at y and at h_last from a loss."""
     x, generator = inputs["x"], torch.Generator().manual_seed(1)
-    dh_last = torch.randn(len(x), *inputs["A"].shape, generator=generator)
-    return torch.randn(x.shape, generator=generator).to(x), dh_last.to(x.device)
+    dh_last = torch.randn(len(x), *inputs["A"].shape, generator=generator).to(DEVICE)
+    return {"y": torch.randn(x.shape, generator=generator).to(x), "h_last": dh_last}
 
 
 def results(function, inputs: dict, upstream: dict, **options) -> dict[str, Tensor]:
@@ -246,14 +244,6 @@ EXTREME = {
 # steps. patch: what makes the slices small. For every 32 channels there is one program with one
 # state, and two with more.
 CASES = {
-    "all at once": {
-        "small": (2, 29, 20, 3), "large": (2, 1041, 200, 16),
-        "edit": {"A": lambda A: (A + 0.1).clamp(max=0)},  # some states forget only at resets
-        "strided": True, "reset": True, "cut": (4, 2, 2), "patch": {
-            "BACKWARD_WANTED": sized(8, 84),
-            "room_for_sums": lambda x: sized(16 * 4 * 2 * 4 * 4, 384 * 28 * 2 * 16 * 4),
-        },
-    },
     "tiles that need no filling, impulses, as little as can be": {
         "small": (2, 16, 32, 1), "large": (2, 1024, 96, 16), "strided": True, "rule": "dirac",
         "without": "D z h0 dt_bias", "edit": {"dt": torch.abs}, "dt_softplus": False, "cut": (2, 2),
@@ -269,10 +259,10 @@ CASES = {
         "patch": sized({"FORWARD_FULL": 2, "BACKWARD_FULL": 2}, {}),
     },
     "a loss of y": {
-        "small": (1, 5, 3, 2), "large": (2, 63, 16, 2), "outputs": "y", "without": "h0",
+        "small": (1, 5, 3, 2), "large": (2, 63, 16, 2), "outputs": ["y"], "without": "h0",
     },
     "a loss of h_last": {
-        "small": (1, 5, 3, 2), "large": (2, 63, 16, 2), "outputs": "h_last", "without": "dt_bias",
+        "small": (1, 5, 3, 2), "large": (2, 63, 16, 2), "outputs": ["h_last"], "without": "dt_bias",
     },
     "slices of one segment": {
         "small": (1, 21, 3, 1), "large": (300, 65, 48, 17), "cut": (3, 1, 1, 1),
@@ -281,6 +271,14 @@ CASES = {
     "bfloat16": {"small": (2, 7, 11, 1), "large": (2, 1025, 200, 16), "dtypes": SHORT},
     "float16": {"small": (2, 7, 11, 1), "large": (2, 1025, 200, 16), "dtypes": {"dtype": F16}},
     "all dtypes": {"small": (2, 7, 11, 1), "large": (2, 1025, 200, 16), "dtypes": MIXED},
+    "all at once": {
+        "small": (2, 29, 20, 3), "large": (2, 1041, 200, 16),
+        "edit": {"A": lambda A: (A + 0.1).clamp(max=0)},  # some states forget only at resets
+        "strided": True, "reset": True, "cut": (4, 2, 2), "patch": {
+            "BACKWARD_WANTED": sized(8, 84),
+            "room_for_sums": lambda x: sized(16 * 4 * 2 * 4 * 4, 384 * 28 * 2 * 16 * 4),
+        },
+    },
     "huge steps and gates": {**EXTREME, "edit": {
         "dt": between(1e3, 1e4), "A": between(1e-6, 1e6, -1), "z": lambda z: 100 * z,
     }},
@@ -297,22 +295,20 @@ CASES = {
 
 
 def check_case(
-    small, large, without="", dtypes=(), edit=(), strided=False, reset=False, outputs="y h_last",
+    small, large, without="", dtypes=(), edit=(), strided=False, reset=False, outputs=("y", "h_last"),
     cut=(1, 1), **options,
 ):  # fmt: skip
     shape = sized(small, large)
     inputs = scan_inputs(*shape, without=without, **dict(dtypes))
     inputs |= {name: change(inputs[name]) for name, change in dict(edit).items()}
-    dy, dh_last = gradients_of_outputs(inputs)
+    loss = {name: gradient for name, gradient in loss_of(inputs).items() if name in outputs}
     if strided:
         inputs = {name: stored(name, tensor) for name, tensor in inputs.items()}
-        dy, dh_last = stored("dy", dy), stored("dh_last", dh_last)
+        loss = {name: stored(f"d{name}", gradient) for name, gradient in loss.items()}
     if reset:
         options["reset"] = some_resets(*shape[:2]).T.contiguous().T
-    upstream = {"y": dy, "h_last": dh_last}
-    upstream = {name: upstream[name] for name in outputs.split()}
     with mock.patch.object(triton_scan, "launch", wraps=triton_scan.launch) as launch:
-        check(selective_scan_triton, recurrence, inputs, upstream, **options)
+        check(selective_scan_triton, recurrence, inputs, loss, **options)
     kernels = (triton_scan.forward_kernel, triton_scan.backward_kernel)
     grids = [call.args[1] for call in launch.call_args_list if call.args[0] in kernels]
     assert GPU or tuple(segments for _, segments, _ in grids) == cut
@@ -384,87 +380,85 @@ def test_strides_beyond_32_bits_cost_a_copy_and_others_none():
 
 
 ## ================================================================================================
-## Autograd and torch.compile
+## The first kernel, the convolution, the script
 ## ================================================================================================
 
 
-def test_the_numbers_are_the_same_to_the_bit_however_they_are_asked_for():
-    """Again, under autocast, under checkpointing, without some of the gradients or without any; and
-    the inputs stay as they are."""
-    inputs = scan_inputs(*sized((2, 5, 3, 1), (3, 1100, 1000, 16)), x=BF16)
-    reset, before = some_resets(*inputs["x"].shape[:2]), copy.deepcopy(inputs)
-    dy, dh_last = gradients_of_outputs(inputs)
-    upstream = {"y": torch.ones_like(dy), "h_last": dh_last}
-    scan = functools.partial(selective_scan_triton, reset=reset)
-    expected = results(scan, inputs, upstream)
-    assert torch.equal(reset, some_resets(*dy.shape[:2]))
-    assert_equal(inputs, before)
-    expanded = {**upstream, "y": dy.new_ones(()).expand_as(dy)}  # as after y.sum()
-    assert_results(results(scan, inputs, expanded), expected)
-    for ask in (scan, functools.partial(checkpoint, scan, use_reentrant=False)):
-        with torch.autocast(DEVICE, BF16):
-            assert_equal(results(ask, inputs, upstream), expected)
-    held = {name: inputs[name] for name in ("x", "A", "h0")}
-    rest = {name: tensor for name, tensor in inputs.items() if name not in held}
-    assert_equal(results(functools.partial(scan, **held), rest, upstream), expected)
-    alone = dict(zip(("y", "h_last"), scan(**inputs), strict=True))
-    assert not any(value.requires_grad for value in alone.values())
-    assert_equal(alone, expected)
+@pytest.mark.parametrize(
+    ("shape", "chunk", "without"),
+    [((2, 20, 5, 3), 8, ""), (sized((1, 9, 40, 5), (2, 1000, 200, 16)), 4, "h0")],
+)
+def test_the_first_kernel_is_the_recurrence_too(shape, chunk, without):
+    inputs = scan_inputs(*shape, without=f"D z dt_bias {without}")
+    inputs["dt"] = inputs["dt"].abs()
+    expected = recurrence(**inputs, dt_softplus=False)
+    inputs["delta"] = inputs.pop("dt")
+    with poisoned():
+        actual = triton_scan.first_scan(**inputs, chunk=chunk)
+    for name, *pair in zip(("y", "h_last"), actual, expected, strict=True):
+        assert_close(name, *pair, 1e-5)
 
 
-@pytest.mark.parametrize("loss", [Tensor.sum, Tensor.norm])
-def test_second_derivatives_are_an_error_and_not_silently_zero(loss):
-    """Also after y.sum(), whose gradient with respect to y is constant and has no graph."""
-    scanned, convolved = scan_inputs(1, 2, 3, 1), convolution_inputs(1, 2, 3, 2)
-    scanned["x"] = convolved["x"] = x = scanned["x"].requires_grad_()
-    for out in (selective_scan_triton(**scanned)[0], causal_conv_triton(**convolved)):
-        with pytest.raises(RuntimeError, match="second derivatives"):
-            (g,) = torch.autograd.grad(loss(out), x, create_graph=True)
-            (x.sum() + g.square().sum()).backward()
+def convolution(x, weight, past, bias=None, reset=None, *, silu=False) -> Tensor:
+    """The judge: every term of the sum by itself. The past belongs to document 0."""
+    seqlen, reach, whole = x.shape[1], past.shape[-1], torch.cat([past.mT, x], dim=1)
+    document = torch.zeros(x.shape[:2], device=DEVICE) if reset is None else reset.cumsum(1)
+    document = torch.nn.functional.pad(document, (reach, 0))
+    out = torch.zeros_like(x) if bias is None else bias.expand_as(x)
+    for k in range(reach + 1):
+        same = document[:, k : k + seqlen] == document[:, reach:]
+        out = out + weight[:, 0, k] * whole[:, k : k + seqlen] * same.unsqueeze(-1)
+    return out / (1 + torch.exp(-out)) if silu else out
 
 
-def around_the_scan(x, dt, A, B, C, D, z, h0, dt_bias, **options):
-    """A function that has something to compile before and after."""
-    tensors = (2 * x, dt - 1, -torch.exp(A), B, C, D, z + 1, h0)
-    y, h_last = selective_scan_triton(*tensors, dt_bias=dt_bias, **options)
-    return torch.tanh(y) + x, h_last * 2
+def convolution_inputs(batch, seqlen, d_inner, W, **dtypes) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": (batch, seqlen, d_inner), "weight": (d_inner, 1, W), "bias": (d_inner,)}
+    shapes["past"] = (batch, d_inner, W - 1)
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return {name: tensor.to(DEVICE, dtypes.get(name, F32)) for name, tensor in tensors.items()}
 
 
-def test_a_compiled_function_that_scans_gives_the_same_values_and_gradients():
-    inputs = scan_inputs(*sized((1, 5, 3, 1), (2, 513, 48, 16)), B=BF16, C=BF16)
-    upstream = dict(zip(("y", "h_last"), gradients_of_outputs(inputs), strict=True))
-    options = {"rule": "dirac", "reset": some_resets(*inputs["x"].shape[:2])}
-    torch.compiler.reset()
-    backend = sized("aot_eager", "inductor")
-    compiled = torch.compile(around_the_scan, backend=backend, fullgraph=True)
-    expected = results(around_the_scan, inputs, upstream, **options)
-    actual = results(compiled, inputs, upstream, **options)
-    assert [tensor.dtype for tensor in actual.values()] == [t.dtype for t in expected.values()]
-    assert_results(actual, expected)
-    with torch.no_grad():
-        values = dict(zip(("y", "h_last"), compiled(**inputs, **options), strict=True))
-    assert_equal(values, actual)
+@pytest.mark.parametrize(
+    ("shape", "dtypes", "without", "silu"),
+    [
+        (sized((3, 10, 3, 4), (3, 700, 200, 4)), {}, "", True),
+        (sized((3, 10, 130, 3), (3, 700, 130, 3)), {"x": BF16}, "bias", False),
+        ((1, 2, 3, 2), {"weight": F16, "past": BF16}, "reset", True),
+        ((3, 10, 3, 1), {"bias": BF16}, "", True),
+    ],
+)
+def test_the_convolution_sees_its_last_inputs_and_nothing_of_other_documents(
+    shape, dtypes, without, silu, monkeypatch
+):
+    """Documents start before, at and after the border of two strips."""
+    monkeypatch.setattr(triton_scan, "STRIP", sized(4, 64))
+    inputs, options = convolution_inputs(*shape, **dtypes), {"silu": silu}
+    dy = torch.randn(inputs["x"].shape, generator=torch.Generator().manual_seed(1))
+    inputs |= {name: stored(name, inputs[name]) for name in ("x", "past")}
+    if without == "bias":
+        del inputs["bias"]
+        options["bias"] = None
+    if without != "reset":
+        options["reset"] = torch.zeros(shape[:2], dtype=torch.bool, device=DEVICE)
+        for row, step in ((0, 0), (0, 3), (0, 6), (1, 4), (1, 7), (2, 5), (2, 9)):
+            options["reset"][row, (step + sized(0, 60)) % shape[1]] = True
+    upstream = {"y": stored("dy", dy.to(inputs["x"]))}
+    check(causal_conv_triton, convolution, inputs, upstream, **options)
 
 
-@pytest.mark.parametrize("most", [True, False])
-def test_the_operators_return_what_they_promise_to_the_compiler(most):
-    """Shapes, strides and dtypes, no output a view of an input or of another; with and without
-    borders, and one gradient for each input."""
-    tests, operators = ("test_schema", "test_faketensor"), torch.ops.mamba_annotated
-    opcheck = functools.partial(torch.library.opcheck, test_utils=tests)
-    inputs = scan_inputs(2, 2, 3, 1, B=BF16, A=F16)
-    dy, dh_last = gradients_of_outputs(inputs)
-    most_tensors = [*(stored(name, inputs[name]) for name in FLOATS), some_resets(2, 2)]
-    tensors = most_tensors if most else [*most_tensors[:5], *[None] * 5]
-    opcheck(operators.scan_forward, (*tensors, True, "mamba", most))
-    *_, borders, wide = operators.scan_forward(*tensors, True, "mamba", True)
-    arguments = (dy, dh_last if most else None, *tensors, borders, wide, True, "mamba")
-    opcheck(operators.scan_backward, arguments)
-    inputs = convolution_inputs(2, 1, 3, 2, x=BF16)
-    tensors = (stored("x", inputs["x"]), inputs["weight"], inputs["bias"] if most else None)
-    tensors += (inputs["past"], some_resets(2, 1) if most else None, most)
-    opcheck(operators.conv_forward, tensors)
-    opcheck(operators.conv_backward, (torch.ones_like(inputs["x"]), *tensors))
+@pytest.mark.skipif(GPU, reason="there it compiles and times what other tests have checked")
+def test_the_script_checks_every_gradient_and_ends_where_one_is_wrong(monkeypatch, capsys):
+    triton_scan.main()
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names[:-1] == ["y", "dx", "ddt", "dA", "dB", "dC", "dD", "dz", "ddt_bias"]
+    reference = triton_scan.reference
+    monkeypatch.setattr(triton_scan, "reference", lambda *tensors: 1.001 * reference(*tensors))
+    with pytest.raises(SystemExit, match="y is wrong"):
+        triton_scan.main()
+    monkeypatch.setattr(triton_scan, "INTERPRETED", False)
+    with pytest.raises(SystemExit, match="no GPU: set TRITON_INTERPRET=1"):
+        triton_scan.main()
 
 
 ## ================================================================================================
@@ -663,87 +657,86 @@ def test_auto_does_without_a_kernel_that_is_not_there_and_triton_names_it(monkey
 
 
 ## ================================================================================================
-## The first kernel, the convolution, the script
+## Autograd and torch.compile
 ## ================================================================================================
 
 
-@pytest.mark.parametrize(
-    ("shape", "chunk", "without"),
-    [((2, 20, 5, 3), 8, ""), (sized((1, 9, 40, 5), (2, 1000, 200, 16)), 4, "h0")],
-)
-def test_the_first_kernel_is_the_recurrence_too(shape, chunk, without):
-    inputs = scan_inputs(*shape, without=f"D z dt_bias {without}")
-    inputs["dt"] = inputs["dt"].abs()
-    expected = recurrence(**inputs, dt_softplus=False)
-    inputs["delta"] = inputs.pop("dt")
-    with poisoned():
-        actual = triton_scan.first_scan(**inputs, chunk=chunk)
-    for name, *pair in zip(("y", "h_last"), actual, expected, strict=True):
-        assert_close(name, *pair, 1e-5)
+def test_the_numbers_are_the_same_to_the_bit_however_they_are_asked_for():
+    """Again, under autocast, under checkpointing, without some of the gradients or without any; and
+    the inputs stay as they are."""
+    inputs = scan_inputs(*sized((2, 5, 3, 1), (3, 1100, 1000, 16)), x=BF16)
+    reset, before = some_resets(*inputs["x"].shape[:2]), copy.deepcopy(inputs)
+    upstream = loss_of(inputs) | {"y": torch.ones_like(inputs["x"])}
+    scan = functools.partial(selective_scan_triton, reset=reset)
+    expected = results(scan, inputs, upstream)
+    assert torch.equal(reset, some_resets(*reset.shape))
+    assert_equal(inputs, before)
+    expanded = upstream | {"y": upstream["y"][:1, :1, :1].expand_as(inputs["x"])}  # of y.sum()
+    assert_results(results(scan, inputs, expanded), expected)
+    for ask in (scan, functools.partial(checkpoint, scan, use_reentrant=False)):
+        with torch.autocast(DEVICE, BF16):
+            assert_equal(results(ask, inputs, upstream), expected)
+    held = {name: inputs[name] for name in ("x", "A", "h0")}
+    rest = {name: tensor for name, tensor in inputs.items() if name not in held}
+    assert_equal(results(functools.partial(scan, **held), rest, upstream), expected)
+    alone = dict(zip(("y", "h_last"), scan(**inputs), strict=True))
+    assert not any(value.requires_grad for value in alone.values())
+    assert_equal(alone, expected)
 
 
-def convolution(x, weight, past, bias=None, reset=None, *, silu=False) -> Tensor:
-    """The judge: every term of the sum by itself. The past belongs to document 0."""
-    seqlen, reach, whole = x.shape[1], past.shape[-1], torch.cat([past.mT, x], dim=1)
-    document = torch.zeros(x.shape[:2], device=DEVICE) if reset is None else reset.cumsum(1)
-    document = torch.nn.functional.pad(document, (reach, 0))
-    out = torch.zeros_like(x) if bias is None else bias.expand_as(x)
-    for k in range(reach + 1):
-        same = document[:, k : k + seqlen] == document[:, reach:]
-        out = out + weight[:, 0, k] * whole[:, k : k + seqlen] * same.unsqueeze(-1)
-    return out / (1 + torch.exp(-out)) if silu else out
+@pytest.mark.parametrize("loss", [Tensor.sum, Tensor.norm])
+def test_second_derivatives_are_an_error_and_not_silently_zero(loss):
+    """Also after y.sum(), whose gradient with respect to y is constant and has no graph."""
+    scanned, convolved = scan_inputs(1, 2, 3, 1), convolution_inputs(1, 2, 3, 2)
+    scanned["x"] = convolved["x"] = x = scanned["x"].requires_grad_()
+    for out in (selective_scan_triton(**scanned)[0], causal_conv_triton(**convolved)):
+        with pytest.raises(RuntimeError, match="second derivatives"):
+            (g,) = torch.autograd.grad(loss(out), x, create_graph=True)
+            (x.sum() + g.square().sum()).backward()
 
 
-def convolution_inputs(batch, seqlen, d_inner, W, **dtypes) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"x": (batch, seqlen, d_inner), "weight": (d_inner, 1, W), "bias": (d_inner,)}
-    shapes["past"] = (batch, d_inner, W - 1)
-    return {
-        name: torch.randn(shape, generator=generator).to(DEVICE, dtypes.get(name, F32))
-        for name, shape in shapes.items()
-    }
+def around_the_scan(x, dt, A, B, C, D, z, h0, dt_bias, **options):
+    """A function that has something to compile before and after."""
+    tensors = (2 * x, dt - 1, -torch.exp(A), B, C, D, z + 1, h0)
+    y, h_last = selective_scan_triton(*tensors, dt_bias=dt_bias, **options)
+    return torch.tanh(y) + x, h_last * 2
 
 
-@pytest.mark.parametrize(
-    ("shape", "dtypes", "without", "silu"),
-    [
-        (sized((3, 10, 3, 4), (3, 700, 200, 4)), {}, "", True),
-        (sized((3, 10, 130, 3), (3, 700, 130, 3)), {"x": BF16}, "bias", False),
-        ((1, 2, 3, 2), {"weight": F16, "past": BF16}, "reset", True),
-        ((3, 10, 3, 1), {"bias": BF16}, "", True),
-    ],
-)
-def test_the_convolution_sees_its_last_inputs_and_nothing_of_other_documents(
-    shape, dtypes, without, silu, monkeypatch
-):
-    """Documents start before, at and after the border of two strips."""
-    monkeypatch.setattr(triton_scan, "STRIP", sized(4, 64))
-    inputs, options = convolution_inputs(*shape, **dtypes), {"silu": silu}
-    dy = torch.randn(inputs["x"].shape, generator=torch.Generator().manual_seed(1))
-    inputs |= {name: stored(name, inputs[name]) for name in ("x", "past")}
-    if without == "bias":
-        del inputs["bias"]
-        options["bias"] = None
-    if without != "reset":
-        options["reset"] = torch.zeros(shape[:2], dtype=torch.bool, device=DEVICE)
-        rows, steps = zip((0, 0), (0, 3), (0, 6), (1, 4), (1, 7), (2, 5), (2, 9), strict=True)
-        options["reset"][rows, steps] = True
-    upstream = {"y": stored("dy", dy.to(inputs["x"]))}
-    check(causal_conv_triton, convolution, inputs, upstream, **options)
+def test_a_compiled_function_that_scans_gives_the_same_values_and_gradients():
+    inputs = scan_inputs(*sized((1, 5, 3, 1), (2, 513, 48, 16)), B=BF16, C=BF16)
+    upstream = loss_of(inputs)
+    options = {"rule": "dirac", "reset": some_resets(*inputs["x"].shape[:2])}
+    torch.compiler.reset()
+    backend = sized("aot_eager", "inductor")
+    compiled = torch.compile(around_the_scan, backend=backend, fullgraph=True)
+    expected = results(around_the_scan, inputs, upstream, **options)
+    actual = results(compiled, inputs, upstream, **options)
+    assert [tensor.dtype for tensor in actual.values()] == [t.dtype for t in expected.values()]
+    assert_results(actual, expected)
+    with torch.no_grad():
+        values = dict(zip(("y", "h_last"), compiled(**inputs, **options), strict=True))
+    assert_equal(values, actual)
 
 
-@pytest.mark.skipif(GPU, reason="there it compiles and times what other tests have checked")
-def test_the_script_checks_every_gradient_and_ends_where_one_is_wrong(monkeypatch, capsys):
-    triton_scan.main()
-    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert names[:-1] == ["y", "dx", "ddt", "dA", "dB", "dC", "dD", "dz", "ddt_bias"]
-    reference = triton_scan.reference
-    monkeypatch.setattr(triton_scan, "reference", lambda *tensors: 1.001 * reference(*tensors))
-    with pytest.raises(SystemExit, match="y is wrong"):
-        triton_scan.main()
-    monkeypatch.setattr(triton_scan, "INTERPRETED", False)
-    with pytest.raises(SystemExit, match="no GPU: set TRITON_INTERPRET=1"):
-        triton_scan.main()
+@pytest.mark.parametrize("most", [True, False])
+def test_the_operators_return_what_they_promise_to_the_compiler(most):
+    """Shapes, strides and dtypes, no output a view of an input or of another; with and without
+    borders, and one gradient for each input."""
+    tests, operators = ("test_schema", "test_faketensor"), torch.ops.mamba_annotated
+    opcheck = functools.partial(torch.library.opcheck, test_utils=tests)
+    inputs = scan_inputs(2, 2, 3, 1, B=BF16, A=F16)
+    dy, dh_last = loss_of(inputs).values()
+    most_tensors = [*(stored(name, inputs[name]) for name in FLOATS), some_resets(2, 2)]
+    tensors = most_tensors if most else [*most_tensors[:5], *[None] * 5]
+    opcheck(operators.scan_forward, (*tensors, True, "mamba", most))
+    *_, borders, wide = operators.scan_forward(*tensors, True, "mamba", True)
+    arguments = (dy, dh_last if most else None, *tensors, borders, wide, True, "mamba")
+    opcheck(operators.scan_backward, arguments)
+    inputs = convolution_inputs(2, 1, 3, 2, x=BF16)
+    tensors = (stored("x", inputs["x"]), inputs["weight"], inputs["bias"] if most else None)
+    tensors += (inputs["past"], some_resets(2, 1) if most else None, most)
+    opcheck(operators.conv_forward, tensors)
+    opcheck(operators.conv_backward, (torch.ones_like(inputs["x"]), *tensors))
 
 
 ## ================================================================================================
@@ -783,7 +776,7 @@ def test_tensors_of_more_than_2_to_the_31_numbers_are_right_at_both_ends():
 def test_a_cuda_graph_replays_values_and_gradients():
     static = scan_inputs(2, 700, 100, 16)
     other = {name: 0.5 * tensor for name, tensor in static.items()}
-    upstream = dict(zip(("y", "h_last"), gradients_of_outputs(static), strict=True))
+    upstream = loss_of(static)
     expected = results(selective_scan_triton, other, upstream)
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
@@ -802,7 +795,7 @@ def test_a_cuda_graph_replays_values_and_gradients():
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_tensors_on_a_gpu_that_is_not_the_current_one_are_scanned_there():
     inputs = scan_inputs(2, 130, 48, 16)
-    upstream = dict(zip(("y", "h_last"), gradients_of_outputs(inputs), strict=True))
+    upstream = loss_of(inputs)
     expected = results(selective_scan_triton, inputs, upstream)
     inputs, upstream = ({k: v.to("cuda:1") for k, v in t.items()} for t in (inputs, upstream))
     actual = results(selective_scan_triton, inputs, upstream)
@@ -817,5 +810,6 @@ def test_a_model_under_autocast_is_no_further_from_float32_than_with_the_chunked
     exact = numbers_of(model, "chunked", ids)
     with torch.autocast(DEVICE, BF16):
         chunked, triton = (numbers_of(model, scan, ids) for scan in ("chunked", "triton"))
-    for name, value in exact.items():
-        assert_close(name, triton[name], value, 1.1 * error_of(chunked[name], value))
+    for name in exact.keys() - {"next logits", "h"}:
+        allowed = 1.1 * error_of(chunked[name], exact[name])
+        assert_close(name, triton[name], exact[name], allowed)

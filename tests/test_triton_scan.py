@@ -295,8 +295,8 @@ CASES = {
 
 
 def check_case(
-    small, large, without="", dtypes=(), edit=(), strided=False, reset=False, outputs=("y", "h_last"),
-    cut=(1, 1), **options,
+    small, large, without="", dtypes=(), edit=(), strided=False, reset=False,
+    outputs=("y", "h_last"), cut=(1, 1), **options,
 ):  # fmt: skip
     shape = sized(small, large)
     inputs = scan_inputs(*shape, without=without, **dict(dtypes))

@@ -74,6 +74,19 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {}
 OF_SPEED = ("num_warps", "num_stages", "maxnreg", "eviction_policy", "launch_pdl")
 
 
+# Whole kinds of them: file, function, what the line has and its mutant has not ("" for any line).
+EQUIVALENT_KINDS = [
+    # Of tiles that are valid, the fastest; what is valid is claimed.
+    ("triton_scan.py", "vector_tile", ""),
+    ("triton_scan.py", "matrix_tile", ""),
+    # Offsets beyond 32 bits: a test on a GPU with 45 GB free claims them.
+    ("triton_scan.py", "", ".to(tl.int64)"),
+    # A kernel that starts while the last one runs: on a GPU from Hopper on alone.
+    ("triton_scan.py", "wait_for_the_kernel_before", "gdc_"),
+    ("triton_scan.py", "overlap_options", ""),
+]
+
+
 @dataclass(frozen=True)
 class Mutant:
     file: str
@@ -194,7 +207,7 @@ def mutants_of(file: str, source: str) -> Iterator[Mutant]:
                     start, line = node.func.value.end_col_offset, node.end_lineno
                     yield at(node, line, start, node.end_col_offset, "")
             symmetric = re.search(
-                r"(^|\.)(min|max|gcd|equal|minimum|maximum)$", ast.unparse(node.func)
+                r"(^|\.)(min|max|gcd|equal|minimum|maximum|wants_gradient)$", ast.unparse(node.func)
             )
             if len(node.args) > 1 and node.args[0].lineno == node.args[1].end_lineno:
                 first, second = map(ast.unparse, node.args[:2])
@@ -270,6 +283,15 @@ def verdicts(mutants: list[Mutant], options: argparse.Namespace) -> Iterator[tup
             yield mutant, {0: "survived", -signal.SIGALRM: "time"}.get(code, "caught")
 
 
+def is_of_a_kind(mutant: Mutant, before: str, after: str) -> bool:
+    return any(
+        mutant.file == file
+        and function in ("", mutant.function)
+        and (not text or before.count(text) > after.count(text))
+        for file, function, text in EQUIVALENT_KINDS
+    )
+
+
 def chosen(options: argparse.Namespace) -> list[Mutant]:
     files = [options.file] if options.file else list(BELONGING)
     mutants = []
@@ -282,7 +304,8 @@ def chosen(options: argparse.Namespace) -> list[Mutant]:
                 compile(mutant.apply(source), file, "exec")
             except SyntaxError:
                 continue
-            if (file, *mutant.before_and_after(source)) not in EQUIVALENT:
+            lines = mutant.before_and_after(source)
+            if (file, *lines) not in EQUIVALENT and not is_of_a_kind(mutant, *lines):
                 mutants.append(mutant)
     if options.lines:
         first, last = map(int, options.lines.split("-"))

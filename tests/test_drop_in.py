@@ -6,6 +6,7 @@ with B and C given to every channel as they are meant; of the mixer, the model w
 
 import copy
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -231,6 +232,7 @@ def test_a_cache_goes_on_in_parts_and_from_host_to_mixers_and_back():
         mixer(u, cache=cache)
 
 
+HALF_A_CACHE = dict.fromkeys(("get_conv_state", "get_recurrent_state", "update_conv_state"))
 FALCON = type("FalconMambaMixer", (torch.nn.Module,), {})()  # the same names, norms in its buffers
 
 
@@ -270,6 +272,7 @@ def mix(**options):
         (mix(cache_params=torch.zeros(1)), "no cache_params: .*use_cache=False"),
         (mix(a=None, b=1, c=2), "no b, c: "),
         (mix(cache=torch.zeros(1)), "no cache Tensor: take use_cache=False"),
+        (mix(cache=SimpleNamespace(**HALF_A_CACHE)), "no cache SimpleNamespace"),
         (mix(attention_mask=torch.ones(3)), r"attention_mask must be \(1, 3\)"),
         (mix(attention_mask=torch.ones(1, 4)), r"attention_mask must be \(1, 3\)"),
     ],

@@ -12,7 +12,7 @@ import event_time
 import pytest
 import torch
 import torch.nn.functional as F
-from event_time import EventBlock
+from event_time import EventBlock, make_events
 from torch import Tensor
 
 import mamba
@@ -168,7 +168,7 @@ def test_what_does_not_fit_is_refused(call, words):
 
 
 def test_the_level_of_the_example_is_the_sum_that_it_says():
-    numbers, gaps, level = event_time.make_events(200, 6, torch.Generator().manual_seed(0))
+    numbers, gaps, level = make_events(200, 6, torch.Generator().manual_seed(0))
     assert numbers.unique().tolist() == [-1, 1] and abs(numbers.mean()) < 0.1
     assert 0.05 <= gaps.min() < 0.06 and 4.5 < gaps.max() <= 5
     assert abs(gaps.log().mean() - math.log(0.5)) < 0.1
@@ -179,11 +179,16 @@ def test_the_level_of_the_example_is_the_sum_that_it_says():
 
 def test_the_example_shows_that_ignoring_the_times_costs(monkeypatch, capsys):
     """Three short trainings; at full length the ratio is above 50."""
-    short = functools.partial(event_time.train, seqlen=10, batch=32)
+    short, make, made = functools.partial(event_time.train, seqlen=10, batch=32), make_events, []
     monkeypatch.setattr(event_time, "train", short)
+    monkeypatch.setattr(event_time, "make_events", lambda *a: (made.append(a), make(*a))[1])
     monkeypatch.setattr("sys.argv", ["event_time.py", "--steps", "120"])
     event_time.main()
-    rows = re.findall(r"^  (\w+ \w+.*?) +(\d\.\d{4})   \(\d+ s\)$", capsys.readouterr().out, re.M)
+    printed = capsys.readouterr().out
+    assert printed.startswith("share of the variance that is not explained, on new sequences:\n")
+    sizes = [(batch, seqlen, generator.initial_seed()) for batch, seqlen, generator in made]
+    assert sizes == [*[(32, 10, 0)] * 120, (1000, 10, 1)] * 3
+    rows = re.findall(r"^  (\w+ \w+.*?) +(\d\.\d{4})   \(\d+ s\)$", printed, re.M)
     errors = {kind: float(error) for kind, error in rows}
     assert errors["event time"] < 0.5 * errors["no times"] < 0.1, errors
     assert errors["gaps as input"] < 0.5 * errors["no times"], errors

@@ -255,6 +255,8 @@ def test_what_is_saved_and_measured_is_the_model_without_dropout_matrices_as_flo
     said = re.findall(r"^(?:step 6|out:) .*hold-out (\d\.\d{4}) nats per byte", printed, re.M)
     assert [float(number) for number in said] == pytest.approx([expected] * 3, abs=2e-3)
     assert "wrote out: config.json, model.safetensors, and training.pt" in printed
+    printed = run("--out", "all", "--dropout", "1", "--evaluate-every", "1")
+    assert re.findall(r" train (\S+) ", printed) == [f"{math.log(256):.4f}"] * 6, "drops no more"
 
 
 def chunked(u=(6, 4), weight=(5, 4), targets=(6,), chunk=2):

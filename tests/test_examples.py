@@ -158,9 +158,8 @@ def test_the_loss_in_chunks_never_holds_all_logits():
 
 def test_evaluation_reads_each_text_once_and_carries_the_state_from_window_to_window():
     model, texts = random_model(vocab_size=256), [VERSE[:30], b"x", VERSE[50:67]]
-    loss = train.evaluate(
-        model, [torch.frombuffer(bytearray(t), dtype=torch.uint8) for t in texts], 7
-    )
+    ids = [torch.frombuffer(bytearray(text), dtype=torch.uint8) for text in texts]
+    loss = train.evaluate(model, ids, window=7)
     assert loss == pytest.approx((nats(model, texts[0]) + nats(model, texts[2])) / 45, rel=1e-5)
     assert math.isnan(train.evaluate(model, []))
 
@@ -348,21 +347,18 @@ def test_a_run_of_the_trainer_that_goes_on_ends_where_one_that_was_not_interrupt
         three_steps(script, tmp_path / "other", str(checkpoint), tied)
 
 
-def test_the_trainer_loads_the_best_of_its_checkpoints(script, tmp_path, caplog):
+def test_the_trainer_loads_its_best_measures_what_is_not_padding_and_decays_the_matrices(
+    script, tmp_path, caplog
+):
     trainer = three_steps(
         script, tmp_path, load_best_model_at_end=True, eval_strategy="steps", eval_steps=1,
         metric_for_best_model="eval_runtime", greater_is_better=True, save_steps=1,
+        per_device_eval_batch_size=12,
     )  # fmt: skip
-    assert_same(trainer.model, Mamba.from_pretrained(trainer.state.best_model_checkpoint))
-    assert trainer.model.lm_head.weight is trainer.model.backbone.embedding.weight
-    assert "missing keys" not in caplog.text
-
-
-def test_the_trainer_measures_what_is_not_padding_decays_the_matrices_and_saves_the_processor(
-    script, tmp_path
-):
-    trainer = three_steps(script, tmp_path, per_device_eval_batch_size=12)
     model, losses = trainer.model, []
+    assert_same(model, Mamba.from_pretrained(trainer.state.best_model_checkpoint))
+    assert model.lm_head.weight is model.backbone.embedding.weight
+    assert "missing keys" not in caplog.text
     for row in rows_with_padding():
         logits = Mamba.forward(model, row["input_ids"][None])[0]
         assert torch.equal(model(row["input_ids"][None])["logits"][0], logits)

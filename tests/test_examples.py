@@ -274,7 +274,7 @@ def chunked(u=(6, 4), weight=(5, 4), targets=(6,), chunk=2):
         (lambda run: run("--hold-out", "typo.txt"), r"train.py: error: --hold-out typo.txt: not"),
         (lambda run: run("--seqlen", "809"), "810 bytes to train on are too few for --seqlen 809"),
         (lambda run: run("--evaluate", "typo"), "train.py: error: .*typo"),
-        (lambda run: run("--hold-out", "--evaluate", "out"), "2"),
+        (lambda run: run("--hold-out", "--evaluate", "out"), "^2$"),
     ],
 )
 def test_what_does_not_fit_is_refused(call, words, run):

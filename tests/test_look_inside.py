@@ -23,10 +23,12 @@ from test_mamba import (
 )  # fmt: skip
 
 
-def random_inside(seqlen: int = 13, dtype: torch.dtype = torch.float64):
+def random_inside(seqlen: int = 13, dtype: torch.dtype = torch.float64, copies: int = 1):
     """What `watch` sees in a layer, and a state before it; Δ from 0.001 to 30."""
     inputs = scan_inputs(seqlen, delta=(1e-3, 30.0))
     inside = {name: tensor.detach().to(dtype) for name, tensor in inputs.items()}
+    inside["A"] = inside["A"].repeat(copies, 1)
+    inside |= {name: inside[name].repeat(1, 1, copies) for name in ("x", "delta")}
     return inside, inside.pop("h0").to(torch.promote_types(dtype, torch.float32))
 
 
@@ -119,9 +121,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_the_mean_over_channels_never_holds_all_channels():
-    inside, _ = random_inside(10)
-    inside |= {name: inside[name].repeat_interleave(13, -1) for name in ("x", "delta")}
-    inside["A"], reset = inside["A"].repeat_interleave(13, 0), torch.rand(2, 10) < 0.2
+    (inside, _), reset = random_inside(10, copies=13), torch.rand(2, 10) < 0.2
     with Largest() as largest:
         mean = look.mean_attention(inside, "zoh", reset, at_once=5)
     assert largest.elements == 2 * 5 * 10**2
@@ -162,7 +162,17 @@ def test_the_picture_shows_delta_the_size_of_the_state_and_the_matrix_of_the_lay
     model, ids = Mamba.from_pretrained(folder), torch.tensor([list(prompt.encode())])
     with look.watch(model) as layers, torch.no_grad():
         model(ids)
-    top, _, middle, bottom, _ = figures[0].axes
+    top, bar, middle, bottom, _ = figures[0].axes
+    assert [axes.get_ylabel() for axes in figures[0].axes] == [
+        *("channels, sorted", "Δ / the channel's mean", "state, ‖h‖"),
+        *("t, the token that reads", "|alpha|, mean over channels"),
+    ]
+    assert bottom.get_xlabel() == "s, the token that is read"
+    ticks = {
+        text.get_text(): height
+        for text, height in zip(bar.get_yticklabels(), bar.get_yticks(), strict=True)
+    }
+    assert ticks == {"1/4": 1 / 4, "1/2": 1 / 2, "1": 1, "2": 2, "4": 4}
     assert figures[0].get_suptitle() == f"Layer 2 of {folder.name}"
 
     delta = layers[2]["delta"][0]
@@ -171,8 +181,14 @@ def test_the_picture_shows_delta_the_size_of_the_state_and_the_matrix_of_the_lay
     order = torch.cdist(drawn, ratio).argmin(1)
     assert sorted(order.tolist()) == list(range(32))
     assert_close("Δ over its mean", drawn, ratio[order], 1e-5)
-    steps = [each.log().diff(dim=0).norm() for each in (drawn, ratio)]
-    assert steps[0] < 0.6 * steps[1], "channels that react alike are not side by side"
+    # Side by side as their angles are in the plane of the two leading principal components.
+    leading = torch.linalg.eigh(ratio.log() @ ratio.log().T).eigenvectors[:, -2:]
+    by_angle = torch.atan2(*leading.unbind(1)).argsort()
+    pairs = [
+        {frozenset(p) for p in zip(o.tolist(), o.roll(1).tolist(), strict=True)}
+        for o in (order, by_angle)
+    ]
+    assert pairs[0] == pairs[1]
     norm = look.states(layers[2], rule="zoh")[0].flatten(1).norm(dim=1)
     assert_close("‖h‖", torch.tensor(middle.lines[0].get_ydata()), norm, 1e-6)
     alpha, image = look.mean_attention(layers[2], "zoh")[0], bottom.images[0].get_array()
@@ -190,11 +206,13 @@ def test_the_picture_shows_delta_the_size_of_the_state_and_the_matrix_of_the_lay
 
 def test_a_text_of_one_token_and_one_too_long_for_labels_are_drawn(figures, tmp_path):
     for seqlen in (1, 80, 81):
-        inside, out = random_inside(seqlen)[0], tmp_path / f"{seqlen}.png"
-        look.draw(inside, "bilinear", ["a"] * seqlen, r"$\typo$", out)
-        assert out.stat().st_size > 10_000
-        labels = [text.get_text() for text in figures[-1].axes[0].get_xticklabels()]
-        assert (labels == ["a"] * seqlen) == (seqlen <= 80)
+        inside, out = random_inside(seqlen, copies=30)[0], tmp_path / f"{seqlen}.png"
+        look.draw(inside, "bilinear", ["$\\a$"] * seqlen, r"$\typo$", out)
+        top = figures[-1].axes[0]
+        assert top.images[0].get_array().shape == (64, seqlen), "bands of like channels"
+        labels = [(text.get_text(), text.get_fontsize()) for text in top.get_xticklabels()]
+        expected = [("$\\a$", min(10, 440 / seqlen))] * seqlen
+        assert (labels == expected) == (seqlen <= 80) and out.stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(

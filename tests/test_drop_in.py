@@ -1,7 +1,7 @@
 """examples/drop_in.py is the official function, the official layer, and the mixer of transformers.
 
-The judge of the function is the recurrence written out here in float64, in the official layout,
-with B and C given to every channel as they are meant; of the mixer, the model without it.
+The judge of the function is the recurrence in float64, a channel at a time, with the B and C that
+are meant for it; of the mixer, the model without it.
 """
 
 import copy
@@ -17,37 +17,32 @@ from torch import Tensor
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from mamba import MambaBlock, MambaConfig
-from test_mamba import assert_all_close, assert_close, error_of, gradients_of
+from test_mamba import assert_all_close, assert_close, by_hand, error_of, gradients_of
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU"))]  # fmt: skip
 LAYOUTS = ["constant", "shared", "groups"]
 
 
-def for_every_channel(tensor: Tensor, batch: int, d: int, seqlen: int) -> Tensor:
-    """B or C in any layout -> (b, d, n, l)."""
-    if tensor.ndim == 2:
-        return tensor[None, :, :, None].expand(batch, -1, -1, seqlen)
-    if tensor.ndim == 3:
-        return tensor[:, None].expand(-1, d, -1, -1)
-    return torch.stack([tensor[:, c * tensor.shape[1] // d] for c in range(d)], dim=1)
-
-
 def written_out(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, **_):
-    B, C = (for_every_channel(tensor, *u.shape) for tensor in (B, C))
-    if delta_bias is not None:
-        delta = delta + delta_bias[:, None]
-    if delta_softplus:
-        delta = torch.log1p(torch.exp(delta))
-    h, ys = torch.zeros_like(B[..., 0]), []
-    for u_t, step, B_t, C_t in zip(*(t.unbind(-1) for t in (u, delta, B, C)), strict=True):
-        step = step.unsqueeze(-1)
-        h = torch.exp(step * A) * h + step * B_t * u_t.unsqueeze(-1)
-        ys.append((h * C_t).sum(-1))
-    y = torch.stack(ys, dim=-1)
-    if D is not None:
-        y = y + D[:, None] * u
-    return (y if z is None else y * F.silu(z)), h
+    """Channel by channel, in float64."""
+
+    def of_channel(tensor: Tensor, c: int) -> Tensor:
+        """B or C in any layout -> (b, l, n)."""
+        if tensor.ndim == 2:
+            return tensor[c].expand(*u.mT.shape[:2], -1)
+        return (tensor if tensor.ndim == 3 else tensor[:, c * tensor.shape[1] // len(A)]).mT
+
+    x, step = u.double().mT, delta.double().mT
+    step = step if delta_bias is None else step + delta_bias
+    step = torch.log1p(torch.exp(step)) if delta_softplus else step
+    channels = (
+        by_hand(x[..., [c]], step[..., [c]], A[[c]], of_channel(B, c), of_channel(C, c))
+        for c in range(len(A))
+    )
+    ys, hs = zip(*channels, strict=True)
+    y = torch.cat(ys, -1) if D is None else torch.cat(ys, -1) + D * x
+    return (y.mT if z is None else y.mT * F.silu(z.double())).to(u.dtype), torch.cat(hs, 1)
 
 
 def make_inputs(B="shared", C="shared", seqlen=7, d=6, n=3, batch=2) -> dict[str, Tensor]:
@@ -98,16 +93,10 @@ def test_every_layout_of_B_with_every_layout_of_C_whatever_is_left_out(B, C):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("B", LAYOUTS)
-def test_short_floats_are_as_exact_as_one_cast_before_the_recurrence_makes_them(B, dtype, device):
-    """The official reference casts its inputs to float32 once, and rounds each gradient once."""
-
-    def of_reference(return_last_state, **inputs):
-        out, h = written_out(**{name: tensor.float() for name, tensor in inputs.items()})
-        return out.to(dtype), h
-
+def test_short_floats_are_rounded_once_in_the_output_and_in_each_gradient(B, dtype, device):
     inputs = make_inputs(B, "groups" if B == "shared" else "shared", seqlen=65, d=12, n=64)
     inputs = {name: tensor.to(device, dtype) for name, tensor in inputs.items()}
-    ours, reference = (results(scan, inputs) for scan in (selective_scan_fn, of_reference))
+    ours, reference = (results(scan, inputs) for scan in (selective_scan_fn, written_out))
     exact = results(written_out, {name: tensor.double() for name, tensor in inputs.items()})
     assert ours.pop("last state").dtype == torch.float32
     assert {tensor.dtype for tensor in ours.values()} == {dtype}
@@ -163,10 +152,6 @@ def with_mixers(host):
     return ours
 
 
-needs_its_cache = pytest.mark.skipif(
-    "cache" not in inspect.signature(MambaMixer.forward).parameters,
-    reason="before 5.24, transformers has another cache, which Mixer refuses",
-)
 # A prompt beside one with padding on the left.
 MASK = torch.tensor([[1] * 9, [0] * 4 + [1] * 5])
 BIASES = {"use_bias": True, "use_conv_bias": False, "conv_kernel": 3, "expand": 3}
@@ -201,22 +186,17 @@ def test_the_parameters_are_the_hosts_own_with_what_was_frozen_and_the_mode():
     assert ours.layer_idx == 1
 
 
-@needs_its_cache
-@pytest.mark.parametrize(
-    "changes, options", [({}, {"num_beams": 3}), ({"conv_kernel": 1, "use_conv_bias": False}, {})]
+@pytest.mark.skipif(
+    "cache" not in inspect.signature(MambaMixer.forward).parameters,
+    reason="before 5.24, transformers has another cache, which Mixer refuses",
 )
-def test_the_host_generates_what_it_generates_without_mixers(changes, options):
-    host, ids = host_model(**changes), torch.randint(1, 20, (2, 9))
-    options = options | {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
+@pytest.mark.parametrize("changes", [{}, {"conv_kernel": 1, "use_conv_bias": False}])
+def test_the_host_generates_and_a_cache_goes_on_from_host_to_mixers_and_back(changes):
+    host = host_model(**changes)
+    ours, ids = with_mixers(host), torch.randint(1, 20, (2, 9))
+    options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, "num_beams": 3}
     options |= {"eos_token_id": None, "attention_mask": MASK}
-    expected = host.generate(ids, **options)
-    assert torch.equal(with_mixers(host).generate(ids, **options), expected)
-
-
-@needs_its_cache
-def test_a_cache_goes_on_in_parts_and_from_host_to_mixers_and_back():
-    host = host_model()
-    ours, ids = with_mixers(host), torch.randint(20, (2, 9))
+    assert torch.equal(ours.generate(ids, **options), host.generate(ids, **options))
     cache, found = None, []
     # After a prompt, transformers' own mixer reads a single token only.
     for model, first, last in ((ours, 0, 2), (ours, 2, 5), (host, 5, 6), (ours, 6, 9)):

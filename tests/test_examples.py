@@ -46,10 +46,8 @@ def clone(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
-def test_every_script_runs_from_a_bare_clone_and_answers_help_with_its_defaults(
-    name, clone, monkeypatch, capsys, tmp_path
-):
-    """And when it is imported, it leaves the path alone."""
+def test_every_script_runs_from_a_bare_clone(name, clone, monkeypatch, capsys, tmp_path):
+    """And answers --help with its defaults. When it is imported, it leaves the path alone."""
     if name == "trainer.py":
         pytest.importorskip("accelerate", reason="the Trainer of transformers needs accelerate")
     # As `python examples/name --help` begins: its own folder in front, nothing of ours imported.
@@ -329,9 +327,7 @@ def assert_same(model: Mamba, other: Mamba) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_run_of_the_trainer_that_goes_on_ends_where_one_that_was_not_interrupted_ends(
-    script, tied, tmp_path
-):
+def test_a_run_of_the_trainer_that_goes_on_ends_where_a_whole_one_ends(script, tied, tmp_path):
     whole = three_steps(script, tmp_path, tie_embeddings=tied).model
     checkpoint, last = tmp_path / "checkpoint-2", Mamba.from_pretrained(tmp_path / "checkpoint-3")
     weight = Mamba.from_pretrained(checkpoint).lm_head.weight
@@ -347,9 +343,8 @@ def test_a_run_of_the_trainer_that_goes_on_ends_where_one_that_was_not_interrupt
         three_steps(script, tmp_path / "other", str(checkpoint), tied)
 
 
-def test_the_trainer_loads_its_best_measures_what_is_not_padding_and_decays_the_matrices(
-    script, tmp_path, caplog
-):
+def test_the_trainer_loads_its_best_and_decays_the_matrices_alone(script, tmp_path, caplog):
+    """And measures what is not padding."""
     trainer = three_steps(
         script, tmp_path, load_best_model_at_end=True, eval_strategy="steps", eval_steps=1,
         metric_for_best_model="eval_runtime", greater_is_better=True, save_steps=1,
@@ -391,9 +386,7 @@ def test_the_trainer_loads_its_best_measures_what_is_not_padding_and_decays_the_
         three_steps(script, tmp_path, label_smoothing_factor=0.1)
 
 
-def test_the_script_of_the_trainer_goes_on_and_says_what_it_wrote(
-    script, tmp_path, monkeypatch, capsys
-):
+def test_the_script_of_the_trainer_goes_on(script, tmp_path, monkeypatch, capsys):
     small = MambaConfig(8, n_layer=1, vocab_size=256, tokenizer="bytes")
     monkeypatch.setattr(script, "MambaConfig", lambda *_, **__: small)
     monkeypatch.chdir(tmp_path)

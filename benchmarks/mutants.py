@@ -84,6 +84,60 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "progress.close()",
         "pass",
     ): "the last look of the progress bar",
+    (
+        "examples/event_time.py",
+        "def __init__(self, kind: str, d_model: int = 16) -> None:",
+        "def __init__(self, kind: str, d_model: int = 17) -> None:",
+    ): "the example at another size",
+    (
+        "examples/event_time.py",
+        "def train(kind: str, steps: int, seqlen: int = 40, batch: int = 64, seed: int = 0) -> float:",
+        "*",
+    ): "the example at another size",
+    (
+        "examples/event_time.py",
+        'parser.add_argument("--steps", type=int, default=600, help="of training, for each model")',
+        'parser.add_argument("--steps", type=int, default=601, help="of training, for each model")',
+    ): "the example at another size",
+    (
+        "examples/event_time.py",
+        'parser.add_argument("--seed", type=int, default=0, help="of the weights and the events")',
+        'parser.add_argument("--seed", type=int, default=1, help="of the weights and the events")',
+    ): "other events, and other weights",
+    (
+        "examples/event_time.py",
+        "optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)",
+        "optimizer = torch.optim.AdamW(model.parameters(), lr=1.003, weight_decay=0.0)",
+    ): "the schedule sets the rate before the first step",
+    (
+        "examples/recipes.py",
+        "ids = ((torch.arange(1201) + torch.randint(6, (16, 1))) % 6 == 5).long()",
+        "ids = ((torch.arange(1201) - torch.randint(6, (16, 1))) % 6 == 5).long()",
+    ): "a random phase either way",
+    **{
+        (f"examples/{name}.py", line, "*"): "threads: speed alone"
+        for name in ("event_time", "recipes")
+        for line in (
+            "torch.set_num_threads(1)  # tensors as small as these do not gain from more",
+            "torch.set_num_threads(1)  # tensors as small as these gain nothing from more",
+        )
+    },
+    **{
+        (
+            f"examples/{name}.py",
+            "sys.path.insert(0, str(Path(__file__).resolve().parent.parent))",
+            "sys.path.insert(1, str(Path(__file__).resolve().parent.parent))",
+        ): "before examples/ or after it, which has none of these names"
+        for name in (
+            "drop_in",
+            "event_time",
+            "export",
+            "look_inside",
+            "recipes",
+            "train",
+            "trainer",
+        )
+    },
     **{
         ("examples/look_inside.py", line, "*"): "a matter of looks"
         for line in (

@@ -5,8 +5,10 @@ The judge is the block written out here from its parameters, an event at a time 
 
 import copy
 import functools
+import itertools
 import math
 import re
+from types import SimpleNamespace
 
 import event_time
 import pytest
@@ -174,17 +176,24 @@ def test_the_example_shows_that_ignoring_the_times_costs(monkeypatch, capsys):
     short, make, made = functools.partial(event_time.train, seqlen=10, batch=32), make_events, []
     monkeypatch.setattr(event_time, "train", short)
     monkeypatch.setattr(event_time, "make_events", lambda *a: (made.append(a), make(*a))[1])
-    monkeypatch.setattr("sys.argv", ["event_time.py", "--steps", "120"])
-    event_time.main()
-    printed = capsys.readouterr().out
+    clock = SimpleNamespace(perf_counter=itertools.count(1, 7).__next__)
+    monkeypatch.setattr(event_time, "time", clock)
+
+    def run(*options: str) -> str:
+        monkeypatch.setattr("sys.argv", ["event_time.py", "--steps", *options])
+        event_time.main()
+        return capsys.readouterr().out
+
+    printed = run("120")
     assert printed.startswith("share of the variance that is not explained, on new sequences:\n")
     sizes = [(batch, seqlen, generator.initial_seed()) for batch, seqlen, generator in made]
     assert sizes == [*[(32, 10, 0)] * 120, (1000, 10, 1)] * 3
-    rows = re.findall(r"^  (\w+ \w+.*?) +(\d\.\d{4})   \(\d+ s\)$", printed, re.M)
+    rows = re.findall(r"^  (\w+ \w+.*?) +(\d\.\d{4})   \(7 s\)$", printed, re.M)
     errors = {kind: float(error) for kind, error in rows}
     assert errors["event time"] < 0.5 * errors["no times"] < 0.1, errors
     assert errors["gaps as input"] < 0.5 * errors["no times"], errors
-    monkeypatch.setattr("sys.argv", ["event_time.py", "--steps", "0"])
+    once, again, other = (run("1", "--seed", seed) for seed in "334")
+    assert once == again != other
     with pytest.raises(SystemExit):
-        event_time.main()
+        run("0")
     assert "--steps must be at least 1, got 0" in capsys.readouterr().err

@@ -1,11 +1,13 @@
 """The scripts in examples/, the model that one of them made, and train.py and trainer.py."""
 
+import itertools
 import math
 import re
 import runpy
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_look_inside import Largest
 from torch import Tensor
 
-from mamba import Mamba, MambaConfig
+from mamba import Mamba, MambaConfig, ResidualBlock
 from test_mamba import assert_all_close, assert_close, error_of, random_ids, random_model
 
 ROOT = Path(__file__).parent.parent
@@ -80,7 +82,7 @@ def test_every_script_runs_from_a_bare_clone(name, clone, monkeypatch, capsys, t
 def nats(model: Mamba, text: bytes) -> float:
     """The loss of all bytes but the first, each text read in one piece."""
     ids = torch.tensor([list(text)])
-    return F.cross_entropy(model(ids[:, :-1])[0], ids[0, 1:], reduction="sum").item()
+    return F.cross_entropy(model(ids[:, :-1])[0].float(), ids[0, 1:], reduction="sum").item()
 
 
 def test_the_shipped_model_predicts_verse_that_it_has_not_read():
@@ -100,8 +102,10 @@ def test_training_windows_read_on_where_they_stopped_and_one_row_in_eight_jumps(
         assert (ids[~jumped, 0] == before[~jumped, -1]).all()
         before, jumps = ids, jumps + jumped.sum().item()
     assert 0.118 < jumps / (50 * 400) < 0.132
-    windows = train.Windows(torch.arange(13), batch=99, seqlen=10, jump=0)  # with two places to be
-    assert windows.next()[0].unique().tolist() == list(range(12)) and windows.next()[1].all()
+    windows = train.Windows(torch.arange(21), batch=99, seqlen=10, jump=0)
+    first, (_, jumped) = windows.next()[0], windows.next()
+    assert first.unique().tolist() == list(range(20))
+    assert torch.equal(jumped, first[:, 0] > 0), "one start leaves room for a second window"
 
 
 @pytest.mark.parametrize("tokens, chunk", [(1, 4), (23, 5), (2, 1)])
@@ -160,6 +164,8 @@ def test_evaluation_reads_each_text_once_and_carries_the_state_from_window_to_wi
     loss = train.evaluate(model, ids, window=7)
     assert loss == pytest.approx((nats(model, texts[0]) + nats(model, texts[2])) / 45, rel=1e-5)
     assert math.isnan(train.evaluate(model, []))
+    loss = train.evaluate(model.bfloat16(), ids[:1])
+    assert loss == pytest.approx(nats(model, texts[0]) / 29, rel=1e-6)
 
 
 def test_dropout_takes_all_that_enters_the_stream_and_only_in_training():
@@ -171,40 +177,49 @@ def test_dropout_takes_all_that_enters_the_stream_and_only_in_training():
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
-    """A training of few steps; its windows are repeatable, and listed in run.windows."""
+    """A training of few steps, 61 seconds each; its windows are repeatable, and listed."""
 
     class Windows(train.Windows):
         def next(self):
+            run.seeds.append(torch.initial_seed())
             torch.manual_seed(int(self.position.sum()))
             run.text = bytes(self.text.tolist())
             run.windows.append(super().next())
             return run.windows[-1]
 
     def run(*options: str) -> str:
-        run.windows = []
-        sizes = "--d-model 8 --n-layer 2 --batch 3 --seqlen 8 --warmup 2 --lr 0.01 --steps 6"
+        run.windows, run.seeds, run.compiled = [], [], []
+        clock = SimpleNamespace(perf_counter=itertools.count(1, 61).__next__)
+        monkeypatch.setattr(train, "time", clock)
         command = "train.py --data read.txt kept.txt more.txt --hold-out kept.txt --device cpu"
-        monkeypatch.setattr(sys, "argv", [*command.split(), *sizes.split(), *options])
+        sizes = "--d-model 8 --n-layer 2 --batch 3 --seqlen 8 --warmup 2 --lr 0.01 --steps 6"
+        start = f"{command} {sizes} --dropout 0 --seed 5".split()
+        monkeypatch.setattr(sys, "argv", [*start, *options])
         train.main()
         return capsys.readouterr().out
 
     (tmp_path / "read.txt").write_bytes(VERSE)
     (tmp_path / "kept.txt").write_bytes(VERSE[::-1])
     (tmp_path / "more.txt").write_bytes(VERSE.upper())
+    (tmp_path / "empty.txt").touch()
     monkeypatch.setattr(train, "Windows", Windows)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: run.compiled.append(self))
     monkeypatch.chdir(tmp_path)
     return run
 
 
 def test_training_is_this_loop_and_one_that_was_interrupted_ends_with_the_same_model(run):
-    printed = run("--dropout", "0", "--out", "whole", "--evaluate-every", "4")
+    printed = run("--out", "whole", "--evaluate-every", "4")
     saved = torch.load("whole/training.pt")
+    assert run.seeds[0] == 5 and not run.compiled
 
-    torch.manual_seed(0)  # the same by hand
+    torch.manual_seed(5)  # the same by hand
     model = Mamba(MambaConfig(8, n_layer=2, vocab_size=256, tokenizer="bytes"))
     optimizer = torch.optim.AdamW(model.param_groups(weight_decay=0.1), betas=(0.9, 0.95))
     state, losses = model.init_state(3), []
     factors = [0.5, 1, *(0.01 + 0.99 * (1 + math.cos(math.pi * i / 4)) / 2 for i in range(4))]
+    least = train.read_texts([Path("kept.txt")], [], len(VERSE) - 2, torch.device("cpu"))[0]
+    assert bytes(least.tolist()) == VERSE[::-1], "long enough for one place"
     assert run.text == VERSE.upper() + b"\n\n" + VERSE, "hold-outs apart, in the order of the names"
     assert 0 < sum(jumped.sum() for _, jumped in run.windows[1:]) < 15
     for factor, (ids, jumped) in zip(factors, run.windows, strict=True):
@@ -220,22 +235,23 @@ def test_training_is_this_loop_and_one_that_was_interrupted_ends_with_the_same_m
         losses.append(loss.item())
     assert_all_close(saved["model"], model.state_dict(), 1e-4)
     assert_close("state", saved["h"], state.h, 1e-4)
-    first, last = re.findall(r"^step (\d)  \d+ s  train (\S+)  hold-out (\S+) nats", printed, re.M)
-    assert (first[0], last[0]) == ("4", "6")
+    first, last = re.findall(r"^(step .* s)  train (\S+)  hold-out \S+ nats", printed, re.M)
+    assert (first[0], last[0]) == ("step 4  244 s", "step 6  366 s")
     assert float(first[1]) == pytest.approx(sum(losses[:4]) / 4, abs=1e-4)
     assert float(last[1]) == pytest.approx(sum(losses[4:]) / 2, abs=1e-4)
     assert len(re.findall(r"^KING\.\n", printed, re.M)) == 2
 
-    for step in range(2):
-        printed = run("--dropout", "0", "--out", "parts", "--minutes", "0")
-        assert f"step {step + 1} " in printed and "out of time, wrote parts/training.pt" in printed
-        assert not Path("parts/model.safetensors").exists()
-    printed = run("--dropout", "0", "--out", "parts", "--minutes", "9")
-    assert "going on after step 2" in printed and len(run.windows) == 4
+    for begun, minutes in ((0, "2.01"), (2, "4.05"), (4, "5.5")):
+        assert not Path("new/parts/model.safetensors").exists()
+        printed = run("--out", "new/parts", "--minutes", minutes)
+        assert len(run.windows) == 2 and run.seeds[0] == 5 + begun, "not the dice of before again"
+        assert f"step {begun + 2}  {61 * (begun + 2)} s  " in printed
+        assert ("out of time, wrote new/parts/training.pt" in printed) == (begun < 4)
+        assert (f"going on after step {begun}" in printed) == (begun > 0)
     for name in ("model.safetensors", "config.json"):
-        assert Path("parts", name).read_bytes() == Path("whole", name).read_bytes()
+        assert Path("new/parts", name).read_bytes() == Path("whole", name).read_bytes()
     with pytest.raises(SystemExit, match=r"begun with lr = 0\.01, not 0\.02: delete it"):
-        run("--dropout", "0", "--out", "parts", "--lr", "0.02")
+        run("--out", "new/parts", "--lr", "0.02")
 
 
 def test_what_is_saved_and_measured_is_the_model_without_dropout_matrices_as_float16(run):
@@ -252,8 +268,12 @@ def test_what_is_saved_and_measured_is_the_model_without_dropout_matrices_as_flo
     said = re.findall(r"^(?:step 6|out:) .*hold-out (\d\.\d{4}) nats per byte", printed, re.M)
     assert [float(number) for number in said] == pytest.approx([expected] * 3, abs=2e-3)
     assert "wrote out: config.json, model.safetensors, and training.pt" in printed
-    printed = run("--out", "all", "--dropout", "1", "--evaluate-every", "1")
+    printed = run("--out", "all", "--dropout", "1", "--evaluate-every", "1", "--compile")
+    assert [*map(type, run.compiled)] == [ResidualBlock] * 2
     assert re.findall(r" train (\S+) ", printed) == [f"{math.log(256):.4f}"] * 6, "drops no more"
+
+
+TEXTS = "read.txt", "kept.txt", "empty.txt"
 
 
 def chunked(u=(6, 4), weight=(5, 4), targets=(6,), chunk=2):
@@ -267,10 +287,12 @@ def chunked(u=(6, 4), weight=(5, 4), targets=(6,), chunk=2):
         (chunked(u=(6, 3)), r"need u .*got \(6, 3\), \(5, 4\)"),
         (chunked(u=(0, 4), targets=(0,)), "not empty"),
         (chunked(u=(6, 4, 1)), "need u"),
+        (chunked(weight=(5, 4, 1)), "need u"),
         (chunked(targets=(5,)), r"need targets \(6,\) .*got \(5,\), 2"),
         (chunked(chunk=0), "chunk >= 1"),
         (lambda run: run("--hold-out", "typo.txt"), r"train.py: error: --hold-out typo.txt: not"),
         (lambda run: run("--seqlen", "809"), "810 bytes to train on are too few for --seqlen 809"),
+        (lambda run: run("--hold-out", "kept.txt", "empty.txt", "--data", *TEXTS), "too few"),
         (lambda run: run("--evaluate", "typo"), "train.py: error: .*typo"),
         (lambda run: run("--hold-out", "--evaluate", "out"), "^2$"),
     ],

@@ -5,6 +5,7 @@ which knows no padding, no resets and no windows. In float64: what differs by 1e
 """
 
 import copy
+import itertools
 import json
 import re
 
@@ -88,8 +89,9 @@ def test_a_row_among_longer_rows_is_classified_as_it_is_alone(pool, features):
         expected.append(model.head(u[-1] if pool == "last" else torch.stack(list(u)).mean(0)))
     assert_close("logits", logits, torch.stack(expected), 1e-9)
     assert_close("without lengths", model(inputs[:1])[0], expected[0], 1e-9)
-    losses = [each.square().sum() for each in (logits, torch.stack(expected))]
-    assert_same_gradients(*losses, model)
+    answers = torch.randint(4, (5,))
+    loss = recipes.answer_loss(model, inputs, lengths, answers)
+    assert_same_gradients(loss, F.cross_entropy(torch.stack(expected), answers), model)
 
 
 @pytest.mark.parametrize("window, seqlen", [(4, 14), (30, 12), (1, 4)])
@@ -234,6 +236,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(call, words, tmp_pa
 
 def test_the_toy_tasks_ask_what_they_say():
     ids, lengths, answers = recipes.rows_with_a_mark(2000)
+    assert ids.shape == (2000, 32)
     assert (lengths.min(), lengths.max(), answers.min(), answers.max()) == (8, 32, 0, 6)
     row, mark = (ids == 0).nonzero().unbind(1)
     assert torch.equal(row, torch.arange(2000)) and mark.min() == 0
@@ -247,13 +250,25 @@ def test_the_toy_tasks_ask_what_they_say():
 
 
 def test_the_script_prints_two_numbers_for_each_comparison(monkeypatch, capsys):
-    """After few steps of training on few rows; the windows are read to the end."""
-    fit = recipes.fit
+    """After few steps of training on few rows, each from a gradient of its own."""
+    fit, train_in_windows, pieces, losses = recipes.fit, recipes.train_in_windows, [], []
 
     def fit_a_little(model, loss_of, make, steps):
-        return fit(model, loss_of, lambda count: make(min(count, 32)), steps=30)
+        def checked(*arguments):
+            assert not torch.is_grad_enabled() or all(p.grad is None for p in model.parameters())
+            return loss_of(*arguments)
+
+        return fit(model, checked, lambda count: make(min(count, 32)), steps=30)
+
+    def read_a_little(*arguments):
+        pieces.append(arguments[1])
+        if len(losses) < 260:
+            for loss in itertools.islice(train_in_windows(*arguments), 130):
+                losses.append(loss)
+                yield loss
 
     monkeypatch.setattr(recipes, "fit", fit_a_little)
+    monkeypatch.setattr(recipes, "train_in_windows", read_a_little)
     monkeypatch.setattr("sys.argv", ["recipes.py"])
     recipes.main()
     printed = capsys.readouterr().out
@@ -261,7 +276,15 @@ def test_the_script_prints_two_numbers_for_each_comparison(monkeypatch, capsys):
     one, both = map(float, re.findall(r"Block: (\d\.\d{3})$", first, re.MULTILINE))
     assert both < 1.3 < 1.35 < one
     assert re.search(r"SequenceClassifier: \d\.\d{3}$", second, re.MULTILINE)
-    carried, forgotten = map(float, re.findall(r"(\S+) at last$", third, re.MULTILINE))
-    assert carried < 0.15 < 0.25 < forgotten
-    packed, alone = map(float, re.findall(r"rows: (\S+)$", fourth, re.MULTILINE))
-    assert packed == pytest.approx(alone, abs=3e-6)
+
+    whole, *pieces = pieces
+    assert torch.equal(whole[:, 6:], whole[:, :-6]) and (whole[:, :6].sum(1) == 1).all()
+    assert whole.shape == (16, 1201) and [piece.shape for piece in pieces] == [(16, 5)] * 300
+    assert torch.equal(torch.cat([piece[:, :4] for piece in pieces], 1), whole[:, :-1])
+    for part in (losses[:130], losses[130:]):
+        assert f"{part[0]:.3f} at first, {sum(part[-50:]) / 50:.3f} at last\n" in third
+    assert sum(losses[80:130]) / 50 < 0.05 < 0.25 < sum(losses[-50:]) / 50
+    counts = re.findall(r"(\d+) documents in (\d+) rows: (\S+)$", fourth, re.MULTILINE)
+    (_, few, packed), (_, many, alone) = counts
+    assert [count for count, _, _ in counts] == [many] * 2 == ["1000"] * 2 and int(few) < 300
+    assert float(packed) == pytest.approx(float(alone), abs=3e-6)

@@ -146,6 +146,35 @@ EQUIVALENT |= {
          "one more document"),
         ("event_time", "for number, gap in zip(numbers.unbind(1), gaps.unbind(1), strict=True):",
          ("True", "False"), "as many of both"),
+        ("drop_in", "u, delta, z = (None if t is None else F.pad(t, (0, 0, 0, 0, 0, 1)) for t in "
+         "(u, delta, z))", ("0, 1))", "1, 1))"), "one more row that nobody sees"),
+        ("drop_in", "B, C = (at_least_float32(t) if t.shape[1] < groups else t for t in (B, C))",
+         ("<", "<="), "the scan casts it too"),
+        ("drop_in", "ys, hs = zip(*results, strict=True)", ("True", "False"), "as many of both"),
+        ("drop_in", "for A_i, B_i, C_i in zip(A.unbind(1), B, C, strict=True):", ("True", "False"),
+         "as many of all"),
+        ("drop_in", "if u.ndim != 3 or A.ndim != 2 or len(A) != u.shape[1] or 0 in (*u.shape[1:], "
+         "*A.shape):", ("[1:]", "[2:]"), "the first is that of A"),
+        ("drop_in", "groups = shape[1] if len(shape) == 4 and shape[1] > 0 else 1", ("> 0", "> 1"),
+         "1 is 1"),
+        ("drop_in", "if hidden_states.shape[1] == 1 and reset is None:", ("[1]", "[2]"),
+         "the same, slower"),
+        ("look_inside", "for block, layer in zip(blocks, layers, strict=True):", ("True", "False"),
+         "as many of both"),
+        ("look_inside", 'inside: dict[str, Tensor], rule: str = "mamba", reset: Tensor | None = '
+         "None, at_once: int = 16", None, "memory"),
+        ("trainer", "decayed = {id(p) for p in self.model.param_groups(weight_decay=1.0)[0]"
+         '["params"]}', ("1.0", "2.0"), "only whether it is 0"),
+        ("trainer", 'parser.add_argument("--steps", type=int, default=1000, '
+         'help="in all, of 16 x 256 bytes each")', ("1000", "1001"), "one more step"),
+        ("trainer", 'parser.add_argument("--save-every", type=int, default=200, '
+         'help="steps between checkpoints")', ("200", "201"), "one more step"),
+        ("trainer", "options.out, max_steps=options.steps, save_steps=options.save_every, "
+         "logging_steps=50,", None, "what only a long training can judge"),
+        ("trainer", "per_device_train_batch_size=16, learning_rate=2e-3, weight_decay=0.1, "
+         "warmup_steps=50,", None, "what only a long training can judge"),
+        ("trainer", "model = TrainerMamba(MambaConfig(256, n_layer=6, vocab_size=256, "
+         'tokenizer="bytes"))', None, "what only a long training can judge"),
         ("train", "jumped = (dice < self.jump) | (self.position > last)", ("<", "<="),
          "a die on its edge"),
         ("train", "progress = (step - warmup) / max(1, steps - warmup)", ("max(1", "max(2"),

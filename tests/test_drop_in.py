@@ -74,20 +74,26 @@ def results(function, inputs: dict[str, Tensor], **options) -> dict[str, Tensor]
 @pytest.mark.parametrize("C", LAYOUTS)
 @pytest.mark.parametrize("B", LAYOUTS)
 def test_every_layout_of_B_with_every_layout_of_C_whatever_is_left_out(B, C):
-    inputs = {name: tensor.double() for name, tensor in make_inputs(B, C).items()}
-    for left_out in (None, "D", "z", "delta_bias"):
-        some = {name: tensor for name, tensor in inputs.items() if name != left_out}
+    d = 6 if "groups" in (B, C) else 5
+    for left_out, *sizes in (
+        (None, 7, d, 3),
+        ("D", 1, d, 1),
+        ("z", 2, d, 1),
+        ("delta_bias", 5, d, 2),
+    ):
+        inputs = {k: t.double() for k, t in make_inputs(B, C, *sizes).items() if k != left_out}
         for options in ({}, {"delta_softplus": True}):
-            found = results(selective_scan_fn, some, **options)
+            found = results(selective_scan_fn, inputs, **options)
             assert found["out"].is_contiguous() and found["last state"].is_contiguous()
-            assert_all_close(found, results(written_out, some, **options), 1e-12)
-            assert torch.equal(selective_scan_fn(**some, **options), found["out"])
+            assert_all_close(found, results(written_out, inputs, **options), 1e-12)
+            assert torch.equal(selective_scan_fn(**inputs, **options), found["out"])
     # As in the official reference, so that a rank of a parallel run that has no row goes on.
     empty = make_inputs(B, C, batch=0)
-    expected = results(written_out, empty)
-    for name, tensor in results(selective_scan_fn, empty).items():
+    empty["u"] = empty["u"].bfloat16()  # as its output is
+    found, expected = results(selective_scan_fn, empty), results(written_out, empty)
+    for name, tensor in found.items():
         assert tensor.shape == expected[name].shape and not tensor.any(), name
-    assert selective_scan_fn(**empty).shape == (0, 6, 7)
+    assert selective_scan_fn(**empty).shape == (0, 6, 7) and found["out"].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -234,6 +240,8 @@ def mix(**options):
         (scan_with(A=torch.zeros(6, 3, dtype=torch.complex64)), "complex"),
         (scan_with(A=torch.zeros(5, 3)), r"u \(b, d, l\) and A \(d, n\)"),
         (scan_with(A=torch.zeros(6, 0)), "n at least 1"),
+        (scan_with(A=torch.zeros(6, 3, 1)), "need u"),
+        (scan_with(u=torch.zeros(2, 6, 7, 1)), "need u"),
         (scan_with(B=torch.zeros(2, 7, 3)), r"B must be .*\(2, 3, 7\).*got \(2, 7, 3\)"),
         (scan_with(C=torch.zeros(2, 4, 3, 7)), r"C must be .*divisor of 6"),
         (scan_with(C=torch.zeros(2, 0, 3, 7)), r"C must be .*divisor of 6"),

@@ -402,6 +402,7 @@ def test_the_trainer_loads_its_best_and_decays_the_matrices_alone(script, tmp_pa
     trainer.save_model(tmp_path / "saved")
     names = {path.name for path in (tmp_path / "saved").iterdir()}
     assert names >= {"model.safetensors", "config.json", "processor.json"}
+    assert model.bfloat16()(*torch.ones(2, 3, 4).long())["loss"].dtype == torch.float32
     with pytest.raises(RuntimeError, match="leave out FSDP"):  # which hand over what they gathered
         trainer._save(tmp_path / "part", state_dict={})
     with pytest.raises(ValueError, match="label_smoothing_factor must be 0"):  # not shifted there
@@ -412,22 +413,23 @@ def test_the_script_of_the_trainer_goes_on(script, tmp_path, monkeypatch, capsys
     small = MambaConfig(8, n_layer=1, vocab_size=256, tokenizer="bytes")
     monkeypatch.setattr(script, "MambaConfig", lambda *_, **__: small)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.txt").write_bytes(VERSE * 2)
+    for name, size in (("short", 255), ("one", 256), ("long", 800)):
+        (tmp_path / f"{name}.txt").write_bytes((VERSE * 2)[:size])
     written = []  # to begin anew would write it again
 
     def run(*options: str) -> None:
         monkeypatch.setattr(sys, "argv", ["trainer.py", *options])
         script.main()
 
-    for steps in ("2", "3"):
-        run("a.txt", "--out", "out", "--steps", steps, "--save-every", "2")
-        written.append((tmp_path / "out" / "checkpoint-2" / "optimizer.pt").stat().st_mtime_ns)
-    assert written[0] == written[1] and (tmp_path / "out" / "checkpoint-3").exists()
+    for steps, text in (("1", "one.txt"), ("2", "long.txt")):
+        run(text, "--out", "out", "--steps", steps, "--save-every", "1")
+        written.append((tmp_path / "out" / "checkpoint-1" / "optimizer.pt").stat().st_mtime_ns)
+    assert written[0] == written[1] and (tmp_path / "out" / "checkpoint-2").exists()
     assert "wrote out: config.json, model.safetensors" in capsys.readouterr().out
     assert Mamba.from_pretrained(tmp_path / "out").config == small
-    (tmp_path / "short.txt").write_bytes(b"a" * 255)
     for name, words in (("no.txt", r"no\.txt"), ("short.txt", "at least 256 .* got 255")):
         with pytest.raises(SystemExit, match=rf"trainer\.py: error: .*{words}"):
             run(name)
-    with pytest.raises(SystemExit):
-        run("a.txt", "--steps", "0")
+    for option in ("--steps", "--save-every"):
+        with pytest.raises(SystemExit, match=r"^2$"):
+            run("one.txt", option, "0")

@@ -157,6 +157,8 @@ EQUIVALENT |= {
          "*A.shape):", ("[1:]", "[2:]"), "the first is that of A"),
         ("drop_in", "groups = shape[1] if len(shape) == 4 and shape[1] > 0 else 1", ("> 0", "> 1"),
          "1 is 1"),
+        ("drop_in", "h_i, h_last = selective_scan(x * B_i, delta, A_i.unsqueeze(-1), one, one, "
+         "**options)", ("unsqueeze(-1)", "unsqueeze(1)"), "the same axis of two"),
         ("drop_in", "if hidden_states.shape[1] == 1 and reset is None:", ("[1]", "[2]"),
          "the same, slower"),
         ("look_inside", "for block, layer in zip(blocks, layers, strict=True):", ("True", "False"),

@@ -110,6 +110,8 @@ EQUIVALENT |= {
          ("+", "-"), "a random phase either way"),
         ("recipes", "model = SequenceClassifier(config, classes=7)", ("7", "8"),
          "a class that is never the answer"),
+        ("recipes", 'print(f"   {len(documents)} documents in {len(rows[0])} rows: {loss:.6f}")',
+         ("rows[0]", "rows[1]"), "as many of both"),
         ("recipes", "torch.manual_seed(0)", ("0", "1"), "other weights"),
         ("recipes", "for norm, block in zip(self.norms, self.blocks, strict=True):",
          ("True", "False"), "as many of both"),

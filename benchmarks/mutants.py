@@ -100,23 +100,6 @@ def equivalent_mutants() -> set[tuple[str, str, str]]:
     return found
 
 
-# Arguments of kernels, by keyword or in a dict, that change their speed alone.
-OF_SPEED = ("num_warps", "num_stages", "maxnreg", "eviction_policy", "launch_pdl")
-
-
-# Whole kinds of them: file, function, what the line has and its mutant has not ("" for any line).
-EQUIVALENT_KINDS = [
-    # Of tiles that are valid, the fastest; what is valid is claimed.
-    ("triton_scan.py", "vector_tile", ""),
-    ("triton_scan.py", "matrix_tile", ""),
-    # Offsets beyond 32 bits: a test on a GPU with 45 GB free claims them.
-    ("triton_scan.py", "", ".to(tl.int64)"),
-    # A kernel that starts while the last one runs: on a GPU from Hopper on alone.
-    ("triton_scan.py", "wait_for_the_kernel_before", "gdc_"),
-    ("triton_scan.py", "overlap_options", ""),
-]
-
-
 @dataclass(frozen=True)
 class Mutant:
     file: str

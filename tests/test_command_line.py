@@ -191,7 +191,7 @@ def test_a_small_model_takes_one_thread_and_rows_without_text_are_none(
     torch.set_num_threads(2)
     config = MambaConfig(d_model, vocab_size=384, tokenizer="bytes", d_state=1, expand=0.1)
     Mamba(config).save_pretrained(tmp_path)
-    call = ("a", "--model", str(tmp_path), "--temperature", "1", "--top-p", "1")
+    call = ("a", "--model", str(tmp_path), "--device", "cpu", "--temperature", "1", "--top-p", "1")
     code, out, err = run(*call, "--max-new-tokens", "40")
     assert (code, err) == (0, "") and len(out) > 10
     assert torch.get_num_threads() == threads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -15,9 +16,7 @@ HERE = Path(__file__).parent.parent / "benchmarks"
 def cpu(monkeypatch):
     """benchmarks/cpu.py as a module; it sets the number of threads, as conftest.py does again."""
     monkeypatch.syspath_prepend(HERE)
-    import cpu
-
-    return cpu
+    return importlib.import_module("cpu")
 
 
 def test_a_dry_run_measures_every_system_that_is_installed_and_writes_nothing(

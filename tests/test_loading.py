@@ -34,10 +34,8 @@ HF_CONFIG |= {"architectures": ["MambaForCausalLM"], "intermediate_size": 16, "d
 SAFE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-BIN_SHARDS = [f"pytorch_model-0000{i}-of-00003.bin" for i in (1, 2, 3)]
-# In the order in which they are looked for.
-FORMATS = {"safetensors": [SAFE], "shards": [INDEX, *SHARDS]}
-FORMATS |= {"bin": [BIN], "bin shards": [BIN_INDEX, *BIN_SHARDS]}
+FORMATS = {"safetensors": [SAFE], "shards": [INDEX, *SHARDS], "bin": [BIN]}  # in this order
+FORMATS["bin shards"] = [BIN_INDEX, *(f"pytorch_model-0000{i}-of-00003.bin" for i in (1, 2, 3))]
 HF, HF_SHARDS = "hf safetensors", "hf shards"
 D, NORM, EMBEDDING = "backbone.layers.1.mixer.D", "backbone.norm_f.weight", mamba.EMBEDDING
 IDS = torch.arange(20).view(2, 10)
@@ -65,19 +63,20 @@ def write(folder: Path, layout: str = "bin", tensors: object = None, **changes) 
     """A whole folder, as transformers has it ("hf ...") or as originals are, with these changes."""
     folder.mkdir(exist_ok=True)
     form = layout.removeprefix("hf ")
-    config = (HF_CONFIG if form != layout else CONFIG) | changes
-    tensors = tensors or (HF_WEIGHTS if form != layout else WEIGHTS)
-    (folder / "config.json").write_text(json.dumps(config))
-    index, *files = FORMATS.get(form, [BIN])
-    if files:  # each of them has every third weight
-        where = {name: files[i % 3] for i, name in enumerate(tensors)}
+    config, weights = (CONFIG, WEIGHTS) if form == layout else (HF_CONFIG, HF_WEIGHTS)
+    tensors, files = tensors or weights, FORMATS.get(form, [BIN])
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    parts = [list(tensors)[i::3] for i in range(3)] if len(files) > 1 else [tensors]
+    if len(files) > 1:
+        index, *files = files
+        where = {name: file for file, part in zip(files, parts, strict=True) for name in part}
         (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    for i, file in enumerate(files or [index]):
-        part = dict(list(tensors.items())[i::3]) if files else tensors
+    for file, part in zip(files, parts, strict=True):
         if file.endswith(".bin"):
+            part = {name: tensors[name] for name in part}
             torch.save(part, folder / file, _use_new_zipfile_serialization=form != "old bin")
         else:
-            save_file({name: tensor.clone() for name, tensor in part.items()}, folder / file)
+            save_file({name: tensors[name].clone() for name in part}, folder / file)
     return folder
 
 
@@ -90,13 +89,11 @@ def assert_loads(name_or_path: str | Path, dtype: torch.dtype = torch.float32, *
 
 
 def assert_refused(name_or_path: str | Path, kind: type, *words: str, **options) -> str:
-    """One sentence with these words, which is returned."""
+    """One sentence with these words, which is returned; none that leads to run what was refused."""
     with pytest.raises(Exception) as info:
         Mamba.from_pretrained(name_or_path, **options)
     message = str(info.value)
-    assert info.type is kind, message
-    assert 20 < len(message) < 600 and "\n" not in message, message
-    # torch's own words on a refused pickle suggest to run it; to load again helps nobody here
+    assert info.type is kind and 20 < len(message) < 600 and "\n" not in message, message
     assert not any(word in message for word in ("weights_only=False", "Re-running", "again"))
     assert all(word in message for word in words), message
     return message
@@ -199,19 +196,18 @@ def test_loading_in_bfloat16_takes_half_the_file_beside_its_pages(tmp_path, monk
 @pytest.mark.parametrize("head", ["tied", "equal", "another"])
 def test_whether_the_head_is_the_embedding_is_asked_of_the_tensors(flag, head, tmp_path):
     """Equal is not tied: a tied one would change with the embedding in the next training step."""
-    model = small(tie_embeddings=flag)
+    model, is_tied = small(tie_embeddings=flag), head == "tied"
     weight = model.backbone.embedding.weight
-    changed = weight.detach() + (1.0 if head == "another" else 0.0)
-    model.lm_head.weight = weight if head == "tied" else torch.nn.Parameter(changed)
+    changed = torch.nn.Parameter(weight.detach() + (1.0 if head == "another" else 0.0))
+    model.lm_head.weight = weight if is_tied else changed
     model.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["tie_embeddings"] == (head == "tied")
+    assert json.loads((tmp_path / "config.json").read_text())["tie_embeddings"] == is_tied
     assert model.config.tie_embeddings == flag  # to save changes nothing in the model
     loaded = Mamba.from_pretrained(tmp_path)
     loaded.save_pretrained(tmp_path)  # over the file that its weights are mapped from
-    for model_again in (loaded, Mamba.from_pretrained(tmp_path)):
-        assert torch.equal(model_again(IDS), model(IDS))
-        tied = model_again.lm_head.weight is model_again.backbone.embedding.weight
-        assert tied == model_again.config.tie_embeddings == (head == "tied")
+    for again in (loaded, Mamba.from_pretrained(tmp_path)):
+        assert torch.equal(again(IDS), model(IDS)) and again.config.tie_embeddings == is_tied
+        assert (again.lm_head.weight is again.backbone.embedding.weight) == is_tied
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", SAFE]
 
 
@@ -290,9 +286,8 @@ def test_a_config_of_another_model_is_refused_by_its_field(layout, field, value,
     if layout == "bin" and field in ("layer", "d_stat", "d_model"):
         write(tmp_path, layout, ssm_cfg={field: value})
         assert_refused(tmp_path, ValueError, "ssm_cfg" if field == "d_model" else field)
-    if field == "model_type":
-        write(tmp_path, HF, model_type=None)
-        assert_refused(tmp_path, ValueError, "model_type = None is another architecture, not 'm")
+    write(tmp_path, HF, model_type=None)
+    assert_refused(tmp_path, ValueError, "model_type = None is another architecture, not 'm")
 
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 516\n"
@@ -469,11 +464,10 @@ def test_of_a_new_commit_only_what_differs_is_downloaded_and_the_old_one_stays_t
 
 
 def test_all_files_come_from_one_commit_though_another_is_pushed_meanwhile(hub, monkeypatch):
-    read_config = mamba.read_config
+    read_config, later = mamba.read_config, {BIN: b"for another config.json"}
 
-    def push(path):
-        """As soon as config.json is there."""
-        hub.push(NAME, hub.repositories[NAME] | {BIN: b"for another config.json"})
+    def push(path: Path) -> MambaConfig:
+        hub.push(NAME, hub.repositories[NAME] | later)
         return read_config(path)
 
     monkeypatch.setattr(mamba, "read_config", push)
@@ -512,10 +506,9 @@ def test_a_fault_of_the_hub_is_one_sentence_unless_the_cache_has_what_is_asked_f
 def test_a_repository_a_revision_or_a_file_that_is_not_there_is_named(hub):
     assert_refused("someone/else", FileNotFoundError, "someone/else")
     assert_refused(NAME, RuntimeError, NAME, "v9", revision="v9")
-    del hub.repositories[NAME][BIN]
-    assert_refused(NAME, FileNotFoundError, BIN, SAFE)
-    del hub.repositories[NAME]["config.json"]
-    assert_refused(NAME, FileNotFoundError, "config.json")
+    for file, named in ((BIN, f"{SAFE} or"), ("config.json", "config.json")):
+        del hub.repositories[NAME][file]
+        assert_refused(NAME, FileNotFoundError, file, named)
 
 
 def test_without_a_network_the_cache_decides_and_what_is_only_partly_there_is_missed_by_name(
@@ -542,9 +535,9 @@ def test_offline_means_that_nobody_is_asked(hub, monkeypatch):
     assert_loads(NAME, cache_dir=(full := constants.HF_HUB_CACHE + "-full"))
     hub.requests.clear()
     hub.others.clear()
-    for way in ("local_files_only", "HF_HUB_OFFLINE"):
-        options = {"local_files_only": way == "local_files_only"}
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", way == "HF_HUB_OFFLINE")
+    for offline in (False, True):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        options = {"local_files_only": not offline}
         assert_loads(NAME, cache_dir=full, **options)
         assert_refused(NAME, FileNotFoundError, "load once without HF_HUB_OFFLINE", **options)
     assert hub.requests == hub.others == []
@@ -558,13 +551,12 @@ def test_the_clients_own_command_finds_a_wrong_bit_in_the_second_of_three_shards
     environment = hub.environment(tmp_path, HF_HUB_CACHE=constants.HF_HUB_CACHE)
     command = [str(Path(sys.executable).with_name("hf")), "cache", "verify", NAME]
     (shard,) = Path(constants.HF_HUB_CACHE).glob(f"*/snapshots/*/{SHARDS[1]}")
-    for is_wrong in (False, True):
-        if is_wrong:
-            data = shard.read_bytes()
-            shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    *whole, last = shard.read_bytes()
+    for wrong in (0, 1):
+        shard.write_bytes(bytes([*whole, last ^ wrong]))
         result = subprocess.run(command, env=environment, capture_output=True, text=True)
         said = result.stdout + result.stderr
-        assert (result.returncode == 1, SHARDS[1] in said) == (is_wrong, is_wrong), said
+        assert (result.returncode, SHARDS[1] in said) == (wrong, wrong), said
 
 
 ## The real Hub: pytest -m hub ---------------------------------------------------------------------

@@ -57,21 +57,18 @@ ROWS = [re.findall(r"`(\w+)`", row) for row in re.findall(r"^\| .* \| (.*) \|$",
 PIECES = {names[0]: names for names in ROWS if names}
 
 
-def names_of(node: ast.stmt) -> set[str]:
-    """What a statement of a module defines."""
-    if isinstance(node, ast.Assign):
-        return {target.id for target in node.targets if isinstance(target, ast.Name)}
-    return {node.name} if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else set()
-
-
 def copied(names: set[str]) -> types.SimpleNamespace:
     """A module that has the imports of mamba.py and these of its names, each once, as it is."""
-    tree = ast.parse((ROOT / "mamba.py").read_text())
-    imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    pieces = [node for node in tree.body if names_of(node) & names]
-    assert set().union(*map(names_of, pieces)) == names
+    pieces, defined = [], set()
+    for node in ast.parse((ROOT / "mamba.py").read_text()).body:
+        nodes = node.targets if isinstance(node, ast.Assign) else [node]
+        found = {getattr(node, "name", getattr(node, "id", None)) for node in nodes} & names
+        if found or isinstance(node, (ast.Import, ast.ImportFrom)):
+            pieces.append(node)
+        defined |= found
+    assert defined == names
     module: dict = {}
-    exec(compile(ast.Module([*imports, *pieces], []), "copied", "exec"), module)
+    exec(compile(ast.Module(pieces, []), "copied", "exec"), module)
     return types.SimpleNamespace(**module)
 
 

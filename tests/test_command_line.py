@@ -1,8 +1,5 @@
-"""generate.py as people run it: what it prints, where, and how it ends.
-
-Whatever goes wrong is one line on stderr, with nothing on stdout: exit 2 for a wrong call, exit 1
-for a failure. Each subprocess spends two seconds on importing torch, so those start one that need
-a process of their own (pipes, signals, exit codes); the others call `main`.
+"""generate.py as people run it: what it prints, where, and how it ends. Whatever goes wrong is one
+line on stderr, with nothing on stdout: exit 2 for a wrong call, exit 1 for a failure.
 """
 
 from __future__ import annotations
@@ -15,7 +12,6 @@ import signal
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,17 +20,16 @@ from huggingface_hub import constants
 import generate
 from mamba import SCANS, Mamba, MambaConfig
 
-PROGRAM = Path(generate.__file__)
 SHORT = ("--max-new-tokens", "12", "--seed", "1")
 PROMPT = "To be, or not to be"
 
 
 def start(*arguments: str, **options) -> subprocess.Popen:
-    """The program, with nothing on stdin and no Python options of this process."""
+    """The program in a process of its own, with nothing on stdin and no Python options of ours."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     environment |= {"OMP_NUM_THREADS": "1", **options.pop("env", {})}
-    command = [sys.executable, str(PROGRAM), *arguments]
+    command = [sys.executable, generate.__file__, *arguments]
     return subprocess.Popen(command, env=environment, **{**pipes, **options})
 
 

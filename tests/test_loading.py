@@ -225,40 +225,32 @@ def test_what_is_not_the_default_is_saved_too_and_what_is_ours_alone_only_then(t
     assert Mamba.from_pretrained(tmp_path, scan="chunked").config == small(scan="chunked").config
 
 
-def loss_of(model) -> torch.Tensor:
-    logits = model(IDS[:, :-1])
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), IDS[:, 1:].flatten())
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_adapters_are_saved_merged_with_their_own_head_and_peft_warns_of_tied_matrices(tmp_path):
     peft = pytest.importorskip("peft")
 
-    def adapted(model: Mamba, *names: str, **options):
-        return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=names, **options))
+    def adapted(names: list[str], more: list[str] | None = None, tied: bool = True):
+        options = peft.LoraConfig(
+            target_modules=names, modules_to_save=more, init_lora_weights=False
+        )
+        return peft.get_peft_model(small(tie_embeddings=tied), options)
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        adapted(small(tie_embeddings=False), "lm_head").merge_and_unload()
+        adapted(["lm_head"], tied=False).merge_and_unload()
     with pytest.warns(UserWarning, match="tied layer is part of the adapter"):
-        adapted(small(), "lm_head")
+        adapted(["lm_head"])
     with pytest.warns(UserWarning, match="no longer tied after merging"):
-        model = adapted(small(), "in_proj", modules_to_save=["lm_head"])
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-        before = loss_of(model).item()
-        for _ in range(3):
-            optimizer.zero_grad()
-            loss_of(model).backward()
-            optimizer.step()
+        model = adapted(["in_proj"], ["lm_head"])
+        torch.nn.init.normal_(model.base_model.model.lm_head.modules_to_save["default"].weight)
         with pytest.raises(RuntimeError, match="lora_A"):
             model.base_model.model.save_pretrained(tmp_path / "model")
         assert not (tmp_path / "model").exists()
-        merged = model.merge_and_unload()
-    expected = loss_of(merged).item()
-    assert expected < before - 0.01
+        expected, merged = model(IDS), model.merge_and_unload()
     merged.save_pretrained(tmp_path)
     loaded = Mamba.from_pretrained(tmp_path)
-    assert loss_of(loaded).item() == pytest.approx(expected, abs=1e-5)
+    assert not torch.allclose(loaded(IDS), small()(IDS), atol=1e-2)
+    assert torch.allclose(loaded(IDS), expected, rtol=1e-5, atol=1e-5)
     assert merged.config.tie_embeddings is loaded.config.tie_embeddings is False
 
 
@@ -298,7 +290,6 @@ LLAMA = b'{"model_type": "llama", "hidden_size": 16, "num_attention_heads": 4}'
 DAMAGES = [  # no such file, that part of the true content, or this content
     ("bin", "config.json", None, FileNotFoundError, "has no file config.json"),
     ("bin", "config.json", b"[1]", RuntimeError, "a list is no dict"),
-    ("bin", "config.json", b"\xff\xfe\0\1", RuntimeError, "config.json is damaged"),
     ("bin", "config.json", b"[" * 10**5, RuntimeError, "config.json"),
     ("bin", "config.json", LLAMA, ValueError, "llama"),
     ("bin", BIN, None, FileNotFoundError, f"{SAFE} or {INDEX} or {BIN} or {BIN_INDEX}"),
@@ -310,12 +301,10 @@ DAMAGES = [  # no such file, that part of the true content, or this content
     (HF, SAFE, 0.5, RuntimeError, SAFE),
     (HF, SAFE, HTML, RuntimeError, "<!DOCTYPE html>"),
     (HF_SHARDS, SHARDS[1], None, FileNotFoundError, SHARDS[1]),
-    (HF_SHARDS, SHARDS[1], 0.5, RuntimeError, SHARDS[1]),
     (HF_SHARDS, INDEX, 0.5, RuntimeError, INDEX),
     (HF_SHARDS, INDEX, b"{}", ValueError, "weight_map"),
     (HF_SHARDS, INDEX, b'{"weight_map": ["x"]}', ValueError, INDEX),
     (HF_SHARDS, INDEX, b'{"weight_map": {"D": "../up", "A": "a"}}', ValueError, "weight_map"),
-    (HF_SHARDS, INDEX, b'{"weight_map": {"D": "x.bin"}}', FileNotFoundError, "x.bin"),
 ]
 
 
@@ -353,10 +342,8 @@ SEVERAL |= {NORM: torch.ones(2, 8), "head.bias": torch.ones(3)}
 FIRST = "(weights: 10 missing: backbone.layers.0.norm.weight, backbone.layers.0.mixer.A_log, "
 FIRST += "backbone.layers.0.mixer.D;"
 MISFITS = [
-    (WEIGHTS | {"epoch": 3}, "(weights: 1 unknown: epoch)"),
     (WEIGHTS | {D: 3}, f"1 misshapen: {D} int"),
     ({3: WEIGHTS[D]}, "1 unknown: 3"),
-    (WEIGHTS | {D: WEIGHTS[D] + 1j}, "complex64"),
     (WEIGHTS | {D: WEIGHTS[D].int()}, "int32"),
     (WEIGHTS | {D: WEIGHTS[D].to("meta")}, D),
     (WEIGHTS | {D: WEIGHTS[D].to_sparse()}, D),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib.machinery
+import importlib.util
 import os
 import re
 import sys
@@ -57,15 +58,11 @@ def figures(cell) -> list[str]:
 
 @pytest.fixture(scope="module")
 def committed():
-    try:
-        import ipykernel  # noqa: F401
-        import matplotlib  # noqa: F401
-        import nbclient  # noqa: F401
-        import nbformat
-    except ModuleNotFoundError as error:
-        give_up = pytest.fail if os.environ.get("CI") else pytest.skip
-        give_up(f'{error.name} is missing: pip install -e ".[test]"')
-    return nbformat.read(NOTEBOOK, as_version=4)
+    for name in ("ipykernel", "matplotlib", "nbclient", "nbformat"):
+        if importlib.util.find_spec(name) is None:
+            give_up = pytest.fail if os.environ.get("CI") else pytest.skip
+            give_up(f'{name} is missing: pip install -e ".[test]"')
+    return importlib.import_module("nbformat").read(NOTEBOOK, as_version=4)
 
 
 @pytest.fixture(scope="module")

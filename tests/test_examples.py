@@ -162,14 +162,14 @@ def run(monkeypatch, tmp_path, capsys):
             run.windows.append(super().next())
             return run.windows[-1]
 
-    def run(*options: str) -> str:
+    def run(options: str) -> str:
         run.windows, run.seeds, run.compiled = [], [], []
         clock = SimpleNamespace(perf_counter=itertools.count(1, 61).__next__)
         monkeypatch.setattr(train, "time", clock)
         start = """train.py --data read.txt kept.txt more.txt --hold-out kept.txt --device cpu
-            --d-model 8 --n-layer 2 --batch 3 --seqlen 8 --warmup 2 --lr 0.01 --steps 6
-            --dropout 0 --seed 5"""
-        monkeypatch.setattr(sys, "argv", [*start.split(), *options])
+            --d-model 8 --n-layer 2 --batch 3 --seqlen 8 --warmup 2 --lr 0.01 --steps 6 --seed 5
+            --dropout 0"""
+        monkeypatch.setattr(sys, "argv", [*start.split(), *options.split()])
         train.main()
         return capsys.readouterr().out
 
@@ -183,7 +183,7 @@ def run(monkeypatch, tmp_path, capsys):
 
 
 def test_training_is_this_loop_and_one_that_was_interrupted_ends_with_the_same_model(run):
-    printed = run("--out", "whole", "--evaluate-every", "4")
+    printed = run("--out whole --evaluate-every 4")
     saved = torch.load("whole/training.pt")
     assert run.seeds[0] == 5 and not run.compiled
 
@@ -217,7 +217,7 @@ def test_training_is_this_loop_and_one_that_was_interrupted_ends_with_the_same_m
 
     for begun, minutes in ((0, "2.01"), (2, "4.05"), (4, "5.5")):
         assert not Path("new/parts/model.safetensors").exists()
-        printed = run("--out", "new/parts", "--minutes", minutes)
+        printed = run(f"--out new/parts --minutes {minutes}")
         assert len(run.windows) == 2 and run.seeds[0] == 5 + begun, "not the dice of before again"
         assert f"step {begun + 2}  {61 * (begun + 2)} s  " in printed
         assert ("out of time, wrote new/parts/training.pt" in printed) == (begun < 4)
@@ -225,11 +225,11 @@ def test_training_is_this_loop_and_one_that_was_interrupted_ends_with_the_same_m
     for name in ("model.safetensors", "config.json"):
         assert Path("new/parts", name).read_bytes() == Path("whole", name).read_bytes()
     with pytest.raises(SystemExit, match=r"begun with lr = 0\.01, not 0\.02: delete it"):
-        run("--out", "new/parts", "--lr", "0.02")
+        run("--out new/parts --lr 0.02")
 
 
 def test_what_is_saved_and_measured_is_the_model_without_dropout_matrices_as_float16(run):
-    printed = run("--out", "out", "--dropout", "0.9")
+    printed = run("--out out --dropout 0.9")
     exact, rounded = torch.load("out/training.pt")["model"], load_file("out/model.safetensors")
     for name, tensor in rounded.items():
         matrix = exact[name].ndim > 1 and not name.endswith("A_log")
@@ -238,11 +238,11 @@ def test_what_is_saved_and_measured_is_the_model_without_dropout_matrices_as_flo
     model = Mamba.from_pretrained("out")
     expected = nats(model, VERSE[::-1]) / (len(VERSE) - 1)
     assert model.config == MambaConfig(8, n_layer=2, vocab_size=256, tokenizer="bytes")
-    printed += run("--evaluate", "out")
+    printed += run("--evaluate out")
     said = re.findall(r"^(?:step 6|out:) .*hold-out (\d\.\d{4}) nats per byte", printed, re.M)
     assert [float(number) for number in said] == pytest.approx([expected] * 3, abs=2e-3)
     assert "wrote out: config.json, model.safetensors, and training.pt" in printed
-    printed = run("--out", "all", "--dropout", "1", "--evaluate-every", "1", "--compile")
+    printed = run("--out all --dropout 1 --evaluate-every 1 --compile")
     assert [*map(type, run.compiled)] == [ResidualBlock] * 2
     # All that enters the stream is dropped, after each evaluation too: every byte is as likely.
     assert re.findall(r" train (\S+) ", printed) == [f"{math.log(256):.4f}"] * 6
@@ -253,10 +253,6 @@ def chunked(u=(6, 4), weight=(5, 4), targets=(6,), chunk=2):
     return lambda _: train.chunked_cross_entropy(torch.ones(u), torch.ones(weight), targets, chunk)
 
 
-def command(options: str):
-    return lambda run: run(*options.split())
-
-
 @pytest.mark.parametrize(("call", "words"), [
     (chunked(u=(6, 3)), r"need u .*got \(6, 3\), \(5, 4\)"),
     (chunked(u=(0, 4), targets=(0,)), "not empty"),
@@ -264,11 +260,11 @@ def command(options: str):
     (chunked(weight=(5, 4, 1)), "need u"),
     (chunked(targets=(5,)), r"need targets \(6,\) .*got \(5,\), 2"),
     (chunked(chunk=0), "chunk >= 1"),
-    (command("--hold-out typo.txt"), "train.py: error: --hold-out typo.txt: not"),
-    (command("--seqlen 423"), "424 bytes to train on are too few for --seqlen 423"),
-    (command("--hold-out kept.txt empty.txt --data read.txt kept.txt empty.txt"), "too few"),
-    (command("--evaluate typo"), "train.py: error: .*typo"),
-    (command("--hold-out --evaluate out"), "^2$"),
+    (lambda run: run("--hold-out typo.txt"), "train.py: error: --hold-out typo.txt: not"),
+    (lambda run: run("--seqlen 423"), "424 bytes to train on are too few for --seqlen 423"),
+    (lambda run: run("--hold-out empty.txt --data read.txt empty.txt"), "too few"),
+    (lambda run: run("--evaluate typo"), "train.py: error: .*typo"),
+    (lambda run: run("--hold-out --evaluate out"), "^2$"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(call, words, run):
     with pytest.raises((ValueError, SystemExit), match=words):

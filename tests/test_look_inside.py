@@ -144,10 +144,9 @@ def test_the_picture_shows_what_is_in_the_layer(run, capsys):
     with look.watch(model) as layers, torch.no_grad():
         model(ids)
     top, bar, middle, bottom, _ = run.figures[0].axes
-    assert [axes.get_ylabel() for axes in run.figures[0].axes] == [
-        *("channels, sorted", "Δ / the channel's mean", "state, ‖h‖"),
-        *("t, the token that reads", "|alpha|, mean over channels"),
-    ]
+    words = ["channels, sorted", "Δ / the channel's mean", "state, ‖h‖"]
+    words += ["t, the token that reads", "|alpha|, mean over channels"]
+    assert [axes.get_ylabel() for axes in run.figures[0].axes] == words
     assert bottom.get_xlabel() == "s, the token that is read"
     ticks = dict(zip(bar.get_yticks(), (t.get_text() for t in bar.get_yticklabels()), strict=True))
     assert ticks == {1 / 4: "1/4", 1 / 2: "1/2", 1: "1", 2: "2", 4: "4"}

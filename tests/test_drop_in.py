@@ -160,7 +160,6 @@ def test_each_prompt_gets_from_our_blocks_what_it_gets_alone_without_them(change
     ours.save_pretrained(tmp_path)
     theirs, report = type(host).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
-    assert type(theirs.backbone.layers[0].mixer) is MambaMixer
     assert torch.equal(theirs(ids).logits, host(ids).logits)
 
 

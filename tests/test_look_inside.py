@@ -213,8 +213,8 @@ def test_watch_and_states_say_what_they_cannot_read():
             pass
     with look.watch(model) as layers:
         model.step(torch.tensor([7]), model.init_state(1))
-    for seen in ({}, layers[0]):
-        with pytest.raises(ValueError, match="there is no sequence here"):
-            look.states(seen)
-    with pytest.raises(ValueError, match=r"reset must be \(2, 13\), got \(2, 4\)"):
-        look.states(inside, reset=torch.zeros(2, 4, dtype=torch.bool))
+    wrong_length = r"reset must be \(2, 13\), got \(2, 4\)"
+    no_sequence = "there is no sequence here"
+    for seen, words in (({}, no_sequence), (layers[0], no_sequence), (inside, wrong_length)):
+        with pytest.raises(ValueError, match=words):
+            look.states(seen, reset=torch.zeros(2, 4, dtype=torch.bool))

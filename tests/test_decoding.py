@@ -20,6 +20,7 @@ import triton_scan
 from mamba import Mamba
 from test_mamba import assert_close, random_ids, random_model, random_state
 
+pytestmark = pytest.mark.gpu
 GPU = torch.cuda.is_available()
 
 

@@ -44,7 +44,6 @@ from test_mamba import (
 )
 
 IDS = torch.arange(6).view(2, 3)
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def test_importing_mamba_loads_torch_and_einops_alone_and_prints_nothing():
@@ -261,6 +260,7 @@ def test_a_gpu_takes_the_kernel_where_it_can_and_all_others_when_it_is_asked_for
     assert mamba.companion("auto", gpu, rule="mamba") is None
 
 
+@pytest.mark.gpu
 def test_the_kernels_are_given_what_the_scans_are(monkeypatch):
     pytest.importorskip("triton_scan", exc_type=ImportError)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -295,13 +295,14 @@ def mixer(model: Mamba) -> MambaBlock:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda model: mixer(model).dt_proj.register_forward_hook(print),
-        lambda model: mixer(model).dt_proj.register_forward_pre_hook(print),
-        lambda model: mixer(model).dt_proj.register_full_backward_hook(print),
-        lambda model: mixer(model).dt_proj.register_full_backward_pre_hook(print),
-        lambda model: setattr(mixer(model), "forward", print),
-        lambda model: setattr(mixer(model), "step", print),
-        lambda model: setattr(mixer(model), "select", print),
+        *(
+            lambda model, way=way: getattr(mixer(model).dt_proj, f"register_{way}_hook")(print)
+            for way in ("forward", "forward_pre", "full_backward", "full_backward_pre")
+        ),
+        *(
+            lambda model, name=name: setattr(mixer(model), name, print)
+            for name in ("forward", "step", "select")
+        ),
         lambda model: setattr(model, "embed", print),
         lambda model: setattr(mixer(model), "D", nn.UninitializedParameter()),
         lambda model: setattr(mixer(model).out_proj, "__class__", NonDynamicallyQuantizableLinear),
@@ -317,7 +318,7 @@ def test_a_model_with_a_hook_an_adapter_or_another_forward_is_not_our_own(change
     assert not mamba.is_our_own(model)
 
 
-@needs_gpu
+@pytest.mark.gpu(needed=True)
 @pytest.mark.parametrize("scan", SCANS)
 def test_a_gpu_gives_the_numbers_of_the_cpu(scan):
     model, (ids, reset) = random_model(scan=scan).double(), packed_documents((5, 35, 1, 29))

@@ -226,7 +226,7 @@ def test_where_there_is_no_cpuinfo_python_knows_who_made_the_processor(right_mac
         assert generate.can_convolve(random_model(), 10) is (vendor == "AuthenticAMD")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu(needed=True)
 def test_on_a_gpu_the_parts_are_larger_and_the_products_stay(right_machine, monkeypatch):
     monkeypatch.setattr(generate, "GPU_READS", 10)
     model, ids = random_model().cuda(), random_ids(2, 13).cuda()

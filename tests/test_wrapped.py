@@ -34,8 +34,6 @@ from test_mamba import (
     selective_inputs,
 )
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
 
 def loaded(model: Mamba) -> Mamba:
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -295,7 +293,9 @@ def test_gradients_for_each_sample_by_torch_func_are_those_of_each_alone():
     assert_same_results(stepped, model.step(ids[:, 0], states))
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu(needed=True))]
+)
 def test_a_compiled_model_is_the_model_and_is_compiled_whole_once_for_a_length(device):
     """fullgraph: a graph break is an error. Lengths may be rounded up, by padding on the right,
     which the tokens to its left do not see. One graph serves all steps."""

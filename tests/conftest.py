@@ -24,6 +24,12 @@ from hub import Hub
 from test_mamba import the_same_numbers_in_every_run  # noqa: F401  a fixture
 
 
+def pytest_runtest_setup(item):
+    needed = any(mark.kwargs.get("needed") for mark in item.iter_markers("gpu"))
+    if needed and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
 def use_endpoint(monkeypatch, url: str, cache: Path) -> None:
     """Let the client of this process talk to url, with a cache of its own."""
     monkeypatch.setattr(constants, "ENDPOINT", url)

@@ -1408,9 +1408,8 @@ def file_finder(
         from multiprocessing.pool import ThreadPool
 
         import huggingface_hub as hub
-        from huggingface_hub import errors, utils
+        from huggingface_hub import errors
 
-        utils.validate_repo_id(name)
         seconds = float(os.environ.get("HF_HUB_ETAG_TIMEOUT", 1.5))
         try:
             if local_files_only:

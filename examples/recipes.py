@@ -204,7 +204,7 @@ def resize_token_embeddings(model: Mamba, vocab_size: int) -> None:
     Raises ValueError for a vocab_size that no configuration can have.
     """
     config = replace(model.config, vocab_size=vocab_size)  # checks it
-    kept, modules = min(model.config.vocab_size, vocab_size), [model.backbone.embedding]
+    kept, modules = min(model.config.vocab_size, config.vocab_size), [model.backbone.embedding]
     if model.lm_head.weight is not model.backbone.embedding.weight:
         modules.append(model.lm_head)
     for module in modules:

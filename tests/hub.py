@@ -1,12 +1,20 @@
 """The Hugging Face Hub on the loopback interface, for the real client to talk to.
 
     with Hub({"someone/model": {"config.json": b"{}", "model.safetensors": b"..."}}) as hub:
-        hub.faults["config.json"] = "gated"  # see FAULTS
+        hub.faults["config.json"] = "gated"
         subprocess.run(command, env=hub.environment(cache))
         hub.requests  # [("GET", "someone/model", LIST), ("HEAD", "someone/model", "config.json")]
 
 The client reads HF_ENDPOINT when it is imported: a subprocess gets it from `environment`, this
-process from the `hub` fixture (conftest.py), which sets the client's constants.
+process from the `hub` fixture (conftest.py), which sets the client's constants. What can be wrong
+with a file or with the list of files:
+
+    gated, private, 500     what the Hub says of each; private is as if there were none
+    500-body                the file is announced, but not to be had
+    cut                     the connection ends halfway, each time
+    short                   fewer bytes than announced
+    portal                  a login page of the hotel answers in place of the Hub
+    slow                    no answer before the test is over
 """
 
 from __future__ import annotations
@@ -20,23 +28,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
 COMMIT = "5eed" * 10  # the first revision; the last one is also called "main"
-REMOTE = "somewhere-else"  # the path under which large files are served, as from a CDN
 LARGE = (".bin", ".safetensors")
 LIST = "(list of files)"  # stands for a file's name in `faults` and `requests`
-
-# What can be wrong with a file or the list. Those with "-once" repair themselves after one time.
-FAULTS = {
-    "gated": "403, the terms are not accepted",
-    "private": "401, as for a repository that does not exist",
-    "500": "the server is broken",
-    "500-body": "the file is announced, but not to be had",
-    "cut": "the connection ends halfway, each time",
-    "cut-once": "the connection ends halfway, but the rest is delivered when asked for",
-    "short": "fewer bytes than announced",
-    "flip": "one bit is wrong",
-    "portal": "a login page of the hotel answers in place of the Hub",
-    "slow": "no answer before the test is over",
-}
+REFUSALS = {"gated": (403, "GatedRepo"), "private": (401, "RepoNotFound"), "500": (500, "")}
 
 
 class Hub:
@@ -46,17 +40,14 @@ class Hub:
         self.repositories = repositories or {}
         self.commit = COMMIT
         self.earlier: dict[str, dict[str, dict[str, bytes]]] = {}  # commit -> repositories
-        self.faults: dict[str, str] = {}  # file name -> one of FAULTS
+        self.faults: dict[str, str] = {}
         self.requests: list[tuple[str, str, str]] = []  # (method, repository, file name)
         self.others: list[str] = []  # the paths of requests for anything else
-        self.ranges: list[str] = []  # the Range headers of all requests
         self.over = threading.Event()
-        self.server = ThreadingHTTPServer(
-            ("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self})
-        )
+        handler = type("Bound", (Handler,), {"hub": self})
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
-        self.port = self.server.server_address[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
     def __enter__(self) -> Hub:
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
@@ -77,17 +68,10 @@ class Hub:
         self.server.shutdown()
         self.server.server_close()
 
-    def environment(self, cache: os.PathLike | str, **changes: str) -> dict[str, str]:
+    def environment(self, home: os.PathLike, **changes: str) -> dict[str, str]:
         """The environment of a subprocess for which this is the Hub, with a cache of its own."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
-        return {**kept, "HF_ENDPOINT": self.url, "HF_HOME": str(cache), **changes}
-
-
-def nowhere() -> str:
-    """The address of a Hub that is not there: nothing listens on this port."""
-    hub = Hub()
-    hub.server.server_close()
-    return hub.url
+        return {**kept, "HF_ENDPOINT": self.url, "HF_HOME": str(home), **changes}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -97,48 +81,34 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        path = unquote(self.path.split("?")[0])
-        if match := re.fullmatch(rf"/({REMOTE}/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            remote, repository, revision, name = match.groups()
-        elif match := re.fullmatch(
-            r"/api/models/([^/]+/[^/]+?)(/tree|/revision)?(?(2)/(.+))", path
-        ):
-            repository, kind, revision = match.groups()
-            name = LIST
+        hub, path = self.hub, unquote(self.path.split("?")[0])
+        listing = r"/api/models/([^/]+/[^/]+?)(/tree|/revision)?(?(2)/(.+))"
+        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            repository, revision, name = match.groups()
+        elif match := re.fullmatch(listing, path):
+            (repository, kind, revision), name = match.groups(), LIST
         else:
-            self.hub.others.append(path)
+            hub.others.append(path)
             return self.refuse(404, "EntryNotFound")
-        self.hub.requests.append((self.command, repository, name))
-        if revision in (None, "main"):
-            revision = self.hub.commit
-        commits = {**self.hub.earlier, self.hub.commit: self.hub.repositories}
-        fault, files = self.hub.faults.get(name), self.hub.repositories.get(repository)
+        hub.requests.append((self.command, repository, name))
+        revision = hub.commit if revision in (None, "main") else revision
+        commits, fault = {**hub.earlier, hub.commit: hub.repositories}, hub.faults.get(name)
         if fault == "slow":
-            return self.hub.over.wait(30)
-        if fault == "500" or (fault == "500-body" and self.command == "GET"):
-            return self.answer(500)
+            return hub.over.wait(30)
         if fault == "portal":
-            return self.answer(200, {"Content-Type": "text/html"}, b"<html>Room number?</html>")
-        if fault == "gated":
-            return self.refuse(403, "GatedRepo")
-        if files is None or fault == "private":
-            return self.refuse(401, "RepoNotFound")
-        if revision not in commits:
+            return self.answer({"Content-Type": "text/html"}, b"<html>Room number?</html>")
+        if fault == "500-body" and self.command == "GET":
+            fault = "500"
+        if fault in REFUSALS or repository not in hub.repositories:
+            return self.refuse(*REFUSALS[fault or "private"])
+        if repository not in commits.get(revision, {}):
             return self.refuse(404, "RevisionNotFound")
         files = commits[revision][repository]
         if name == LIST:
             return self.send_list(revision, files, with_checksums=kind == "/tree")
         if name not in files:
             return self.refuse(404, "EntryNotFound")
-        data = files[name]
-        large = name.endswith(LARGE)
-        if large and not remote:
-            # Another origin than 127.0.0.1. The checksum stands here, not where the bytes are.
-            location = f"http://localhost:{self.hub.port}/{REMOTE}{self.path}"
-            linked = {"X-Linked-Size": str(len(data)), "X-Linked-ETag": f'"{sha256(data)}"'}
-            return self.answer(302, {"Location": location, "X-Repo-Commit": revision, **linked})
-        etag = sha256(data) if large else git_sha1(data)
-        self.send_file(name, data, fault, {"ETag": f'"{etag}"', "X-Repo-Commit": revision})
+        self.send_file(name, files[name], fault, revision)
 
     do_HEAD = do_GET
 
@@ -151,48 +121,31 @@ class Handler(BaseHTTPRequestHandler):
                 | ({"lfs": large_file(data)} if name.endswith(LARGE) else {})
                 for name, data in files.items()
             ]
-        self.answer(200, {"Content-Type": "application/json"}, json.dumps(content).encode())
+        self.answer({"Content-Type": "application/json"}, json.dumps(content).encode())
 
-    def send_file(self, name: str, data: bytes, fault: str | None, headers: dict) -> None:
-        getting = self.command == "GET"
-        if fault == "flip":
-            data = data[:-1] + bytes([data[-1] ^ 1])
-        if fault == "short" and getting:
+    def send_file(self, name: str, data: bytes, fault: str | None, commit: str) -> None:
+        etag = hashlib.sha256(data).hexdigest() if name.endswith(LARGE) else git_sha1(data)
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit}
+        if fault == "short" and self.command == "GET":
             data = data[:-20]
-        status, start = 200, 0
-        if part := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
-            self.hub.ranges.append(part[0])
-            status, start = 206, int(part[1])
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        body, announced = data[start:], len(data) - start
-        if fault in ("cut", "cut-once") and getting:
-            body = body[: announced // 2] if status == 200 else b""
-            if fault == "cut-once":
-                del self.hub.faults[name]
-        self.answer(status, headers, body, announced)
+        headers["Content-Length"] = str(len(data))
+        self.answer(headers, data[: len(data) // 2] if fault == "cut" else data)
 
-    def answer(
-        self, status: int, headers: dict | None = None, body: bytes = b"", announced: int = -1
-    ) -> None:
+    def answer(self, headers: dict[str, str], body: bytes = b"", status: int = 200) -> None:
         self.send_response(status)
-        size = len(body) if announced < 0 else announced
-        for name, value in {"Content-Length": str(size), **(headers or {})}.items():
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(body)
 
     def refuse(self, status: int, code: str) -> None:
-        self.answer(status, {"X-Error-Code": code, "X-Error-Message": code})
+        self.answer({"X-Error-Code": code, "X-Error-Message": code}, status=status)
 
 
 def large_file(data: bytes) -> dict[str, object]:
-    return {"oid": sha256(data), "size": len(data), "pointerSize": 0}
-
-
-def sha256(data: bytes) -> str:
-    """The name of a large file (git-lfs) on the Hub."""
-    return hashlib.sha256(data).hexdigest()
+    """As git-lfs names it."""
+    return {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 0}
 
 
 def git_sha1(data: bytes) -> str:

@@ -8,33 +8,30 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+HERE = Path(__file__).parent.parent / "benchmarks"
 
 
 @pytest.fixture
 def cpu(monkeypatch):
-    """benchmarks/cpu.py as a module; the number of threads, which it sets, is put back."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    """benchmarks/cpu.py as a module; it sets the number of threads, as conftest.py does again."""
+    monkeypatch.syspath_prepend(HERE)
     import cpu
 
-    threads = torch.get_num_threads()
-    yield cpu
-    torch.set_num_threads(threads)
+    return cpu
 
 
 def test_a_dry_run_measures_every_system_that_is_installed_and_writes_nothing(
     cpu, monkeypatch, capsys
 ):
-    files = {path: path.stat().st_mtime for path in (ROOT / "benchmarks").glob("*.*")}
+    files = {path: path.stat().st_mtime for path in HERE.glob("*.*")}
     monkeypatch.setattr(sys, "argv", ["cpu.py", "--dry-run", "--threads", "1"])
     cpu.main()
-    assert files == {path: path.stat().st_mtime for path in (ROOT / "benchmarks").glob("*.*")}
-    printed = capsys.readouterr()
+    assert files == {path: path.stat().st_mtime for path in HERE.glob("*.*")}
+    out, err = capsys.readouterr()
     for title in ("decode, a token", "prefill", "forward and backward", "token"):
-        assert f"\n| {title}" in printed.out
+        assert f"\n| {title}" in out
     for peer in ("transformers", "mambapy"):
-        left_out = f"{peer} is not installed: left out" in printed.err
-        assert left_out != (f"\n| {peer}, " in printed.out)
+        assert (f"{peer} is not installed: left out" in err) != (f"\n| {peer}, " in out)
 
 
 def test_the_peak_of_tensors_counts_what_is_held_at_a_time(cpu):

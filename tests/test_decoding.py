@@ -1,19 +1,13 @@
-"""Streams on a GPU: when the step of a stream is recorded, and that its tokens stay the same.
+"""Who takes the steps of a stream: `model.step`, on a GPU a recorded step, on a CPU copied weights.
 
-What a recorded step computes is claimed in test_step_graph.py. On a machine without a GPU a
-stand-in takes the place of a recorded graph. It has the same buffers, reads the parameters where
-they were when it was made, and computes where a graph would be replayed.
-
-The judge is the same stream with no graph: the tokens have to be equal.
+What these compute is claimed in test_step_graph.py and test_cpu_step.py. Here: when each is taken,
+that the tokens are those of `model.step`, and that nothing is kept. On a machine without a GPU a
+stand-in is lent for the recorded step.
 """
 
-from __future__ import annotations
-
 import contextlib
-import copy
 import gc
-import math
-import types
+import sys
 import weakref
 from unittest import mock
 
@@ -23,311 +17,169 @@ from torch import Tensor, nn
 
 import generate
 import triton_scan
-from mamba import Mamba, MambaConfig
+from mamba import Mamba
+from test_mamba import assert_close, random_ids, random_model, random_state
 
 GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
 
 
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
+class StandIn(generate.PlainStep):
+    """Like a recorded step it writes over what it lent, and ends with its context."""
+
+    ended, logits = False, None
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        assert not self.ended
+        logits, state = self.model.step(token_ids, self.last)
+        self.last = self.last.map(torch.clone) if self.logits is None else self.last
+        self.logits = logits if self.logits is None else self.logits.copy_(logits)
+        self.last.conv.copy_(state.conv)
+        self.last.h.copy_(state.h)
+        return self.logits
+
+    def state(self):
+        assert not self.ended
+        return self.last.map(torch.clone)
 
 
-def small_model(dtype=torch.float32, **changes) -> Mamba:
-    """No parameter has the value that it starts training with, or one that could be left out."""
-    sizes = {"d_model": 8, "vocab_size": 16, "d_state": 4, "dt_rank": 2, "tie_embeddings": False}
-    model = Mamba(MambaConfig(**{**sizes, **changes}))
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        values = torch.randn(parameter.shape, generator=generator)
-        if "norm" in name or name.endswith(".D"):
-            values = 1 + values / 3
-        elif "embedding" not in name and "A_log" not in name and parameter.ndim >= 2:
-            values *= 0.7 / math.sqrt(parameter[0].numel())
-        parameter.copy_(values)
-    return model.to(DEVICE, dtype)
-
-
-def random_ids(model: Mamba, *shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(model.config.vocab_size, shape, generator=generator).to(DEVICE)
-
-
-## ================================================================================================
-## What can be recorded
-## ================================================================================================
-
-
-def can_record_on_a_gpu(model: Mamba, can_record=generate.can_record) -> bool:
-    """The answer there, wherever this runs."""
-    with mock.patch.object(torch.Tensor, "is_cuda", True):
-        return can_record(model)
-
-
-def test_a_model_on_the_cpu_is_not_recorded():
-    assert generate.can_record(small_model().cpu()) is False
-
-
-@pytest.mark.parametrize(
-    "changes", [{}, {"rule": "zoh"}, {"bias": True, "tie_embeddings": True, "n_layer": 2}]
-)
-def test_a_model_on_a_gpu_is_recorded(changes):
-    assert can_record_on_a_gpu(small_model(**changes)) is True
-
-
-def test_a_model_with_a_hook_is_not_recorded_while_it_has_it():
-    model = small_model()
-    for module in (model, model.backbone.norm_f, model.backbone.layers[0].mixer.dt_proj):
-        for register in (module.register_forward_hook, module.register_forward_pre_hook):
-            handle = register(lambda *args: None)
-            assert can_record_on_a_gpu(model) is False
-            handle.remove()
-            assert can_record_on_a_gpu(model) is True
-
-
-class Adapter(nn.Linear):
-    """What LoRA and its like put in the place of a projection."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + x.sum(-1, keepdim=True)
-
-
-class Wrapper(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner, self.weight, self.bias = inner, inner.weight, inner.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * self.inner(x)
-
-
-def adapted(model: Mamba) -> None:
-    mixer = model.backbone.layers[0].mixer
-    in_proj, mixer.in_proj = mixer.in_proj, Adapter(8, 32, bias=False, device=DEVICE)
-    mixer.in_proj.weight = in_proj.weight
-
-
-def wrapped(model: Mamba) -> None:
-    mixer = model.backbone.layers[0].mixer
-    mixer.out_proj = Wrapper(mixer.out_proj)
-
-
-def parametrized(model: Mamba) -> None:
-    class Doubled(nn.Module):
-        def forward(self, weight: Tensor) -> Tensor:
-            return 2 * weight
-
-    norm = model.backbone.norm_f
-    nn.utils.parametrize.register_parametrization(norm, "weight", Doubled())
-
-
-def with_another_forward(model: Mamba) -> None:
-    """As accelerate does: the module keeps its type and its name, and has no hook."""
-    linear = model.backbone.layers[0].mixer.in_proj
-    linear.forward = lambda x, forward=linear.forward: 2 * forward(x)
-
-
-def with_weights_of_another_kind(model: Mamba) -> None:
-    """As quantisation does: a subclass of Tensor holds the numbers in its own way."""
-
-    class Quantized(Tensor):
-        pass
-
-    linear = model.backbone.layers[0].mixer.in_proj
-    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Quantized))
-
-
-CHANGED = (adapted, wrapped, parametrized, with_another_forward, with_weights_of_another_kind)
-
-
-@pytest.mark.parametrize("change", CHANGED)
-def test_a_model_in_which_something_is_not_our_own_is_not_recorded(change):
-    model = small_model()
-    change(model)
-    assert can_record_on_a_gpu(model) is False
-
-
-def test_neither_is_a_subclass_of_the_model():
-    class Other(Mamba):
-        pass
-
-    model = small_model()
-    model.__class__ = Other
-    assert can_record_on_a_gpu(model) is False
-
-
-def test_nothing_is_recorded_under_autocast():
-    model, before = small_model(), torch.is_autocast_enabled("cuda")
-    torch.set_autocast_enabled("cuda", True)
-    try:
-        assert can_record_on_a_gpu(model) is False
-    finally:
-        torch.set_autocast_enabled("cuda", before)
-    assert can_record_on_a_gpu(model) is True
-
-
-## ================================================================================================
-## Streams
-## ================================================================================================
-
-
-class StandIn(triton_scan.StepGraph):
-    """A StepGraph on a machine without a GPU: what would be replayed is computed.
-
-    With the parameters and the buffers that there were when it was made, whatever has come in
-    their place since: a graph knows addresses, and not the model.
-    """
-
-    def __init__(self, model: Mamba, batch: int) -> None:
-        nothing = contextlib.nullcontext
-        with contextlib.ExitStack() as stack:
-            for name, fake in (
-                ("CUDAGraph", types.SimpleNamespace),
-                ("Stream", mock.Mock),
-                ("current_stream", mock.Mock),
-                ("device", lambda device: nothing()),
-                ("stream", lambda stream: nothing()),
-                ("graph", lambda graph, **options: nothing()),
-            ):
-                stack.enter_context(mock.patch.object(torch.cuda, name, fake))
-            super().__init__(model, batch)
-        with torch.inference_mode(False), torch.no_grad():
-            recorded = copy.deepcopy(model)
-            for ours, theirs in zip(recorded.parameters(), model.parameters(), strict=True):
-                ours.data = theirs.data
-        buffers, logits = copy.copy(self), self.logits
-        buffers.state = copy.copy(self.state)
-        self.graph.replay = lambda: logits.copy_(buffers.run(recorded))
+@pytest.fixture(params=["recorded", "copied"])
+def kind(request) -> str:
+    return request.param
 
 
 @pytest.fixture
-def made(monkeypatch) -> list[weakref.ref]:
-    """The graphs that are made from now on."""
+def taken(kind, monkeypatch) -> list[weakref.ref]:
+    """The steps that are taken otherwise than by `model.step`, from now on."""
     references = []
+    real = triton_scan.step_graph
 
-    class Noted(triton_scan.StepGraph if GPU else StandIn):
-        def __init__(self, model: Mamba, batch: int) -> None:
-            super().__init__(model, batch)
+    @contextlib.contextmanager
+    def lent(model, state):
+        with real(model, state) if GPU else contextlib.nullcontext(StandIn(model, state)) as step:
+            references.append(weakref.ref(step))
+            try:
+                yield step
+            finally:
+                step.ended = True
+
+    class Copied(generate.CopiedStep):
+        def __init__(self, *arguments) -> None:
+            super().__init__(*arguments)
             references.append(weakref.ref(self))
 
-    monkeypatch.setattr(triton_scan, "StepGraph", Noted)
-    if not GPU:
-        monkeypatch.setattr(generate, "can_record", can_record_on_a_gpu)
+    monkeypatch.setattr(triton_scan, "step_graph", lent)
+    monkeypatch.setattr(generate, "can_record", lambda model: kind == "recorded")
+    monkeypatch.setattr(generate, "CopiedStep", Copied)
+    monkeypatch.setattr(generate, "COPY_FOR_TOKENS", 3)
     return references
 
 
-def streamed(model: Mamba, ids: Tensor, new: int = 6, **options) -> Tensor:
-    options = {"temperature": 0, "max_new_tokens": new, **options}
-    return torch.stack(list(generate.stream(model, ids, **options)), dim=1)
+def stream_of(model: Mamba, ids: Tensor, **options) -> generate.Stream:
+    return generate.stream(model, ids, **{"temperature": 0, "max_new_tokens": 9} | options)
 
 
-def streamed_without_a_graph(model: Mamba, ids: Tensor, new: int = 6, **options) -> Tensor:
-    with mock.patch.object(generate, "can_record", lambda model: False):
-        return streamed(model, ids, new, **options)
+def by_step():
+    nothing_else = dict(can_record=lambda *_: False, worth_copies=lambda *_: False)
+    return mock.patch.multiple(generate, **nothing_else)
 
 
-def assert_right(model: Mamba, ids: Tensor, **options) -> None:
-    assert torch.equal(
-        streamed(model, ids, **options), streamed_without_a_graph(model, ids, **options)
-    )
+# In float64 on a GPU, where `model.step` is what is recorded: tokens are equal whatever is near.
+def model_for(kind: str) -> Mamba:
+    return random_model().double().cuda() if GPU and kind == "recorded" else random_model()
 
 
-# zoh: the operators of `step` itself are recorded, so a graph gives its numbers to the bit.
-def recorded_model(**changes) -> Mamba:
-    return small_model(**{"rule": "zoh", "n_layer": 2, **changes})
-
-
-def test_a_stream_has_the_tokens_that_it_has_without_a_graph(made):
-    model = recorded_model()
-    ids = random_ids(model, 3, 5)
-    for options in (
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options",
+    [
         {},
-        {"temperature": 1.0, "seed": 1},
-        {"temperature": 1.0, "seed": 2, "repetition_penalty": 1.3, "top_p": 0.9},
-        {"temperature": 1.0, "seed": 3, "vocab_size": 16, "eos_token_id": 3, "new": 30},
-    ):
-        assert_right(model, ids, **options)
-    assert len(made) == 1
+        {"temperature": 0.8, "seed": 2, "repetition_penalty": 1.3, "top_p": 0.9},
+        {"temperature": 1.0, "seed": 3, "vocab_size": 29, "eos_token_id": 3, "max_new_tokens": 50},
+    ],
+    ids=lambda options: ", ".join(options) or "greedy",
+)
+def test_a_stream_has_the_tokens_and_the_state_that_it_has_by_step(options, kind, taken):
+    model = model_for(kind)
+    ids = random_ids(1, 5, 29).to(model.lm_head.weight.device)
+    start = random_state(model, 1)
+    turn, expected = (stream_of(model, ids, state=start, **options) for _ in range(2))
+    tokens = []
+    for token in turn:
+        tokens.append(token.item())
+        turn.state.map(torch.zero_)  # a copy, so that nothing happens
+    with by_step():
+        assert tokens == [token.item() for token in expected]
+    assert len(taken) == 1 and len(set(tokens)) > 1
+    assert_close("h", turn.state.h, expected.state.h, 1e-5)
+    assert_close("conv", turn.state.conv, expected.state.conv, 1e-5)
 
 
-def test_padding_stays_out_of_the_state_of_a_graph(made):
-    model = recorded_model()
-    mask = torch.ones(2, 5, dtype=torch.bool, device=DEVICE)
-    mask[0, :3] = False
-    ids = random_ids(model, 2, 5).masked_fill(~mask, 0)
-    assert_right(model, ids, mask=mask)
-    assert torch.equal(streamed(model, ids, mask=mask)[:1], streamed(model, ids[:1, 3:]))
-
-
-def test_no_graph_is_made_for_one_token(made):
-    model = recorded_model()
-    ids = random_ids(model, 1, 4)
-    streamed(model, ids, 1)
-    next(generate.stream(model, ids, max_new_tokens=9))
-    assert made == []
-    streamed(model, ids, 2)
-    assert len(made) == 1
-
-
-def test_a_stream_of_one_token_leaves_the_graph_where_it_is(made):
-    model = recorded_model()
-    for new in (3, 1, 3):
-        streamed(model, random_ids(model, 1, 4), new)
-    assert len(made) == 1
-
-
-def leave_by_closing(steps) -> None:
-    for _ in range(3):
-        next(steps)
+def closed(steps) -> None:
     steps.steps.close()
 
 
-def leave_by_an_error_of_the_reader(steps) -> None:
-    with pytest.raises(ZeroDivisionError):
-        for count, _ in enumerate(steps):
-            1 / (2 - count)
-    del steps
-    gc.collect()
-
-
-def leave_by_an_error_inside(steps) -> None:
-    for _ in range(3):
-        next(steps)
+def left_by_an_error_inside(steps) -> None:
     with pytest.raises(KeyboardInterrupt):
         steps.steps.throw(KeyboardInterrupt)
 
 
-@pytest.mark.parametrize(
-    "leave", [leave_by_closing, leave_by_an_error_of_the_reader, leave_by_an_error_inside]
-)
-def test_a_stream_that_is_left_gives_its_graph_back(leave, made):
-    model = recorded_model()
-    ids = random_ids(model, 2, 4)
-    leave(generate.stream(model, ids, max_new_tokens=9))
-    assert len(made) == 1
-    assert_right(model, ids)
-    assert len(made) == 1
+@pytest.mark.parametrize("leave", [list, closed, left_by_an_error_inside])
+def test_a_stream_that_is_left_keeps_neither_its_step_nor_the_model(leave, kind, taken):
+    """Copies are as large as the model: they go at once, and not with the next collection."""
+    model = model_for(kind)
+    gone = weakref.ref(model)
+    gc.disable()
+    try:
+        steps = stream_of(model, random_ids(1, 4).to(model.lm_head.weight.device))
+        next(steps), next(steps)
+        leave(steps)
+        if leave is not list:  # that one has ended, and may be held for its state
+            del steps
+        assert [step() for step in taken] == [None]
+        del model
+        assert gone() is None, "something keeps the model"
+    finally:
+        gc.enable()
 
 
-def test_a_forward_hook_is_called_for_every_token(made):
-    """For a while, and after that there are graphs again."""
-    model, calls = recorded_model(), []
-    ids = random_ids(model, 2, 4)
-    expected = streamed(model, ids)
-    out_proj = model.backbone.layers[1].mixer.out_proj
-    handle = out_proj.register_forward_hook(lambda *args: calls.append(args))
-    assert torch.equal(streamed(model, ids), expected)
-    assert len(calls) == 6  # the prompt and five tokens; the sixth is not fed back
-    handle.remove()
-    assert torch.equal(streamed(model, ids), expected)
-    assert len(calls) == 6 and len(made) == 1
+def test_a_recorded_step_is_for_a_gpu_and_for_modules_of_our_own():
+    """And where Triton is not installed, there is `model.step`."""
+    model, ids = random_model(), random_ids(2, 4)
+    assert not generate.can_record(model.cpu())
+    with mock.patch.object(Tensor, "is_cuda", True):
+        assert generate.can_record(model)
+        model.lm_head.register_forward_hook(lambda *_: None)
+        assert not generate.can_record(model)
+    model = random_model()
+    expected = torch.stack(list(stream_of(model, ids)))
+    with mock.patch.object(generate, "can_record", lambda _: True):
+        with mock.patch.dict(sys.modules, {"triton_scan": None}):  # importing it is an ImportError
+            assert torch.equal(torch.stack(list(stream_of(model, ids))), expected)
 
 
-@pytest.mark.parametrize("change", CHANGED)
-def test_what_is_not_our_own_is_asked_for_every_token(change, made):
-    model = small_model()
-    change(model)
-    assert_right(model, random_ids(model, 2, 4))
-    assert made == []
+def test_weights_are_copied_for_one_long_sequence_of_a_small_model_of_our_own(monkeypatch):
+    start = random_model().init_state(1)
+
+    def worth(model: Mamba, state=start, tokens: int = 64) -> bool:
+        return generate.worth_copies(model, state, tokens)
+
+    model, mixed, replaced = random_model(), random_model(), random_model()
+    mixed.backbone.norm_f.bfloat16()
+    replaced.backbone.layers[0].mixer = nn.Identity()  # it has no configuration to look at
+    refused = {
+        "two sequences": worth(model, model.init_state(2)),
+        "a short one": worth(model, tokens=63),
+        "float64": worth(random_model().double()),
+        "a state in float64": worth(model, start.map(Tensor.double)),
+        "two dtypes": worth(mixed),
+        "another rule": worth(random_model(rule="zoh")),
+        "another device": worth(random_model().to("meta")),
+        "a module that is not ours": worth(replaced),
+    }
+    assert set(refused.values()) == {False}, refused
+    assert all(worth(random_model().to(d)) for d in (torch.float32, torch.bfloat16, torch.float16))
+    size = 4 * sum(parameter.numel() for parameter in model.parameters())  # a tied matrix is one
+    monkeypatch.setattr(generate, "COPY_AT_MOST", size)
+    assert worth(model)
+    monkeypatch.setattr(generate, "COPY_AT_MOST", size - 1)
+    assert not worth(model)

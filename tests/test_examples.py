@@ -1,21 +1,24 @@
-"""The scripts in examples/ and the model that one of them made."""
+"""The scripts in examples/, the model that one of them made, and train.py and trainer.py."""
 
-from __future__ import annotations
-
-import json
-import os
+import itertools
+import math
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+import train
+from safetensors.torch import load_file, save_file
+from test_look_inside import Largest
+from torch import Tensor
 
-from mamba import Mamba, MambaConfig
+from mamba import Mamba, MambaConfig, ResidualBlock
+from test_mamba import assert_all_close, assert_close, error_of, random_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,9 +37,6 @@ Signifying nothing.
 """
 
 
-SCRIPTS = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
-
-
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
     """The Python files alone, elsewhere; each says so when it is imported."""
@@ -47,15 +47,15 @@ def clone(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_every_script_runs_from_a_bare_clone_and_answers_help_with_its_defaults(
-    name, clone, monkeypatch, capsys, tmp_path
-):
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
+def test_every_script_runs_from_a_bare_clone(name, clone, monkeypatch, capsys, tmp_path):
+    """And answers --help with its defaults. When it is imported, it leaves the path alone."""
     if name == "trainer.py":
         pytest.importorskip("accelerate", reason="the Trainer of transformers needs accelerate")
     # As `python examples/name --help` begins: its own folder in front, nothing of ours imported.
     elsewhere = [path for path in sys.path if path and not Path(path, "mamba.py").exists()]
-    monkeypatch.setattr(sys, "path", [str(clone / "examples"), *elsewhere])
+    path = [str(clone / "examples"), *elsewhere]
+    monkeypatch.setattr(sys, "path", path.copy())
     for module in ("mamba", "generate", "triton_scan"):
         monkeypatch.setitem(sys.modules, module, sys.modules.get(module))  # to be put back
         del sys.modules[module]
@@ -73,206 +73,239 @@ def test_every_script_runs_from_a_bare_clone_and_answers_help_with_its_defaults(
     listed = printed.partition("\noptions:\n")[2]
     assert len(re.findall(r"^  --[\w-]+", listed, re.MULTILINE)) == listed.count("(default:")
     assert not any(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_script_that_is_imported_leaves_the_path_alone(name, monkeypatch):
-    if name == "trainer.py":
-        pytest.importorskip("accelerate", reason="the Trainer of transformers needs accelerate")
-    before = list(sys.path)
-    runpy.run_path(str(ROOT / "examples" / name), run_name="imported")
-    assert sys.path == before
+    monkeypatch.setattr(sys, "path", path.copy())
+    runpy.run_path(str(clone / "examples" / name), run_name="imported")
+    assert sys.path == path
 
 
 @torch.no_grad()
-def nats_per_byte(model: Mamba, text: bytes) -> float:
+def nats(model: Mamba, text: bytes) -> float:
+    """The loss of all bytes but the first, each text read in one piece."""
     ids = torch.tensor([list(text)])
-    return F.cross_entropy(model(ids[:, :-1])[0], ids[0, 1:]).item()
-
-
-def train(folder: Path, *options: str) -> subprocess.CompletedProcess:
-    sizes = "--d-model 16 --n-layer 1 --batch 4 --seqlen 32 --warmup 5 --lr 0.01 --steps 20"
-    command = [sys.executable, str(ROOT / "examples" / "train.py"), "--out", "out", "--data"]
-    command += ["read.txt", "kept.txt", "--hold-out", "kept.txt", "--device", "cpu"]
-    return subprocess.run(
-        [*command, *sizes.split(), *options],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return F.cross_entropy(model(ids[:, :-1])[0].float(), ids[0, 1:], reduction="sum").item()
 
 
 def test_the_shipped_model_predicts_verse_that_it_has_not_read():
     model = Mamba.from_pretrained(ROOT / "checkpoints" / "shakespeare")
-    assert nats_per_byte(model, VERSE) < 1.8
-    assert nats_per_byte(model, VERSE[::-1]) > 3  # and nothing that is no English
+    assert nats(model, VERSE) < 1.8 * len(VERSE)
+    assert nats(model, VERSE[::-1]) > 3 * len(VERSE)  # and nothing that is no English
 
 
-def test_the_hold_outs_are_not_among_what_is_trained_on(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    import train as script
-
-    texts = {"b.txt": b"second" * 9, "a.txt": b"first" * 9, "kept.txt": b"kept" * 9}
-    for name, text in texts.items():
-        (tmp_path / name).write_bytes(text)
-    paths = [tmp_path / name for name in texts]
-    train_text, held_out = script.read_texts(paths, ["kept.txt"], 8, torch.device("cpu"))
-    assert bytes(train_text.tolist()) == texts["a.txt"] + b"\n\n" + texts["b.txt"]
-    assert [bytes(text.tolist()) for text in held_out] == [texts["kept.txt"]]
-    with pytest.raises(ValueError, match="typo"):
-        script.read_texts(paths, ["typo.txt"], 8, torch.device("cpu"))
-
-
-def test_training_windows_read_on_where_they_stopped_unless_they_jump(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    import train as script
-
-    torch.manual_seed(0)
-    windows = script.Windows(torch.arange(200, dtype=torch.uint8), batch=16, seqlen=10)
+def test_training_windows_read_on_where_they_stopped_and_one_row_in_eight_jumps():
+    windows = train.Windows(torch.arange(256, dtype=torch.uint8).repeat(999), 400, seqlen=10)
     before, jumped = windows.next()
     assert jumped.all(), "the first windows start from the zero state"
     jumps = 0
     for _ in range(50):
         ids, jumped = windows.next()
-        assert ids.shape == (16, 11) and (ids.diff(dim=1) == 1).all()
+        assert ids.shape == (400, 11) and (ids.diff(dim=1) % 256 == 1).all()
         assert (ids[~jumped, 0] == before[~jumped, -1]).all()
         before, jumps = ids, jumps + jumped.sum().item()
-    assert 0.1 < jumps / (50 * 16) < 0.5  # one in eight, and where the text ends
+    assert 0.118 < jumps / (50 * 400) < 0.132
+    windows = train.Windows(torch.arange(21), batch=99, seqlen=10, jump=0)
+    first, (_, jumped) = windows.next()[0], windows.next()
+    assert first.unique().tolist() == list(range(20))
+    assert torch.equal(jumped, first[:, 0] > 0), "one start leaves room for a second window"
 
 
-def loss_and_gradients(loss_of, *tensors):
-    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
-    loss = loss_of(*leaves)
-    # An incoming gradient that is not 1, as from a penalty or an accumulation over batches.
-    return loss.detach(), *torch.autograd.grad(0.3 * loss, leaves)
-
-
-def distance(a, b):
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
-
-
-@pytest.mark.parametrize("tokens, chunk", [(1, 4), (8, 4), (23, 5), (23, 23), (23, 100)])
-def test_the_loss_in_chunks_is_the_loss(tokens, chunk, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    from train import chunked_cross_entropy
-
-    torch.manual_seed(0)
+@pytest.mark.parametrize("tokens, chunk", [(1, 4), (23, 5), (2, 1)])
+def test_the_loss_in_chunks_is_the_loss_also_where_the_head_is_the_embedding(tokens, chunk):
     # Logits up to about 30: some tokens are certain, and their p - 1 is all rounding if p is.
     u, weight, targets = 3 * torch.randn(tokens, 8), 3 * torch.randn(37, 8), torch.arange(tokens)
 
-    def plain(u, weight):
-        return F.cross_entropy(F.linear(u, weight), targets)
+    def judge(loss_of, dtype) -> dict[str, Tensor]:
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in (u, weight)]
+        plain = loss_of(*leaves)
+        tied = loss_of(leaves[0] + leaves[1][targets].tanh(), leaves[1]) + leaves[1].square().mean()
+        # An incoming gradient that is not 1, as from a penalty or an accumulation over batches.
+        of_plain, of_tied = (torch.autograd.grad(0.3 * loss, leaves) for loss in (plain, tied))
+        names = "loss", "tied", "du", "dweight", "du tied", "dweight tied"
+        return dict(zip(names, (plain, tied, *of_plain, *of_tied), strict=True))
 
     def in_chunks(u, weight):
-        return chunked_cross_entropy(u, weight, targets, chunk=chunk)
+        return train.chunked_cross_entropy(u, weight, targets, chunk=chunk)
 
-    def tied(loss_of):
-        # As with tie_embeddings: u is made of the same matrix, and both ways lead back to it.
-        return lambda u, weight: (
-            loss_of(u + weight[targets].tanh(), weight) + weight.square().mean()
-        )
-
-    expected = loss_and_gradients(plain, u.double(), weight.double())
-    for ours, theirs in zip(loss_and_gradients(in_chunks, u, weight), expected, strict=True):
-        assert ours.dtype == torch.float32 and distance(ours, theirs) < 1e-6
-    expected = loss_and_gradients(tied(plain), u.double(), weight.double())
-    for ours, theirs in zip(loss_and_gradients(tied(in_chunks), u, weight), expected, strict=True):
-        assert distance(ours, theirs) < 1e-6
+    found = judge(in_chunks, torch.float32)
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    expected = judge(lambda u, weight: F.cross_entropy(u @ weight.T, targets), torch.float64)
+    assert_all_close(found, expected, 1e-6)
 
 
-def test_the_loss_in_chunks_under_autocast_rounds_the_gradient_of_the_logits_only(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    from train import chunked_cross_entropy
-
-    torch.manual_seed(0)
+@pytest.mark.parametrize("autocast", [True, False])
+def test_the_loss_in_chunks_of_short_floats_rounds_the_gradient_of_the_logits_only(autocast):
     # Small integers: bfloat16 holds them and their products. So the loss has no excuse, and the
     # gradients that of one rounding, although tokens are certain and p - 1 small.
     weight, targets = torch.randint(-1, 2, (64, 24)).float(), torch.randint(64, (130,))
-    u = weight[targets]  # closest to its own row: p is near 1
-
-    def plain(u, weight):
-        return F.cross_entropy(F.linear(u, weight), targets)
-
-    def in_chunks(u, weight):
-        return chunked_cross_entropy(u, weight, targets, chunk=16)
-
-    exact = loss_and_gradients(plain, u.double(), weight.double())
-    with torch.autocast("cpu", torch.bfloat16):
-        ours = loss_and_gradients(in_chunks, u, weight)
-    assert [tensor.dtype for tensor in ours] == [torch.float32] * 3
-    assert distance(ours[0], exact[0]) < 1e-5  # of 0.003: float32 has no more
-    for a, b in zip(ours[1:], exact[1:], strict=True):
-        assert 1e-4 < distance(a, b) < 4e-3  # less would be float32, and not autocast
-    half = loss_and_gradients(in_chunks, u.bfloat16(), weight.bfloat16())
-    assert [t.dtype for t in half] == [torch.float32, torch.bfloat16, torch.bfloat16]
-    for a, b in zip(half, exact, strict=True):
-        assert distance(a, b) < 6e-3
+    found = []
+    for dtype in (torch.float64, torch.float32 if autocast else torch.bfloat16):
+        leaves = [t.to(dtype).requires_grad_() for t in (weight[targets], weight)]  # p is near 1
+        if dtype == torch.float64:
+            loss = F.cross_entropy(leaves[0] @ leaves[1].T, targets)
+        else:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = train.chunked_cross_entropy(*leaves, targets, chunk=16)
+        found.append([loss, *torch.autograd.grad(loss, leaves)])
+    assert [tensor.dtype for tensor in found[1]] == [torch.float32, dtype, dtype]
+    errors = [error_of(*pair) for pair in zip(*found[::-1], strict=True)]
+    assert errors[0] < 1e-5  # of 0.003: float32 has no more
+    assert all(1e-4 < error < (4e-3 if autocast else 6e-3) for error in errors[1:]), errors
 
 
-def test_the_loss_in_chunks_never_holds_all_logits(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from train import chunked_cross_entropy
-
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-            nonlocal largest
-            result = function(*arguments, **(keywords or {}))
-            if isinstance(result, torch.Tensor):
-                largest = max(largest, result.numel())
-            return result
-
-    u = torch.randn(300, 8, requires_grad=True)
-    weight = torch.randn(90, 8, requires_grad=True)
-    with Watch():
-        chunked_cross_entropy(u, weight, torch.arange(300) % 90, chunk=50).backward()
-    assert largest == 50 * 90
+def test_the_loss_in_chunks_never_holds_all_logits():
+    u, weight = (torch.randn(count, 8, requires_grad=True) for count in (300, 90))
+    with Largest() as largest:
+        train.chunked_cross_entropy(u, weight, torch.arange(300) % 90, chunk=50).backward()
+    assert largest.elements == 50 * 90
 
 
-def test_the_loss_in_chunks_refuses_what_does_not_fit(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    from train import chunked_cross_entropy
-
-    u, weight, targets = torch.ones(6, 4), torch.ones(5, 4), torch.zeros(6, dtype=torch.int64)
-    for arguments in ((u[:, :3], weight, targets), (u, weight, targets[:5]), (u[:0], weight, u[0])):
-        with pytest.raises(ValueError, match=r"need .*got \("):
-            chunked_cross_entropy(*arguments)
-    with pytest.raises(ValueError, match="chunk >= 1"):
-        chunked_cross_entropy(u, weight, targets, chunk=0)
+def test_evaluation_reads_each_text_once_and_carries_the_state_from_window_to_window():
+    model, texts = random_model(vocab_size=256), [VERSE[:30], b"x", VERSE[50:67]]
+    ids = [torch.frombuffer(bytearray(text), dtype=torch.uint8) for text in texts]
+    loss = train.evaluate(model, ids, window=7)
+    assert loss == pytest.approx((nats(model, texts[0]) + nats(model, texts[2])) / 45, rel=1e-5)
+    assert math.isnan(train.evaluate(model, []))
+    loss = train.evaluate(model.bfloat16(), ids[:1])
+    assert loss == pytest.approx(nats(model, texts[0]) / 29, rel=1e-6)
 
 
-def test_an_interrupted_training_goes_on_and_ends_with_a_model_that_has_learned(tmp_path):
-    (tmp_path / "read.txt").write_bytes(VERSE * 20)
-    (tmp_path / "kept.txt").write_bytes(VERSE)
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """A training of few steps, 61 seconds each; its windows are repeatable, and listed."""
 
-    interrupted = train(tmp_path, "--minutes", "0")
-    assert interrupted.returncode == 0, interrupted.stderr
-    assert re.search(r"^step 1 .*hold-out \d\.\d+", interrupted.stdout, re.MULTILINE)
-    assert "out of time, wrote out/training.pt" in interrupted.stderr + interrupted.stdout
-    assert not (tmp_path / "out" / "model.safetensors").exists()
+    class Windows(train.Windows):
+        def next(self):
+            run.seeds.append(torch.initial_seed())
+            torch.manual_seed(int(self.position.sum()))
+            run.text = bytes(self.text.tolist())
+            run.windows.append(super().next())
+            return run.windows[-1]
 
-    other = train(tmp_path, "--lr", "0.02")
-    assert other.returncode == 1
-    assert re.search(r"begun with lr = 0.01, not 0.02", other.stderr)
+    def run(*options: str) -> str:
+        run.windows, run.seeds, run.compiled = [], [], []
+        clock = SimpleNamespace(perf_counter=itertools.count(1, 61).__next__)
+        monkeypatch.setattr(train, "time", clock)
+        command = "train.py --data read.txt kept.txt more.txt --hold-out kept.txt --device cpu"
+        sizes = "--d-model 8 --n-layer 2 --batch 3 --seqlen 8 --warmup 2 --lr 0.01 --steps 6"
+        start = f"{command} {sizes} --dropout 0 --seed 5".split()
+        monkeypatch.setattr(sys, "argv", [*start, *options])
+        train.main()
+        return capsys.readouterr().out
 
-    resumed = train(tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "going on after step 1" in resumed.stdout
-    assert "wrote out: config.json, model.safetensors, and training.pt" in resumed.stdout
-    model = Mamba.from_pretrained(tmp_path / "out")
-    said = float(re.search(r"hold-out (\d\.\d+) nats per byte, as saved", resumed.stdout)[1])
-    assert nats_per_byte(model, VERSE) == pytest.approx(said, abs=1e-3)
-    assert said < 5  # an untrained model has log(256) = 5.5
-    assert model.config.tokenizer == "bytes"
+    (tmp_path / "read.txt").write_bytes(VERSE)
+    (tmp_path / "kept.txt").write_bytes(VERSE[::-1])
+    (tmp_path / "more.txt").write_bytes(VERSE.upper())
+    (tmp_path / "empty.txt").touch()
+    monkeypatch.setattr(train, "Windows", Windows)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: run.compiled.append(self))
+    monkeypatch.chdir(tmp_path)
+    return run
 
 
-## ================================================================================================
-## The Trainer of transformers
-## ================================================================================================
+def test_training_is_this_loop_and_one_that_was_interrupted_ends_with_the_same_model(run):
+    printed = run("--out", "whole", "--evaluate-every", "4")
+    saved = torch.load("whole/training.pt")
+    assert run.seeds[0] == 5 and not run.compiled
+
+    torch.manual_seed(5)  # the same by hand
+    model = Mamba(MambaConfig(8, n_layer=2, vocab_size=256, tokenizer="bytes"))
+    optimizer = torch.optim.AdamW(model.param_groups(weight_decay=0.1), betas=(0.9, 0.95))
+    state, losses = model.init_state(3), []
+    factors = [0.5, 1, *(0.01 + 0.99 * (1 + math.cos(math.pi * i / 4)) / 2 for i in range(4))]
+    least = train.read_texts([Path("kept.txt")], [], len(VERSE) - 2, torch.device("cpu"))[0]
+    assert bytes(least.tolist()) == VERSE[::-1], "long enough for one place"
+    assert run.text == VERSE.upper() + b"\n\n" + VERSE, "hold-outs apart, in the order of the names"
+    assert 0 < sum(jumped.sum() for _, jumped in run.windows[1:]) < 15
+    for factor, (ids, jumped) in zip(factors, run.windows, strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * factor
+        state = state.detach().map(lambda t, jumped=jumped: t.masked_fill(jumped[:, None, None], 0))
+        logits, state = model(ids[:, :-1], state)
+        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    assert_all_close(saved["model"], model.state_dict(), 1e-4)
+    assert_close("state", saved["h"], state.h, 1e-4)
+    first, last = re.findall(r"^(step .* s)  train (\S+)  hold-out \S+ nats", printed, re.M)
+    assert (first[0], last[0]) == ("step 4  244 s", "step 6  366 s")
+    assert float(first[1]) == pytest.approx(sum(losses[:4]) / 4, abs=1e-4)
+    assert float(last[1]) == pytest.approx(sum(losses[4:]) / 2, abs=1e-4)
+    assert len(re.findall(r"^KING\.\n", printed, re.M)) == 2
+
+    for begun, minutes in ((0, "2.01"), (2, "4.05"), (4, "5.5")):
+        assert not Path("new/parts/model.safetensors").exists()
+        printed = run("--out", "new/parts", "--minutes", minutes)
+        assert len(run.windows) == 2 and run.seeds[0] == 5 + begun, "not the dice of before again"
+        assert f"step {begun + 2}  {61 * (begun + 2)} s  " in printed
+        assert ("out of time, wrote new/parts/training.pt" in printed) == (begun < 4)
+        assert (f"going on after step {begun}" in printed) == (begun > 0)
+    for name in ("model.safetensors", "config.json"):
+        assert Path("new/parts", name).read_bytes() == Path("whole", name).read_bytes()
+    with pytest.raises(SystemExit, match=r"begun with lr = 0\.01, not 0\.02: delete it"):
+        run("--out", "new/parts", "--lr", "0.02")
+
+
+def test_what_is_saved_and_measured_is_the_model_without_dropout_matrices_as_float16(run):
+    printed = run("--out", "out", "--dropout", "0.9")
+    exact, rounded = torch.load("out/training.pt")["model"], load_file("out/model.safetensors")
+    for name, tensor in rounded.items():
+        matrix = exact[name].ndim > 1 and not name.endswith("A_log")
+        expected = exact[name].half() if matrix else exact[name]
+        assert tensor.dtype == expected.dtype and torch.equal(tensor, expected), name
+    model = Mamba.from_pretrained("out")
+    expected = nats(model, VERSE[::-1]) / (len(VERSE) - 1)
+    assert model.config == MambaConfig(8, n_layer=2, vocab_size=256, tokenizer="bytes")
+    printed += run("--evaluate", "out")
+    said = re.findall(r"^(?:step 6|out:) .*hold-out (\d\.\d{4}) nats per byte", printed, re.M)
+    assert [float(number) for number in said] == pytest.approx([expected] * 3, abs=2e-3)
+    assert "wrote out: config.json, model.safetensors, and training.pt" in printed
+    printed = run("--out", "all", "--dropout", "1", "--evaluate-every", "1", "--compile")
+    assert [*map(type, run.compiled)] == [ResidualBlock] * 2
+    # All that enters the stream is dropped, after each evaluation too: every byte is as likely.
+    assert re.findall(r" train (\S+) ", printed) == [f"{math.log(256):.4f}"] * 6
+
+
+TEXTS = "read.txt", "kept.txt", "empty.txt"
+
+
+def chunked(u=(6, 4), weight=(5, 4), targets=(6,), chunk=2):
+    targets = torch.zeros(targets, dtype=torch.long)
+    return lambda _: train.chunked_cross_entropy(torch.ones(u), torch.ones(weight), targets, chunk)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (chunked(u=(6, 3)), r"need u .*got \(6, 3\), \(5, 4\)"),
+        (chunked(u=(0, 4), targets=(0,)), "not empty"),
+        (chunked(u=(6, 4, 1)), "need u"),
+        (chunked(weight=(5, 4, 1)), "need u"),
+        (chunked(targets=(5,)), r"need targets \(6,\) .*got \(5,\), 2"),
+        (chunked(chunk=0), "chunk >= 1"),
+        (lambda run: run("--hold-out", "typo.txt"), r"train.py: error: --hold-out typo.txt: not"),
+        (lambda run: run("--seqlen", "809"), "810 bytes to train on are too few for --seqlen 809"),
+        (lambda run: run("--hold-out", "kept.txt", "empty.txt", "--data", *TEXTS), "too few"),
+        (lambda run: run("--evaluate", "typo"), "train.py: error: .*typo"),
+        (lambda run: run("--hold-out", "--evaluate", "out"), "^2$"),
+    ],
+)
+def test_what_does_not_fit_is_refused(call, words, run):
+    with pytest.raises((ValueError, SystemExit), match=words):
+        call(run)
+
+
+def test_the_defaults_are_those_that_made_the_shipped_model(monkeypatch):
+    monkeypatch.setattr(train, "train", lambda options: made.update(vars(options)))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", "text"])
+    made = {}
+    train.main()
+    config = Mamba.from_pretrained(ROOT / "checkpoints" / "shakespeare").config
+    assert (made["d_model"], made["n_layer"]) == (config.d_model, config.n_layer)
+    rest = "batch seqlen steps warmup dropout lr evaluate_every seed minutes compile".split()
+    expected = 64, 512, 1800, 100, 0.25, 2e-3, 300, 0, None, False
+    assert [made[name] for name in rest] == [*expected]
 
 
 @pytest.fixture
@@ -283,7 +316,7 @@ def script():
     return trainer
 
 
-def rows_with_padding() -> list[dict[str, torch.Tensor]]:
+def rows_with_padding() -> list[dict[str, Tensor]]:
     ids = torch.randint(11, (12, 9), generator=torch.Generator().manual_seed(1))
     labels = ids.clone()
     labels[::3, 6:] = -100
@@ -305,114 +338,92 @@ def three_steps(script, folder, resume=None, tie_embeddings=True, **options):
     return trainer
 
 
-def test_the_trainer_refuses_labels_that_it_would_smooth_without_shifting_them(script, tmp_path):
-    with pytest.raises(ValueError, match="label_smoothing_factor must be 0"):
-        three_steps(script, tmp_path, label_smoothing_factor=0.1)
+def assert_same(model: Mamba, other: Mamba) -> None:
+    assert_all_close(dict(model.named_parameters()), dict(other.named_parameters()), 0)
 
 
-def distances(model, other) -> dict[str, float]:
-    both = zip(model.named_parameters(), other.parameters(), strict=True)
-    return {name: (a - b).abs().max().item() for (name, a), b in both}
-
-
-@pytest.mark.parametrize("tie_embeddings", [True, False])
-def test_a_run_of_the_trainer_that_goes_on_ends_where_one_that_was_not_interrupted_ends(
-    script, tie_embeddings, tmp_path
-):
-    whole = three_steps(script, tmp_path / "whole", tie_embeddings=tie_embeddings)
-    checkpoint = tmp_path / "whole" / "checkpoint-2"
-    assert max(distances(whole.model, Mamba.from_pretrained(checkpoint)).values()) > 1e-3
-    resumed = three_steps(script, tmp_path / "resumed", str(checkpoint), tie_embeddings)
-    assert not any(distances(whole.model, resumed.model).values())
-    loaded = Mamba.from_pretrained(tmp_path / "whole" / "checkpoint-3")
-    assert not any(distances(whole.model, loaded).values())
-    assert (loaded.lm_head.weight is loaded.backbone.embedding.weight) == tie_embeddings
-
-
-def test_a_checkpoint_that_does_not_fit_is_refused(script, tmp_path):
-    three_steps(script, tmp_path, tie_embeddings=False)
-    weights = tmp_path / "checkpoint-2" / "model.safetensors"
-    from safetensors.torch import load_file, save_file
-
-    kept = {name: t for name, t in load_file(weights).items() if "A_log" not in name}
-    save_file(kept, weights)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_run_of_the_trainer_that_goes_on_ends_where_a_whole_one_ends(script, tied, tmp_path):
+    whole = three_steps(script, tmp_path, tie_embeddings=tied).model
+    checkpoint, last = tmp_path / "checkpoint-2", Mamba.from_pretrained(tmp_path / "checkpoint-3")
+    weight = Mamba.from_pretrained(checkpoint).lm_head.weight
+    assert error_of(weight, whole.lm_head.weight) > 1e-3
+    assert_same(three_steps(script, tmp_path / "more", str(checkpoint), tied).model, whole)
+    assert_same(last, whole)
+    assert (last.lm_head.weight is last.backbone.embedding.weight) == tied
+    weights = load_file(checkpoint / "model.safetensors")
+    save_file(
+        {k: t for k, t in weights.items() if "A_log" not in k}, checkpoint / "model.safetensors"
+    )
     with pytest.raises(RuntimeError, match="A_log"):
-        three_steps(script, tmp_path / "other", str(weights.parent), tie_embeddings=False)
+        three_steps(script, tmp_path / "other", str(checkpoint), tied)
 
 
-def test_the_trainer_loads_the_best_of_its_checkpoints(script, tmp_path, caplog):
+def test_the_trainer_loads_its_best_and_decays_the_matrices_alone(script, tmp_path, caplog):
+    """And measures what is not padding."""
     trainer = three_steps(
         script, tmp_path, load_best_model_at_end=True, eval_strategy="steps", eval_steps=1,
         metric_for_best_model="eval_runtime", greater_is_better=True, save_steps=1,
+        per_device_eval_batch_size=12,
     )  # fmt: skip
-    best = Mamba.from_pretrained(trainer.state.best_model_checkpoint)
-    assert not any(distances(trainer.model, best).values())
-    assert trainer.model.lm_head.weight is trainer.model.backbone.embedding.weight
+    model, losses = trainer.model, []
+    assert_same(model, Mamba.from_pretrained(trainer.state.best_model_checkpoint))
+    assert model.lm_head.weight is model.backbone.embedding.weight
     assert "missing keys" not in caplog.text
+    for row in rows_with_padding():
+        logits = Mamba.forward(model, row["input_ids"][None])[0]
+        assert torch.equal(model(row["input_ids"][None])["logits"][0], logits)
+        kept = row["labels"][1:] != -100
+        losses += [*-logits.log_softmax(-1)[:-1].gather(1, row["input_ids"][1:, None])[kept]]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(
+        sum(losses).item() / len(losses), abs=1e-5
+    )
 
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    trainer.optimizer, trainer.lr_scheduler = None, None
+    optimizer = trainer.create_optimizer()
+    for parameter in model.parameters():  # with a gradient of zero, only decay moves a weight
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    moved = {name for name, p in model.named_parameters() if not p.equal(before[name])}
+    assert moved == {k for k, p in before.items() if p.ndim > 1 and not k.endswith("A_log")}
 
-def test_the_trainer_saves_what_processes_the_data_too_and_refuses_a_part_of_a_model(
-    script, tmp_path
-):
     class Processor:
         def save_pretrained(self, folder):
-            (Path(folder) / "processor.json").write_text("{}")
+            Path(folder, "processor.json").write_text("{}")
 
-    trainer = three_steps(script, tmp_path)
     trainer.processing_class = Processor()
     trainer.save_model(tmp_path / "saved")
     names = {path.name for path in (tmp_path / "saved").iterdir()}
     assert names >= {"model.safetensors", "config.json", "processor.json"}
+    assert model.bfloat16()(*torch.ones(2, 3, 4).long())["loss"].dtype == torch.float32
     with pytest.raises(RuntimeError, match="leave out FSDP"):  # which hand over what they gathered
         trainer._save(tmp_path / "part", state_dict={})
+    with pytest.raises(ValueError, match="label_smoothing_factor must be 0"):  # not shifted there
+        three_steps(script, tmp_path, label_smoothing_factor=0.1)
 
 
-def test_the_trainer_measures_the_loss_of_what_is_not_padding(script, tmp_path):
-    trainer = three_steps(script, tmp_path, per_device_eval_batch_size=12)
-    model, total, count = trainer.model, 0.0, 0
-    for row in rows_with_padding():
-        log_p = Mamba.forward(model, row["input_ids"][None])[0].log_softmax(-1)
-        for t, label in enumerate(row["labels"][1:].tolist()):
-            if label != -100:
-                total, count = total - log_p[t, label].item(), count + 1
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(total / count, abs=1e-5)
-
-
-def test_the_trainer_decays_what_param_groups_decays(script, tmp_path):
-    """With a gradient of zero, only decay moves a weight."""
-    torch.manual_seed(0)
-    trainer = three_steps(script, tmp_path)
-    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
-    trainer.optimizer, trainer.lr_scheduler = None, None
-    optimizer = trainer.create_optimizer()
-    for parameter in before:
-        trainer.model.get_parameter(parameter).grad = torch.zeros_like(before[parameter])
-    optimizer.step()
-    moved = {name for name, p in trainer.model.named_parameters() if not p.equal(before[name])}
-    decayed = {id(p) for p in trainer.model.param_groups(0.1)[0]["params"]}
-    assert moved == {name for name, p in trainer.model.named_parameters() if id(p) in decayed}
-    assert any("in_proj" in name for name in moved)
-    assert not any("A_log" in name or name.endswith(".D") for name in moved)
-
-
-def test_the_script_of_the_trainer_goes_on_and_says_what_it_wrote(
-    script, tmp_path, monkeypatch, capsys
-):
+def test_the_script_of_the_trainer_goes_on(script, tmp_path, monkeypatch, capsys):
     small = MambaConfig(8, n_layer=1, vocab_size=256, tokenizer="bytes")
     monkeypatch.setattr(script, "MambaConfig", lambda *_, **__: small)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.txt").write_bytes(VERSE * 2)
+    for name, size in (("short", 255), ("one", 256), ("long", 800)):
+        (tmp_path / f"{name}.txt").write_bytes((VERSE * 2)[:size])
     written = []  # to begin anew would write it again
-    for steps in ("2", "3"):
-        command = ["trainer.py", "a.txt", "--out", "out", "--steps", steps, "--save-every", "2"]
-        monkeypatch.setattr(sys, "argv", command)
+
+    def run(*options: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["trainer.py", *options])
         script.main()
-        written.append((tmp_path / "out" / "checkpoint-2" / "optimizer.pt").stat().st_mtime_ns)
-    assert written[0] == written[1]
+
+    for steps, text in (("1", "one.txt"), ("2", "long.txt")):
+        run(text, "--out", "out", "--steps", steps, "--save-every", "1")
+        written.append((tmp_path / "out" / "checkpoint-1" / "optimizer.pt").stat().st_mtime_ns)
+    assert written[0] == written[1] and (tmp_path / "out" / "checkpoint-2").exists()
     assert "wrote out: config.json, model.safetensors" in capsys.readouterr().out
     assert Mamba.from_pretrained(tmp_path / "out").config == small
-    history = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())
-    assert history["global_step"] == 3
-    monkeypatch.setattr(sys, "argv", ["trainer.py", "no.txt"])
-    with pytest.raises(SystemExit, match=r"trainer\.py: error: .*no\.txt"):
-        script.main()
+    for name, words in (("no.txt", r"no\.txt"), ("short.txt", "at least 256 .* got 255")):
+        with pytest.raises(SystemExit, match=rf"trainer\.py: error: .*{words}"):
+            run(name)
+    for option in ("--steps", "--save-every"):
+        with pytest.raises(SystemExit, match=r"^2$"):
+            run("one.txt", option, "0")

@@ -30,15 +30,8 @@ def execute(notebook, cache: Path, folder: Path = ROOT):
     from nbclient import NotebookClient
 
     # An empty cache of the Hub: a model that this machine has downloaded must not be found.
-    surroundings = {**os.environ, **NO_NETWORK, "HF_HOME": str(cache)}
-    for name in (
-        "HF_HUB_CACHE",
-        "HUGGINGFACE_HUB_CACHE",
-        "HF_HUB_OFFLINE",
-        "HF_ENDPOINT",
-        "MPLBACKEND",
-    ):
-        surroundings.pop(name, None)
+    dropped = r"HF_|HUGGINGFACE|MPLBACKEND|PYTHONPATH"
+    surroundings = {k: v for k, v in os.environ.items() if not re.match(dropped, k)}
     fresh = copy.deepcopy(notebook)
     client = NotebookClient(
         fresh,
@@ -49,7 +42,7 @@ def execute(notebook, cache: Path, folder: Path = ROOT):
         coalesce_streams=True,  # else slow printing is stored in pieces
         extra_arguments=["--log-level=40"],  # else the kernel warns about its own TCP ports
     )
-    with client.setup_kernel(env=surroundings):
+    with client.setup_kernel(env={**surroundings, **NO_NETWORK, "HF_HOME": str(cache)}):
         for index, cell in enumerate(fresh.cells):
             client.execute_cell(cell, index)
     return fresh
@@ -76,10 +69,8 @@ def committed():
         import nbclient  # noqa: F401
         import nbformat
     except ModuleNotFoundError as error:
-        message = f'{error.name} is missing: pip install -e ".[test]"'
-        if os.environ.get("CI"):
-            pytest.fail(message)
-        pytest.skip(message)
+        give_up = pytest.fail if os.environ.get("CI") else pytest.skip
+        give_up(f'{error.name} is missing: pip install -e ".[test]"')
     return nbformat.read(NOTEBOOK, as_version=4)
 
 
@@ -90,35 +81,23 @@ def fresh(committed, tmp_path_factory):
 
 
 NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]\d+)?")
-CAUSE = re.compile(r" \(.*\)")  # why the Hub was not reached is put differently everywhere
+CAUSE = re.compile(r"(the Hub is out of reach) \(.*\)")  # why is put differently everywhere
 
 
-def assert_same_print(new: str, old: str, where: str) -> None:
-    """Equal text. Rounding errors may differ fivefold, other fractions in their last digit."""
-    if "the Hub is out of reach" in new:
-        new, old = CAUSE.sub("", new), CAUSE.sub("", old)
-    assert NUMBER.sub("#", new) == NUMBER.sub("#", old), f"{where} prints something else"
-    for a, b in zip(NUMBER.findall(new), NUMBER.findall(old), strict=True):
-        if "e" in a or "e" in b:
-            assert 0.2 < float(a) / float(b) < 5, f"{where}: {a} where {b} is committed"
-        else:
-            unit = 10.0 ** -len(b.partition(".")[2]) if "." in b else 0
-            assert abs(float(a) - float(b)) <= 1.01 * unit, f"{where}: {a}, {b} is committed"
-
-
-def test_every_cell_runs_without_a_network_and_prints_what_is_committed(committed, fresh):
+def test_every_cell_runs_without_a_network_and_shows_what_is_committed(committed, fresh):
+    """Rounding errors may differ fivefold, other fractions in their last digit."""
     for new, old in zip(code_cells(fresh), code_cells(committed), strict=True):
-        assert_same_print(printed(new), printed(old), f"cell {old.id!r}")
-
-
-def test_every_figure_is_there_and_drawn_again(committed, fresh):
-    counts = [len(figures(cell)) for cell in code_cells(committed)]
-    assert counts == [len(figures(cell)) for cell in code_cells(fresh)]
-    drawing = ["plt.show()" in cell.source for cell in code_cells(committed)]
-    assert counts == [int(draws) for draws in drawing]
-    for cell in code_cells(committed):
-        for image in figures(cell):
-            assert image.startswith(b"\x89PNG") and 4_000 < len(image) < 100_000, cell.id
+        texts = [CAUSE.sub(r"\1", printed(cell)) for cell in (new, old)]
+        assert NUMBER.sub("#", texts[0]) == NUMBER.sub("#", texts[1]), f"{old.id} prints another"
+        for a, b in zip(*map(NUMBER.findall, texts), strict=True):
+            if "e" in a or "e" in b:
+                assert 0.2 < float(a) / float(b) < 5, f"{old.id}: {a} where {b} is committed"
+            else:
+                unit = 10.0 ** -len(b.partition(".")[2]) if "." in b else 0
+                assert abs(float(a) - float(b)) <= 1.01 * unit, f"{old.id}: {a}, {b} is committed"
+        assert len(figures(new)) == len(figures(old)) == int("plt.show()" in old.source), old.id
+        for image in figures(old):
+            assert image.startswith(b"\x89PNG") and 4_000 < len(image) < 100_000, old.id
 
 
 def test_without_a_network_the_published_model_is_one_sentence(fresh):
@@ -136,51 +115,28 @@ def test_a_model_that_ignores_the_time_between_events_is_far_worse(fresh):
     assert errors["gaps as input"] < 0.5 * errors["no times"], errors
 
 
-def run_the_first_cell(committed) -> None:
-    exec(code_cells(committed)[0].source, {})
-
-
-@pytest.fixture
-def project(tmp_path, monkeypatch) -> Path:
-    """A folder that has the files, by name, and is not where the test runs."""
-    folder = tmp_path / "above" / "mamba"
+def test_the_first_cell_finds_the_project_or_says_what_to_do(tmp_path, committed, monkeypatch):
+    """From above, below and elsewhere; the name may be that of an unrelated package or folder."""
+    folder, spec = tmp_path / "above" / "mamba", importlib.machinery.ModuleSpec
     for name in ("mamba.py", "generate.py", "examples", "checkpoints/shakespeare"):
         (folder / name).mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # nothing is installed
-    return folder
+    ours = spec("mamba", None, origin=str(folder / "mamba.py"))
 
+    def run_from(start: Path, found) -> Path:
+        monkeypatch.chdir(start)
+        monkeypatch.setattr("importlib.util.find_spec", {"mamba": found}.get)
+        exec(code_cells(committed)[0].source, {})
+        return Path.cwd()
 
-@pytest.mark.parametrize("start", [".", "examples", "checkpoints/shakespeare", ".."])
-def test_the_first_cell_finds_the_project_from_above_and_below(
-    start, project, committed, monkeypatch
-):
-    monkeypatch.chdir(project / start)
-    run_the_first_cell(committed)
-    assert Path.cwd() == project
-
-
-def test_the_first_cell_finds_the_installed_project(project, committed, monkeypatch):
-    spec = importlib.machinery.ModuleSpec("mamba", None, origin=str(project / "mamba.py"))
-    monkeypatch.setattr("importlib.util.find_spec", {"mamba": spec}.get)
-    run_the_first_cell(committed)
-    assert Path.cwd() == project
-
-
-def test_without_the_project_the_first_cell_says_in_one_sentence_what_to_do(
-    project, committed, monkeypatch
-):
-    """Also where an unrelated package, or a folder, has the name of ours."""
-    (project / "generate.py").rmdir()
-    unrelated = importlib.machinery.ModuleSpec("mamba", None, origin=str(project / "mamba.py"))
-    for spec in (None, unrelated, importlib.machinery.ModuleSpec("mamba", None)):
-        monkeypatch.setattr("importlib.util.find_spec", {"mamba": spec}.get)
-        with pytest.raises(FileNotFoundError) as raised:
-            run_the_first_cell(committed)
-        sentence = str(raised.value)
-        assert "mamba.py, generate.py, examples, checkpoints/shakespeare" in sentence
-        assert "!git clone" in sentence and "\n" not in sentence
-    assert Path.cwd() != project
+    for start in (".", "examples", "checkpoints/shakespeare", ".."):
+        assert run_from(folder / start, None) == folder
+    assert run_from(tmp_path, ours) == folder
+    (folder / "generate.py").rmdir()
+    for found in (None, ours, spec("mamba", None)):
+        with pytest.raises(FileNotFoundError, match=r"^open this beside .*!git clone.*$") as raised:
+            run_from(tmp_path, found)
+        assert "mamba.py, generate.py, examples, checkpoints/shakespeare" in str(raised.value)
+        assert Path.cwd() == tmp_path
 
 
 def test_what_the_second_cell_imports_is_that_of_the_project_found(committed, tmp_path):
@@ -195,33 +151,24 @@ def test_what_the_second_cell_imports_is_that_of_the_project_found(committed, tm
     assert {Path(name).parent for name in names} == {tmp_path / "clone"}
 
 
+OF_A_MACHINE = r"(?<!\w)/\w+/|[A-Z]:\\|\d\d:\d\d|\d{4}-\d\d-\d\d|0x\w{6}"
+
+
 @pytest.mark.parametrize("which", ["committed", "fresh"])
-def test_the_outputs_say_nothing_about_the_machine(which, request):
+def test_cells_are_short_and_their_outputs_say_nothing_about_the_machine(which, request):
     """No warnings, paths, dates or times of day; no metadata but the kernel's name."""
     notebook = request.getfixturevalue(which)
     for count, cell in enumerate(code_cells(notebook), start=1):
+        assert len([line for line in cell.source.splitlines() if line]) <= 12, cell.id
         assert cell.execution_count == count and cell.metadata == {}, cell.id
         for output in cell.outputs:
             assert output.output_type != "error", cell.id
             assert output.get("name") != "stderr", f"{cell.id}: {output.get('text')}"
             text = output.get("text", "") + output.get("data", {}).get("text/plain", "")
-            for pattern in (
-                r"(?<!\w)/\w+/",
-                r"[A-Z]:\\",
-                r"\d\d:\d\d",
-                r"\d{4}-\d\d-\d\d",
-                r"0x\w{6}",
-            ):
-                assert not re.search(pattern, text), f"{cell.id}: {text}"
+            assert not re.search(OF_A_MACHINE, text), f"{cell.id}: {text}"
     if which == "committed":
         assert set(notebook.metadata) == {"kernelspec"}
         assert NOTEBOOK.stat().st_size < 600_000
-
-
-def test_cells_are_short(committed):
-    for cell in code_cells(committed):
-        lines = [line for line in cell.source.splitlines() if line]
-        assert len(lines) <= 12, f"{cell.id} has {len(lines)} lines"
 
 
 def main() -> None:

@@ -927,9 +927,10 @@ def fused_block(
     kernels: ModuleType, layer: nn.Module, stream: Tensor, state: MambaState,
     *, reset: Tensor | None = None,
 ) -> tuple[Tensor, MambaState]:  # fmt: skip
+    """`ResidualBlock.forward` by triton_scan.py's nine kernels. Shapes and errors are the same."""
     check_block(layer.mixer.config, stream, state, reset)
     stream, raw, h = kernels.residual_block_triton(layer, stream, state.conv, state.h, reset)
-    return stream, MambaState(window_after(raw, state.conv, reset)[0], h)
+    return stream, MambaState(window_after(raw, state.conv.to(raw.dtype), reset)[0], h)
 
 
 ## The convolution, and two functions of part I that say what they do by their names --------------

@@ -1,4 +1,4 @@
-"""A residual block in few kernels (triton_scan.py), against the block as part I of mamba.py says it.
+"""A residual block in few kernels (triton_scan.py), against the block as mamba.py's modules say it.
 
 Without a GPU the kernels run in Triton's interpreter, and a block is told to take them.
 """
@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
+from test_triton_scan import whole_slices  # noqa: F401  a fixture
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -33,7 +34,7 @@ except ImportError as error:
 
 def random_model(**changes) -> Mamba:
     """Random in every parameter, also in those that start at 0 or 1."""
-    settings = {"d_model": 20, "n_layer": 2, "vocab_size": 30, "scan": "chunked"} | changes
+    settings = {"d_model": 12, "n_layer": 2, "vocab_size": 30, "scan": "chunked"} | changes
     model = Mamba(MambaConfig(**settings))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -42,15 +43,15 @@ def random_model(**changes) -> Mamba:
 
 
 def results(model: Mamba, *, fused: bool, autocast: bool = False) -> dict[str, Tensor]:
-    """Logits, states, and the gradients of all weights and of the first state, of rows with documents
-    in them; of a loss that weighs everything at random."""
+    """Logits, states, and all gradients of a loss that weighs everything at random, of rows with
+    documents in them."""
     generator = torch.Generator().manual_seed(1)
 
     def draw(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=generator).to(like)
 
-    ids = torch.randint(30, (2, 11), generator=generator).to(DEVICE)
-    reset = (torch.rand(2, 11, generator=generator) < 0.2).to(DEVICE)
+    ids = torch.randint(30, (2, 5), generator=generator).to(DEVICE)
+    reset = (torch.rand(2, 5, generator=generator) < 0.2).to(DEVICE)
     model.zero_grad()
     state = model.init_state(2).map(lambda tensor: draw(tensor).requires_grad_())
     kernels = triton_scan if fused else None
@@ -92,11 +93,12 @@ def test_in_bfloat16_it_loses_no_more_than_the_plain_block_does(autocast):
     for name in exact:
         assert fused[name].dtype == plain[name].dtype, name
         lost = error_of(fused[name], exact[name])
-        assert lost <= 1.5 * error_of(plain[name], exact[name]) + 2e-3, name
+        # The interpreter cuts off what a GPU rounds.
+        assert lost <= (1.5 if GPU else 3) * error_of(plain[name], exact[name]) + 1e-5, name
 
 
 def test_frozen_weights_get_no_gradient_and_the_others_theirs():
-    model = random_model(bias=True)
+    model = random_model(bias=True, n_layer=1)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.endswith(("proj.weight", "A_log", "embedding.weight")))
     expected, actual = results(model, fused=False), results(model, fused=True)
@@ -157,7 +159,7 @@ def float64(layer: nn.Module) -> None:
 
 
 def wide_filter(layer: nn.Module) -> None:
-    layer.mixer.conv1d.weight = nn.Parameter(torch.zeros(40, 1, 5))
+    layer.mixer.conv1d.weight = nn.Parameter(torch.zeros(24, 1, 5))
 
 
 @pytest.mark.parametrize(

@@ -908,19 +908,21 @@ def is_our_own(model: nn.Module) -> bool:
 
 
 def kernels_for(layer: nn.Module, stream: Tensor) -> ModuleType | None:
-    """triton_scan.py if it is to run this ResidualBlock as a whole, else None."""
-    if not stream.is_cuda or torch.compiler.is_compiling():
+    """triton_scan.py if it is to run this ResidualBlock as a whole, else None: the modules are
+    called one by one, and the scan and the convolution may still be kernels."""
+    if not stream.is_cuda or stream.ndim != 3 or torch.compiler.is_compiling():
         return None
     block = layer.mixer
     if not are_our_own(layer, layer.norm, block, *block.children()):
         return None
-    weights = [weight for m in (block, *block.children()) for weight in m._parameters.values()]
-    needs = {"rule": block.config.rule, "d_state": block.A_log.shape[1]}
     projections = block.in_proj, block.x_proj, block.dt_proj, block.out_proj
     if len({projection.weight.dtype for projection in projections}) > 1:
         return None
-    d_conv = block.conv1d.weight.shape[-1]
-    return companion(block.config.scan, stream, *weights, **needs, d_conv=d_conv)
+    weights = [weight for m in (block, *block.children()) for weight in m._parameters.values()]
+    needs = {"rule": block.config.rule, "d_state": block.A_log.shape[1]}
+    needs["d_conv"] = block.conv1d.weight.shape[-1]
+    kernels = companion(block.config.scan, stream, *weights, **needs)
+    return kernels if kernels and kernels.takes(stream, *weights, **needs) else None
 
 
 def fused_block(

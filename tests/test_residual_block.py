@@ -90,11 +90,13 @@ def test_in_bfloat16_it_loses_no_more_than_the_plain_block_does(autocast):
     exact = results(copy.deepcopy(model).double(), fused=False)
     plain = results(model, fused=False, autocast=autocast)
     fused = results(model, fused=True, autocast=autocast)
-    for name in exact:
-        assert fused[name].dtype == plain[name].dtype, name
-        lost = error_of(fused[name], exact[name])
-        # The interpreter cuts off what a GPU rounds.
-        assert lost <= (1.5 if GPU else 3) * error_of(plain[name], exact[name]) + 1e-5, name
+    assert {name: t.dtype for name, t in fused.items()} == {n: t.dtype for n, t in plain.items()}
+    # Each of such small tensors is a draw of roundings, their mean is not.
+    lost, allowed = (
+        sum(error_of(found[name], exact[name]) for name in exact) / len(exact)
+        for found in (fused, plain)
+    )
+    assert lost <= (1.2 if GPU else 3) * allowed, "the interpreter cuts off what a GPU rounds"
 
 
 def test_frozen_weights_get_no_gradient_and_the_others_theirs():

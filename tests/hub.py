@@ -1,20 +1,15 @@
 """The Hugging Face Hub on the loopback interface, for the real client to talk to.
 
-    with Hub({"someone/model": {"config.json": b"{}", "model.safetensors": b"..."}}) as hub:
-        hub.faults["config.json"] = "gated"
-        subprocess.run(command, env=hub.environment(cache))
-        hub.requests  # [("GET", "someone/model", LIST), ("HEAD", "someone/model", "config.json")]
-
-The client reads HF_ENDPOINT when it is imported: a subprocess gets it from `environment`, this
-process from the `hub` fixture (conftest.py), which sets the client's constants. What can be wrong
-with a file or with the list of files:
+It notes who asks for what (`requests`), and serves what is wrong (`faults`, by file name or LIST):
 
     gated, private, 500     what the Hub says of each; private is as if there were none
     500-body                the file is announced, but not to be had
     cut                     the connection ends halfway, each time
-    short                   fewer bytes than announced
     portal                  a login page of the hotel answers in place of the Hub
     slow                    no answer before the test is over
+
+The client reads HF_ENDPOINT when it is imported: a subprocess gets it from `environment`, this
+process from the `hub` fixture (conftest.py), which sets the client's constants.
 """
 
 from __future__ import annotations
@@ -36,8 +31,8 @@ REFUSALS = {"gated": (403, "GatedRepo"), "private": (401, "RepoNotFound"), "500"
 class Hub:
     """repositories: {"owner/name": {"file name": its bytes}}; may be changed while serving."""
 
-    def __init__(self, repositories: dict[str, dict[str, bytes]] | None = None) -> None:
-        self.repositories = repositories or {}
+    def __init__(self) -> None:
+        self.repositories: dict[str, dict[str, bytes]] = {}
         self.commit = COMMIT
         self.earlier: dict[str, dict[str, dict[str, bytes]]] = {}  # commit -> repositories
         self.faults: dict[str, str] = {}
@@ -53,20 +48,19 @@ class Hub:
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
     def push(self, repository: str, files: dict[str, bytes]) -> None:
         """A new commit with other files; the earlier one stays there under its own name."""
         self.earlier[self.commit] = dict(self.repositories)
         self.repositories[repository] = files
         self.commit = git_sha1(self.commit.encode())
 
-    def stop(self) -> None:
+    def stop(self, *_: object) -> None:
         """From now on nothing listens: the network is gone."""
         self.over.set()
         self.server.shutdown()
         self.server.server_close()
+
+    __exit__ = stop
 
     def environment(self, home: os.PathLike, **changes: str) -> dict[str, str]:
         """The environment of a subprocess for which this is the Hub, with a cache of its own."""
@@ -113,12 +107,19 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def send_list(self, commit: str, files: dict[str, bytes], with_checksums: bool) -> None:
-        names = [{"rfilename": name} for name in files]
-        content: object = {"id": "", "sha": commit, "siblings": names}
+        content = {"id": "", "sha": commit, "siblings": [{"rfilename": name} for name in files]}
         if with_checksums:
+
+            def lfs(data: bytes) -> dict[str, object]:
+                return {
+                    "oid": hashlib.sha256(data).hexdigest(),
+                    "size": len(data),
+                    "pointerSize": 0,
+                }
+
             content = [
                 {"type": "file", "path": name, "size": len(data), "oid": git_sha1(data)}
-                | ({"lfs": large_file(data)} if name.endswith(LARGE) else {})
+                | ({"lfs": lfs(data)} if name.endswith(LARGE) else {})
                 for name, data in files.items()
             ]
         self.answer({"Content-Type": "application/json"}, json.dumps(content).encode())
@@ -126,8 +127,6 @@ class Handler(BaseHTTPRequestHandler):
     def send_file(self, name: str, data: bytes, fault: str | None, commit: str) -> None:
         etag = hashlib.sha256(data).hexdigest() if name.endswith(LARGE) else git_sha1(data)
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit}
-        if fault == "short" and self.command == "GET":
-            data = data[:-20]
         headers["Content-Length"] = str(len(data))
         self.answer(headers, data[: len(data) // 2] if fault == "cut" else data)
 
@@ -141,11 +140,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def refuse(self, status: int, code: str) -> None:
         self.answer({"X-Error-Code": code, "X-Error-Message": code}, status=status)
-
-
-def large_file(data: bytes) -> dict[str, object]:
-    """As git-lfs names it."""
-    return {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 0}
 
 
 def git_sha1(data: bytes) -> str:

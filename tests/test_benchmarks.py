@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -15,9 +16,7 @@ HERE = Path(__file__).parent.parent / "benchmarks"
 def cpu(monkeypatch):
     """benchmarks/cpu.py as a module; it sets the number of threads, as conftest.py does again."""
     monkeypatch.syspath_prepend(HERE)
-    import cpu
-
-    return cpu
+    return importlib.import_module("cpu")
 
 
 def test_a_dry_run_measures_every_system_that_is_installed_and_writes_nothing(
@@ -39,8 +38,7 @@ def test_the_peak_of_tensors_counts_what_is_held_at_a_time(cpu):
 
     def run():
         for size in (3000, 5000, 2000):  # one after the other
-            tensor = torch.zeros(size)
-            del tensor
+            torch.zeros(size)
         return [held + 1 for _ in range(4)]  # together, but less
 
     assert cpu.peak_of_tensors(run) == pytest.approx(5000 * 4, abs=256)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -33,10 +34,8 @@ HF_CONFIG |= {"architectures": ["MambaForCausalLM"], "intermediate_size": 16, "d
 SAFE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-BIN_SHARDS = [f"pytorch_model-0000{i}-of-00003.bin" for i in (1, 2, 3)]
-# In the order in which they are looked for.
-FORMATS = {"safetensors": [SAFE], "shards": [INDEX, *SHARDS]}
-FORMATS |= {"bin": [BIN], "bin shards": [BIN_INDEX, *BIN_SHARDS]}
+FORMATS = {"safetensors": [SAFE], "shards": [INDEX, *SHARDS], "bin": [BIN]}  # in this order
+FORMATS["bin shards"] = [BIN_INDEX, *(f"pytorch_model-0000{i}-of-00003.bin" for i in (1, 2, 3))]
 HF, HF_SHARDS = "hf safetensors", "hf shards"
 D, NORM, EMBEDDING = "backbone.layers.1.mixer.D", "backbone.norm_f.weight", mamba.EMBEDDING
 IDS = torch.arange(20).view(2, 10)
@@ -64,19 +63,20 @@ def write(folder: Path, layout: str = "bin", tensors: object = None, **changes) 
     """A whole folder, as transformers has it ("hf ...") or as originals are, with these changes."""
     folder.mkdir(exist_ok=True)
     form = layout.removeprefix("hf ")
-    config = (HF_CONFIG if form != layout else CONFIG) | changes
-    tensors = tensors or (HF_WEIGHTS if form != layout else WEIGHTS)
-    (folder / "config.json").write_text(json.dumps(config))
-    index, *files = FORMATS.get(form, [BIN])
-    if files:  # each of them has every third weight
-        where = {name: files[i % 3] for i, name in enumerate(tensors)}
+    config, weights = (CONFIG, WEIGHTS) if form == layout else (HF_CONFIG, HF_WEIGHTS)
+    tensors, files = tensors or weights, FORMATS.get(form, [BIN])
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    parts = [list(tensors)[i::3] for i in range(3)] if len(files) > 1 else [tensors]
+    if len(files) > 1:
+        index, *files = files
+        where = {name: file for file, part in zip(files, parts, strict=True) for name in part}
         (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    for i, file in enumerate(files or [index]):
-        part = dict(list(tensors.items())[i::3]) if files else tensors
+    for file, part in zip(files, parts, strict=True):
         if file.endswith(".bin"):
+            part = {name: tensors[name] for name in part}
             torch.save(part, folder / file, _use_new_zipfile_serialization=form != "old bin")
         else:
-            save_file({name: tensor.clone() for name, tensor in part.items()}, folder / file)
+            save_file({name: tensors[name].clone() for name in part}, folder / file)
     return folder
 
 
@@ -89,13 +89,11 @@ def assert_loads(name_or_path: str | Path, dtype: torch.dtype = torch.float32, *
 
 
 def assert_refused(name_or_path: str | Path, kind: type, *words: str, **options) -> str:
-    """One sentence with these words, which is returned."""
+    """One sentence with these words, which is returned; none that leads to run what was refused."""
     with pytest.raises(Exception) as info:
         Mamba.from_pretrained(name_or_path, **options)
     message = str(info.value)
-    assert info.type is kind, message
-    assert 20 < len(message) < 600 and "\n" not in message, message
-    # torch's own words on a refused pickle suggest to run it; to load again helps nobody here
+    assert info.type is kind and 20 < len(message) < 600 and "\n" not in message, message
     assert not any(word in message for word in ("weights_only=False", "Re-running", "again"))
     assert all(word in message for word in words), message
     return message
@@ -155,22 +153,15 @@ STALE |= {"d_inner": 32, "max_length": 20, "hidden_act": "swish"}
 HF_NULL = dict.fromkeys(("time_step_rank", "layer_norm_epsilon", "hidden_act", "norm_eps"))
 
 
-@pytest.mark.parametrize(
-    ("layout", "changes"),
-    [
-        ("bin", OFFICIAL | {"ssm_cfg": {"d_state": None, "d_conv": 4}}),
-        ("bin", NULL),
-        (HF, transformers.MambaConfig(**HF_CONFIG).to_dict() | STALE),
-        (HF, HF_NULL),
-    ],
-)
-def test_fields_that_say_nothing_about_the_model_are_read_over(layout, changes, tmp_path):
+def test_fields_that_say_nothing_about_the_model_are_read_over(tmp_path):
     """Tokens, nulls, what others write into each config; names of sizes are among them."""
-    write(tmp_path, layout, **changes)
-    assert_loads(tmp_path)
-    expected = {"vocab_size": 32, "pad_vocab_size_multiple": 1} if layout == HF else {}
-    expected = MambaConfig(**{"d_model": 8, "n_layer": 2, "vocab_size": 30, **expected})
-    assert mamba.read_config(tmp_path / "config.json") == expected
+    of_hf = transformers.MambaConfig(**HF_CONFIG).to_dict() | STALE
+    for changes in (OFFICIAL | {"ssm_cfg": {"d_state": None, "d_conv": 4}}, NULL, of_hf, HF_NULL):
+        layout = HF if changes in (of_hf, HF_NULL) else "bin"
+        assert_loads(write(tmp_path / layout, layout, **changes))
+        expected = {"vocab_size": 32, "pad_vocab_size_multiple": 1} if layout == HF else {}
+        expected = MambaConfig(**{"d_model": 8, "n_layer": 2, "vocab_size": 30, **expected})
+        assert mamba.read_config(tmp_path / layout / "config.json") == expected
 
 
 def test_of_several_formats_the_first_is_read_and_what_is_saved_beside_them_counts(
@@ -188,6 +179,16 @@ def test_of_several_formats_the_first_is_read_and_what_is_saved_beside_them_coun
     assert_loads("~")
 
 
+def test_loading_in_bfloat16_takes_half_the_file_beside_its_pages(tmp_path, monkeypatch):
+    """1.5 files, as README says: the tied matrix, nine tenths of this one, is cast once."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from cpu import peak_of_tensors
+
+    small(d_model=64, vocab_size=4096).save_pretrained(tmp_path)
+    peak = peak_of_tensors(lambda: Mamba.from_pretrained(tmp_path, dtype=torch.bfloat16))
+    assert peak == pytest.approx(1.5 * (tmp_path / SAFE).stat().st_size, rel=0.02)
+
+
 ## What is saved -----------------------------------------------------------------------------------
 
 
@@ -195,19 +196,18 @@ def test_of_several_formats_the_first_is_read_and_what_is_saved_beside_them_coun
 @pytest.mark.parametrize("head", ["tied", "equal", "another"])
 def test_whether_the_head_is_the_embedding_is_asked_of_the_tensors(flag, head, tmp_path):
     """Equal is not tied: a tied one would change with the embedding in the next training step."""
-    model = small(tie_embeddings=flag)
+    model, is_tied = small(tie_embeddings=flag), head == "tied"
     weight = model.backbone.embedding.weight
-    changed = weight.detach() + (1.0 if head == "another" else 0.0)
-    model.lm_head.weight = weight if head == "tied" else torch.nn.Parameter(changed)
+    changed = torch.nn.Parameter(weight.detach() + (1.0 if head == "another" else 0.0))
+    model.lm_head.weight = weight if is_tied else changed
     model.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["tie_embeddings"] == (head == "tied")
+    assert json.loads((tmp_path / "config.json").read_text())["tie_embeddings"] == is_tied
     assert model.config.tie_embeddings == flag  # to save changes nothing in the model
     loaded = Mamba.from_pretrained(tmp_path)
     loaded.save_pretrained(tmp_path)  # over the file that its weights are mapped from
-    for model_again in (loaded, Mamba.from_pretrained(tmp_path)):
-        assert torch.equal(model_again(IDS), model(IDS))
-        tied = model_again.lm_head.weight is model_again.backbone.embedding.weight
-        assert tied == model_again.config.tie_embeddings == (head == "tied")
+    for again in (loaded, Mamba.from_pretrained(tmp_path)):
+        assert torch.equal(again(IDS), model(IDS)) and again.config.tie_embeddings == is_tied
+        assert (again.lm_head.weight is again.backbone.embedding.weight) == is_tied
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", SAFE]
 
 
@@ -225,58 +225,33 @@ def test_what_is_not_the_default_is_saved_too_and_what_is_ours_alone_only_then(t
     assert Mamba.from_pretrained(tmp_path, scan="chunked").config == small(scan="chunked").config
 
 
-def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
-    model = small()
-    model.lm_head.weight = torch.nn.Parameter(torch.ones(40, 8))
-    with pytest.raises(RuntimeError, match=r"1 misshapen: lm_head\.weight \(40"):
-        model.save_pretrained(tmp_path / "model")
-    assert not (tmp_path / "model").exists()
-
-
-def tuned(model: Mamba, **options):
-    """The model with LoRA, after a few steps of training on IDS."""
-    peft = pytest.importorskip("peft")
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, **options))
-    parameters = [p for p in adapted.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=1.0)
-    for _ in range(3):
-        optimizer.zero_grad()
-        loss_of(adapted).backward()
-        optimizer.step()
-    return adapted
-
-
-def loss_of(model) -> torch.Tensor:
-    logits = model(IDS[:, :-1])
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), IDS[:, 1:].flatten())
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_adapters_are_saved_merged_and_with_a_head_that_was_trained_beside_them(tmp_path):
-    model = small()
-    before = loss_of(model).item()
-    adapted = tuned(model, target_modules=["in_proj"], modules_to_save=["lm_head"])
-    with pytest.raises(RuntimeError, match="lora_A"):
-        adapted.base_model.model.save_pretrained(tmp_path)
-    merged = adapted.merge_and_unload()
-    expected = loss_of(merged).item()
-    assert expected < before - 0.01
+def test_adapters_are_saved_merged_with_their_own_head_and_peft_warns_of_tied_matrices(tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def adapted(names: list[str], more: list[str] | None = None, tied: bool = True):
+        options = peft.LoraConfig(
+            target_modules=names, modules_to_save=more, init_lora_weights=False
+        )
+        return peft.get_peft_model(small(tie_embeddings=tied), options)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapted(["lm_head"], tied=False).merge_and_unload()
+    with pytest.warns(UserWarning, match="tied layer is part of the adapter"):
+        adapted(["lm_head"])
+    with pytest.warns(UserWarning, match="no longer tied after merging"):
+        model = adapted(["in_proj"], ["lm_head"])
+        torch.nn.init.normal_(model.base_model.model.lm_head.modules_to_save["default"].weight)
+        with pytest.raises(RuntimeError, match="lora_A"):
+            model.base_model.model.save_pretrained(tmp_path / "model")
+        assert not (tmp_path / "model").exists()
+        expected, merged = model(IDS), model.merge_and_unload()
     merged.save_pretrained(tmp_path)
     loaded = Mamba.from_pretrained(tmp_path)
-    assert loss_of(loaded).item() == pytest.approx(expected, abs=1e-5)
+    assert not torch.allclose(loaded(IDS), small()(IDS), atol=1e-2)
+    assert torch.allclose(loaded(IDS), expected, rtol=1e-5, atol=1e-5)
     assert merged.config.tie_embeddings is loaded.config.tie_embeddings is False
-
-
-def test_peft_warns_of_an_adapter_in_one_of_two_tied_matrices_and_of_no_other(recwarn):
-    tuned(small(tie_embeddings=False), target_modules=["lm_head"]).merge_and_unload()
-    assert not [warning for warning in recwarn if "tie" in str(warning.message)]
-    with pytest.warns(UserWarning, match="tied layer is part of the adapter"):
-        adapted = tuned(small(), target_modules=["lm_head"])
-    with pytest.warns(UserWarning, match="tied_target_modules"):
-        adapted.merge_and_unload()
-    with pytest.warns(UserWarning, match="no longer tied after merging"):
-        options = {"target_modules": ["in_proj"], "modules_to_save": ["lm_head"]}
-        tuned(small(), **options).merge_and_unload()
 
 
 ## Folders that are wrong --------------------------------------------------------------------------
@@ -303,9 +278,8 @@ def test_a_config_of_another_model_is_refused_by_its_field(layout, field, value,
     if layout == "bin" and field in ("layer", "d_stat", "d_model"):
         write(tmp_path, layout, ssm_cfg={field: value})
         assert_refused(tmp_path, ValueError, "ssm_cfg" if field == "d_model" else field)
-    if field == "model_type":
-        write(tmp_path, HF, model_type=None)
-        assert_refused(tmp_path, ValueError, "model_type = None is another architecture, not 'm")
+    write(tmp_path, HF, model_type=None)
+    assert_refused(tmp_path, ValueError, "model_type = None is another architecture, not 'm")
 
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 516\n"
@@ -313,60 +287,46 @@ HTML = b"<!DOCTYPE html>"
 LLAMA = b'{"model_type": "llama", "hidden_size": 16, "num_attention_heads": 4}'
 
 
-@pytest.mark.parametrize(
-    ("layout", "file", "content", "kind", "named"),
-    [
-        ("bin", "config.json", None, FileNotFoundError, "has no file config.json"),
-        ("bin", "config.json", b"[1]", RuntimeError, "a list is no dict"),
-        ("bin", "config.json", b"\xff\xfe\0\1", RuntimeError, "config.json is damaged"),
-        ("bin", "config.json", b"[" * 10**5, RuntimeError, "config.json"),
-        ("bin", "config.json", LLAMA, ValueError, "llama"),
-        ("bin", BIN, None, FileNotFoundError, f"{SAFE} or {INDEX} or {BIN} or {BIN_INDEX}"),
-        ("bin", BIN, b"", RuntimeError, "begins with b''"),
-        ("bin", BIN, 0.99, RuntimeError, BIN),
-        ("old bin", BIN, 0.5, RuntimeError, BIN),
-        ("bin", BIN, bytes(range(256)), RuntimeError, f"{bytes(range(40))!r})"),
-        ("bin", BIN, LFS, RuntimeError, "run `git lfs pull`"),
-        (HF, SAFE, 0.5, RuntimeError, SAFE),
-        (HF, SAFE, HTML, RuntimeError, "<!DOCTYPE html>"),
-        (HF_SHARDS, SHARDS[1], None, FileNotFoundError, SHARDS[1]),
-        (HF_SHARDS, SHARDS[1], 0.5, RuntimeError, SHARDS[1]),
-        (HF_SHARDS, INDEX, 0.5, RuntimeError, INDEX),
-        (HF_SHARDS, INDEX, b"{}", ValueError, "weight_map"),
-        (HF_SHARDS, INDEX, b'{"weight_map": ["x"]}', ValueError, INDEX),
-        (HF_SHARDS, INDEX, b'{"weight_map": {"D": "../up", "A": "a"}}', ValueError, "weight_map"),
-        (HF_SHARDS, INDEX, b'{"weight_map": {"D": "x.bin"}}', FileNotFoundError, "x.bin"),
-    ],
-)
+DAMAGES = [  # no such file, that part of the true content, or this content
+    ("bin", "config.json", None, FileNotFoundError, "has no file config.json"),
+    ("bin", "config.json", b"[1]", RuntimeError, "a list is no dict"),
+    ("bin", "config.json", b"[" * 10**5, RuntimeError, "config.json"),
+    ("bin", "config.json", LLAMA, ValueError, "llama"),
+    ("bin", BIN, None, FileNotFoundError, f"{SAFE} or {INDEX} or {BIN} or {BIN_INDEX}"),
+    ("bin", BIN, b"", RuntimeError, "begins with b''"),
+    ("bin", BIN, 0.99, RuntimeError, BIN),
+    ("old bin", BIN, 0.5, RuntimeError, BIN),
+    ("bin", BIN, bytes(range(256)), RuntimeError, f"{bytes(range(40))!r})"),
+    ("bin", BIN, LFS, RuntimeError, "run `git lfs pull`"),
+    (HF, SAFE, 0.5, RuntimeError, SAFE),
+    (HF, SAFE, HTML, RuntimeError, "<!DOCTYPE html>"),
+    (HF_SHARDS, SHARDS[1], None, FileNotFoundError, SHARDS[1]),
+    (HF_SHARDS, INDEX, 0.5, RuntimeError, INDEX),
+    (HF_SHARDS, INDEX, b"{}", ValueError, "weight_map"),
+    (HF_SHARDS, INDEX, b'{"weight_map": ["x"]}', ValueError, INDEX),
+    (HF_SHARDS, INDEX, b'{"weight_map": {"D": "../up", "A": "a"}}', ValueError, "weight_map"),
+]
+
+
+@pytest.mark.parametrize(("layout", "file", "content", "kind", "named"), DAMAGES)
 def test_a_damaged_or_foreign_file_is_named(layout, file, content, kind, named, tmp_path):
-    """content: None for no such file, a number for that part of the true content."""
     path = write(tmp_path / "model", layout) / file
-    if isinstance(content, float):
-        content = path.read_bytes()[: int(path.stat().st_size * content)]
+    whole = path.read_bytes()
     path.unlink()
     if content is not None:
-        path.write_bytes(content)
+        path.write_bytes(whole[: int(len(whole) * content)] if type(content) is float else content)
     message = assert_refused(tmp_path / "model", kind, str(tmp_path), named)
     assert ("git lfs" in message) == (content == LFS)
-
-
-class Runs:
-    """Unpickled without care, this writes a file."""
-
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self):
-        return Path.touch, (self.canary,)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 def test_a_bin_file_of_anything_but_tensors_is_refused_and_nothing_in_it_is_run(tmp_path):
     path, canary = write(tmp_path) / BIN, tmp_path / "canary"
+    runs = type("Runs", (), {"__reduce__": lambda self: (Path.touch, (canary,))})()
     for spoil in (
-        lambda: path.write_bytes(pickle.dumps(Runs(canary))),
+        lambda: path.write_bytes(pickle.dumps(runs)),
         lambda: path.write_bytes(pickle.dumps([1, 2])),
-        lambda: torch.save({"D": Runs(canary)}, path),
+        lambda: torch.save({"D": runs}, path),
         lambda: torch.save([torch.ones(2)], path),
         lambda: torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path),
         lambda: zipfile.ZipFile(path, "w").writestr("archive/data.pkl", b"\x80\x02}q\x00."),
@@ -376,40 +336,30 @@ def test_a_bin_file_of_anything_but_tensors_is_refused_and_nothing_in_it_is_run(
     assert not canary.exists()
 
 
-def without(name: str, weights: dict) -> dict:
-    return {key: tensor for key, tensor in weights.items() if name not in key}
-
-
 BASE = {key.removeprefix("backbone."): tensor for key, tensor in HF_WEIGHTS.items()}
-SEVERAL = without("layers.0", WEIGHTS) | {NORM: torch.ones(2, 8), "head.bias": torch.ones(3)}
+SEVERAL = {k: v for k, v in WEIGHTS.items() if "layers.0" not in k}
+SEVERAL |= {NORM: torch.ones(2, 8), "head.bias": torch.ones(3)}
 FIRST = "(weights: 10 missing: backbone.layers.0.norm.weight, backbone.layers.0.mixer.A_log, "
 FIRST += "backbone.layers.0.mixer.D;"
+MISFITS = [
+    (WEIGHTS | {D: 3}, f"1 misshapen: {D} int"),
+    ({3: WEIGHTS[D]}, "1 unknown: 3"),
+    (WEIGHTS | {D: WEIGHTS[D].int()}, "int32"),
+    (WEIGHTS | {D: WEIGHTS[D].to("meta")}, D),
+    (WEIGHTS | {D: WEIGHTS[D].to_sparse()}, D),
+    (WEIGHTS | {D: WEIGHTS[D][1:]}, f"1 misshapen: {D} (15,), not (16,)"),
+    ({k: v for k, v in WEIGHTS.items() if k != EMBEDDING}, f"1 missing: {EMBEDDING})"),
+    (HF_WEIGHTS | WEIGHTS, "1 unknown: backbone.embeddings.weight)"),
+    (BASE, f"23 missing: {EMBEDDING}, ", "; 22 unknown: embeddings.weight, "),
+    (SEVERAL, FIRST, f"; 1 unknown: head.bias; 1 misshapen: {NORM} (2, 8), not (8,)"),
+]
 
 
-@pytest.mark.parametrize(
-    ("tensors", "words"),
-    [
-        (WEIGHTS | {"epoch": 3}, ["(weights: 1 unknown: epoch)"]),
-        (WEIGHTS | {D: 3}, [f"1 misshapen: {D} int"]),
-        ({3: WEIGHTS[D]}, ["1 unknown: 3"]),
-        (WEIGHTS | {D: WEIGHTS[D] + 1j}, ["complex64"]),
-        (WEIGHTS | {D: WEIGHTS[D].int()}, ["int32"]),
-        (WEIGHTS | {D: WEIGHTS[D].to("meta")}, [D]),
-        (WEIGHTS | {D: WEIGHTS[D].to_sparse()}, [D]),
-        (WEIGHTS | {D: WEIGHTS[D][1:]}, [f"1 misshapen: {D} (15,), not (16,)"]),
-        (without(D, WEIGHTS), [f"1 missing: {D})"]),
-        (without(EMBEDDING, WEIGHTS), [f"1 missing: {EMBEDDING})"]),
-        (HF_WEIGHTS | WEIGHTS, ["1 unknown: backbone.embeddings.weight)"]),
-        (BASE, [f"23 missing: {EMBEDDING}, ", "; 22 unknown: embeddings.weight, "]),
-        (SEVERAL, [FIRST, f"; 1 unknown: head.bias; 1 misshapen: {NORM} (2, 8), not (8,)"]),
-    ],
-)
-def test_weights_that_do_not_fit_are_counted_and_three_of_a_fault_named(tensors, words, tmp_path):
-    write(tmp_path, "bin", tensors)
-    assert_refused(tmp_path, RuntimeError, str(tmp_path), *words)
-
-
-def test_a_head_or_a_layer_that_is_not_in_the_file_or_a_weight_in_two_shards_is_named(tmp_path):
+def test_weights_that_do_not_fit_are_counted_and_three_of_a_fault_named(tmp_path):
+    for tensors, *words in MISFITS:
+        write(tmp_path, "bin", tensors)
+        assert_refused(tmp_path, RuntimeError, str(tmp_path), *words)
+    (tmp_path / BIN).unlink()
     write(tmp_path, HF, tie_word_embeddings=False)
     assert_refused(tmp_path, RuntimeError, "1 missing: lm_head.weight")
     write(tmp_path, HF, num_hidden_layers=3)
@@ -435,16 +385,10 @@ def test_what_wraps_all_weights_is_named_with_the_line_that_takes_it_off(tmp_pat
     assert_loads(tmp_path)
 
 
-WRONG_CALLS = [{"dtype": torch.int8}, {"dtype": "bfloat16"}, {"scan": "fast"}, {"device": "gpu"}]
-
-
-@pytest.mark.parametrize("wrong", WRONG_CALLS)
-def test_a_wrong_argument_is_refused_before_a_weight_is_looked_for(wrong, tmp_path):
+def test_a_wrong_call_is_refused_before_a_weight_is_looked_for(hub, monkeypatch, tmp_path):
     (write(tmp_path) / BIN).unlink()
-    assert_refused(tmp_path, ValueError, str(*wrong.values()), **wrong)
-
-
-def test_a_name_of_no_folder_and_no_repository_is_repeated_and_nobody_is_asked(hub, monkeypatch):
+    for name, wrong in dict(dtype=torch.int8, scan="fast", device="gpu").items():
+        assert_refused(tmp_path, ValueError, str(wrong), **{name: wrong})
     monkeypatch.chdir(ROOT)
     for name in ("", "gpt2", "/no/such/folder", "a/b/c", "tests/typo", "a b/c"):
         assert_refused(name, FileNotFoundError, repr(name), "is neither a folder nor")
@@ -473,19 +417,7 @@ def downloads(hub: Hub) -> list[str]:
     return sorted(name for method, _, name in hub.requests if method == "GET" and name != LIST)
 
 
-def test_a_model_is_downloaded_once_and_then_only_asked_for(hub, capfd):
-    hub.repositories[NAME] = files_of(HF_SHARDS)
-    assert_loads(NAME)
-    assert downloads(hub) == sorted(files_of(HF_SHARDS))
-    hub.requests.clear()
-    capfd.readouterr()
-    assert_loads(NAME + "/")
-    assert hub.requests[0] == ("GET", NAME, LIST)
-    assert {method for method, _, _ in hub.requests[1:]} == {"HEAD"}
-    assert capfd.readouterr() == ("", "")  # no bar where nothing is downloaded
-
-
-def test_of_several_formats_one_is_downloaded_and_of_a_foreign_model_none(hub):
+def test_one_of_several_formats_is_downloaded_once_and_of_a_foreign_model_none(hub, capfd):
     """state-spaces/mamba-2.8b has two, 11 GB each."""
     hub.repositories["someone/foreign"] = files_of("bin") | {"config.json": LLAMA}
     assert_refused("someone/foreign", ValueError, "llama")
@@ -494,6 +426,12 @@ def test_of_several_formats_one_is_downloaded_and_of_a_foreign_model_none(hub):
     hub.repositories[NAME] |= files_of("hf bin shards") | files_of("shards") | {"x.bin": b"no use"}
     assert_loads(NAME)
     assert downloads(hub) == sorted(["config.json", INDEX, *SHARDS])
+    hub.requests.clear()
+    capfd.readouterr()
+    assert_loads(NAME + "/")
+    assert hub.requests[0] == ("GET", NAME, LIST)
+    assert {method for method, _, _ in hub.requests[1:]} == {"HEAD"}
+    assert capfd.readouterr() == ("", "")  # no bar where nothing is downloaded
     hub.stop()
     assert_loads(NAME)  # chosen in the cache as on the Hub
 
@@ -513,32 +451,32 @@ def test_of_a_new_commit_only_what_differs_is_downloaded_and_the_old_one_stays_t
 
 
 def test_all_files_come_from_one_commit_though_another_is_pushed_meanwhile(hub, monkeypatch):
-    read_config = mamba.read_config
+    read_config, later = mamba.read_config, {BIN: b"for another config.json"}
 
-    def push(path):
-        """As soon as config.json is there."""
-        hub.push(NAME, hub.repositories[NAME] | {BIN: b"for another config.json"})
+    def push(path: Path) -> MambaConfig:
+        hub.push(NAME, hub.repositories[NAME] | later)
         return read_config(path)
 
     monkeypatch.setattr(mamba, "read_config", push)
     assert_loads(NAME)
 
 
-@pytest.mark.parametrize(
-    ("file", "fault", "kind", "named"),
-    [
-        (LIST, "gated", RuntimeError, "hf auth login"),
-        (LIST, "private", FileNotFoundError, "hf auth login"),
-        (LIST, "500", RuntimeError, "500"),
-        (LIST, "portal", RuntimeError, "config.json could not be downloaded"),
-        (LIST, "slow", FileNotFoundError, "out of reach"),
-        (BIN, "gated", RuntimeError, f"https://huggingface.co/{NAME}"),
-        (BIN, "500-body", RuntimeError, "500"),
-        (BIN, "cut", FileNotFoundError, f"{BIN} is not in the cache and the Hub is out of reach"),
-        (BIN, "short", RuntimeError, "should be of size"),
-    ],
-)
-def test_a_fault_of_the_hub_is_one_sentence(file, fault, kind, named, hub, monkeypatch):
+FAULTS = [
+    (LIST, "gated", RuntimeError, "hf auth login"),
+    (LIST, "private", FileNotFoundError, "hf auth login"),
+    (LIST, "500", RuntimeError, "500"),
+    (LIST, "portal", RuntimeError, "config.json could not be downloaded"),
+    (LIST, "slow", FileNotFoundError, "out of reach"),
+    (BIN, "gated", RuntimeError, f"https://huggingface.co/{NAME}"),
+    (BIN, "500-body", RuntimeError, "500"),
+    (BIN, "cut", FileNotFoundError, f"{BIN} is not in the cache and the Hub is out of reach"),
+]
+
+
+@pytest.mark.parametrize(("file", "fault", "kind", "named"), FAULTS)
+def test_a_fault_of_the_hub_is_one_sentence_unless_the_cache_has_what_is_asked_for(
+    file, fault, kind, named, hub, monkeypatch
+):
     monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "0.3")
     monkeypatch.setattr(time, "sleep", lambda _: None)  # between two tries
     hub.faults[file] = fault
@@ -546,15 +484,18 @@ def test_a_fault_of_the_hub_is_one_sentence(file, fault, kind, named, hub, monke
     # Nothing broken stays behind: as soon as the Hub is well, the same call succeeds.
     hub.faults.clear()
     assert_loads(NAME)
+    hub.faults |= dict.fromkeys(["config.json", BIN], fault)
+    assert_loads(NAME)
+    hub.faults[LIST] = fault
+    assert_loads(NAME)
 
 
 def test_a_repository_a_revision_or_a_file_that_is_not_there_is_named(hub):
     assert_refused("someone/else", FileNotFoundError, "someone/else")
     assert_refused(NAME, RuntimeError, NAME, "v9", revision="v9")
-    del hub.repositories[NAME][BIN]
-    assert_refused(NAME, FileNotFoundError, BIN, SAFE)
-    del hub.repositories[NAME]["config.json"]
-    assert_refused(NAME, FileNotFoundError, "config.json")
+    for file, named in ((BIN, f"{SAFE} or"), ("config.json", "config.json")):
+        del hub.repositories[NAME][file]
+        assert_refused(NAME, FileNotFoundError, file, named)
 
 
 def test_without_a_network_the_cache_decides_and_what_is_only_partly_there_is_missed_by_name(
@@ -577,25 +518,15 @@ def test_without_a_network_the_cache_decides_and_what_is_only_partly_there_is_mi
     assert "check the network" in said and "HF_HUB_ETAG_TIMEOUT" not in said
 
 
-@pytest.mark.parametrize("fault", ["500", "private", "gated", "portal", "slow"])
-def test_what_is_in_the_cache_loads_whatever_the_hub_says(fault, hub, monkeypatch):
-    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "0.3")
-    assert_loads(NAME)
-    hub.faults |= dict.fromkeys(["config.json", BIN], fault)
-    assert_loads(NAME)
-    hub.faults[LIST] = fault
-    assert_loads(NAME)
-
-
-@pytest.mark.parametrize("way", ["local_files_only", "HF_HUB_OFFLINE"])
-def test_offline_means_that_nobody_is_asked(way, hub, monkeypatch):
+def test_offline_means_that_nobody_is_asked(hub, monkeypatch):
     assert_loads(NAME, cache_dir=(full := constants.HF_HUB_CACHE + "-full"))
     hub.requests.clear()
     hub.others.clear()
-    options = {"local_files_only": way == "local_files_only"}
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", way == "HF_HUB_OFFLINE")
-    assert_loads(NAME, cache_dir=full, **options)
-    assert_refused(NAME, FileNotFoundError, "load once without HF_HUB_OFFLINE", **options)
+    for offline in (False, True):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        options = {"local_files_only": not offline}
+        assert_loads(NAME, cache_dir=full, **options)
+        assert_refused(NAME, FileNotFoundError, "load once without HF_HUB_OFFLINE", **options)
     assert hub.requests == hub.others == []
 
 
@@ -607,13 +538,12 @@ def test_the_clients_own_command_finds_a_wrong_bit_in_the_second_of_three_shards
     environment = hub.environment(tmp_path, HF_HUB_CACHE=constants.HF_HUB_CACHE)
     command = [str(Path(sys.executable).with_name("hf")), "cache", "verify", NAME]
     (shard,) = Path(constants.HF_HUB_CACHE).glob(f"*/snapshots/*/{SHARDS[1]}")
-    for is_wrong in (False, True):
-        if is_wrong:
-            data = shard.read_bytes()
-            shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    *whole, last = shard.read_bytes()
+    for wrong in (0, 1):
+        shard.write_bytes(bytes([*whole, last ^ wrong]))
         result = subprocess.run(command, env=environment, capture_output=True, text=True)
         said = result.stdout + result.stderr
-        assert (result.returncode == 1, SHARDS[1] in said) == (is_wrong, is_wrong), said
+        assert (result.returncode, SHARDS[1] in said) == (wrong, wrong), said
 
 
 ## The real Hub: pytest -m hub ---------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """examples/look_inside.py: what it says about a layer is what happens in the layer."""
 
 import re
+from pathlib import Path
 
 import look_inside as look
 import pytest
@@ -12,15 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from generate import ByteTokenizer
 from mamba import Mamba
-from test_mamba import (
-    RULES,
-    assert_close,
-    by_hand,
-    random_ids,
-    random_model,
-    random_state,
-    scan_inputs,
-)  # fmt: skip
+from test_mamba import RULES, assert_close, by_hand, random_model, random_state, scan_inputs
 
 
 def random_inside(seqlen: int = 13, dtype: torch.dtype = torch.float64, copies: int = 1):
@@ -51,7 +44,7 @@ def check_what_was_seen(layers, model, ids, start, logits, state) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_recurrence_over_what_was_seen_gives_every_layers_state_and_the_logits(dtype):
     """Of the last call: a whole sequence, and then a step. Gradients flow through what was seen."""
-    model, ids = random_model().to(dtype), random_ids(2, 9)
+    model, ids = random_model().to(dtype), torch.randint(30, (2, 9))
     start = random_state(model, 2)
     with look.watch(model) as layers:
         logits, state = model(ids, start)
@@ -65,7 +58,7 @@ def test_the_recurrence_over_what_was_seen_gives_every_layers_state_and_the_logi
 
 
 def test_watching_changes_nothing_two_may_watch_and_it_ends_with_the_context():
-    model, ids = random_model(), random_ids(2, 5)
+    model, ids = random_model(), torch.randint(30, (2, 5))
     expected = model(ids)
     with pytest.raises(KeyError), look.watch(model) as layers:
         with look.watch(model.backbone.layers[1]) as (second,):
@@ -100,14 +93,6 @@ def test_a_column_is_what_one_token_leaves_and_the_states_are_those_of_the_scan(
             assert_close("the last state", h[:, -1], last, bound)
 
 
-def test_chosen_channels_are_those_of_the_whole():
-    inside, _ = random_inside()
-    whole = look.hidden_attention(inside)
-    for channels in ([], [2], [2, 0], slice(1, 3), torch.tensor([2, 2])):
-        alpha = look.hidden_attention(inside, channels=channels)
-        assert_close("alpha", alpha, whole[:, channels], 0)
-
-
 class Largest(TorchDispatchMode):
     """The number of elements of the largest tensor that is computed."""
 
@@ -120,56 +105,52 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_the_mean_over_channels_never_holds_all_channels():
+def test_chosen_channels_are_those_of_the_whole_and_their_mean_never_holds_all():
     (inside, _), reset = random_inside(10, copies=13), torch.rand(2, 10) < 0.2
+    whole = look.hidden_attention(inside, "zoh", reset=reset)
+    for channels in ([], [2, 0], slice(1, 3), torch.tensor([2, 2])):
+        alpha = look.hidden_attention(inside, "zoh", channels, reset)
+        assert_close("alpha", alpha, whole[:, channels], 0)
     with Largest() as largest:
         mean = look.mean_attention(inside, "zoh", reset, at_once=5)
     assert largest.elements == 2 * 5 * 10**2
-    expected = look.hidden_attention(inside, "zoh", reset=reset).abs().mean(1)
-    assert_close("mean", mean, expected, 1e-14)
-    assert_close("mean", look.mean_attention(inside, "zoh", reset), expected, 1e-14)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    random_model(n_layer=3, vocab_size=256, tokenizer="bytes", rule="zoh").save_pretrained(path)
-    return path
+    for found in (mean, look.mean_attention(inside, "zoh", reset)):
+        assert_close("mean", found, whole.abs().mean(1), 1e-14)
 
 
 @pytest.fixture
-def figures(monkeypatch):
-    """Those that are saved."""
-    saved, savefig = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda f, out: (saved.append(f), savefig(f, out)))
-    return saved
+def run(monkeypatch, tmp_path):
+    """The command, with a random model in "model"; `run.figures` are those that were saved."""
+    config = {"n_layer": 3, "vocab_size": 256, "tokenizer": "bytes", "rule": "zoh"}
+    random_model(**config).save_pretrained(tmp_path / "model")
 
+    def run(*options: str) -> None:
+        monkeypatch.setattr("sys.argv", ["look_inside.py", "--model", "model", *options])
+        look.main()
 
-@pytest.fixture
-def run(folder, monkeypatch, tmp_path):
+    run.figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda f, out: (run.figures.append(f), savefig(f, out)))
     monkeypatch.chdir(tmp_path)
-    start = ["look_inside.py", "--model", str(folder)]
-    return lambda *options: (monkeypatch.setattr("sys.argv", [*start, *options]), look.main())
+    return run
 
 
-def test_the_picture_shows_what_is_in_the_layer(run, figures, folder, tmp_path, capsys):
+def test_the_picture_shows_what_is_in_the_layer(run, capsys):
     """Δ, the size of the state and the mean matrix."""
     prompt = "To be,\nü$a$\t\x00\\\x7f"
     run(prompt)
     assert capsys.readouterr() == ("wrote look_inside.png\n", "")
-    assert (tmp_path / "look_inside.png").stat().st_size > 10_000
-    model, ids = Mamba.from_pretrained(folder), torch.tensor([list(prompt.encode())])
+    assert Path("look_inside.png").stat().st_size > 10_000
+    model, ids = Mamba.from_pretrained("model"), torch.tensor([list(prompt.encode())])
     with look.watch(model) as layers, torch.no_grad():
         model(ids)
-    top, bar, middle, bottom, _ = figures[0].axes
-    assert [axes.get_ylabel() for axes in figures[0].axes] == [
-        *("channels, sorted", "Δ / the channel's mean", "state, ‖h‖"),
-        *("t, the token that reads", "|alpha|, mean over channels"),
-    ]
+    top, bar, middle, bottom, _ = run.figures[0].axes
+    words = ["channels, sorted", "Δ / the channel's mean", "state, ‖h‖"]
+    words += ["t, the token that reads", "|alpha|, mean over channels"]
+    assert [axes.get_ylabel() for axes in run.figures[0].axes] == words
     assert bottom.get_xlabel() == "s, the token that is read"
-    assert [*bar.get_yticks()] == [1 / 4, 1 / 2, 1, 2, 4]
-    assert [text.get_text() for text in bar.get_yticklabels()] == ["1/4", "1/2", "1", "2", "4"]
-    assert figures[0].get_suptitle() == f"Layer 2 of {folder.name}"
+    ticks = dict(zip(bar.get_yticks(), (t.get_text() for t in bar.get_yticklabels()), strict=True))
+    assert ticks == {1 / 4: "1/4", 1 / 2: "1/2", 1: "1", 2: "2", 4: "4"}
+    assert run.figures[0].get_suptitle() == "Layer 2 of model"
 
     delta = layers[2]["delta"][0]
     ratio = (delta / delta.log().mean(0).exp()).T
@@ -197,31 +178,28 @@ def test_the_picture_shows_what_is_in_the_layer(run, figures, folder, tmp_path, 
     assert {axes.get_xlim() for axes in (top, middle, bottom)} == {(-0.5, len(labels) - 0.5)}
 
 
-def test_a_text_of_one_token_and_one_too_long_for_labels_are_drawn(figures, tmp_path):
+def test_a_text_of_one_token_and_one_too_long_for_labels_are_drawn(run):
     for seqlen in (1, 80, 81):
-        inside, out = random_inside(seqlen, copies=30)[0], tmp_path / f"{seqlen}.png"
+        inside, out = random_inside(seqlen, copies=30)[0], Path(f"{seqlen}.png")
         look.draw(inside, "bilinear", ["$\\a$"] * seqlen, r"$\typo$", out)
-        top = figures[-1].axes[0]
+        top = run.figures[-1].axes[0]
         assert top.images[0].get_array().shape == (64, seqlen), "bands of like channels"
         labels = [(text.get_text(), text.get_fontsize()) for text in top.get_xticklabels()]
         expected = [("$\\a$", min(10, 440 / seqlen))] * seqlen
         assert (labels == expected) == (seqlen <= 80) and out.stat().st_size > 10_000
 
 
-@pytest.mark.parametrize(
-    "arguments, code, words",
-    [
-        (("a", "--layer", "3"), 2, "--layer must be 0 ... 2 for this model, got 3"),
-        (("a", "--layer", "-1"), 2, "--layer must be 0 ... 2 for this model, got -1"),
-        (("",), 2, "the prompt is empty"),
-        (("a", "--model", "no/such/folder"), 1, "no/such/folder"),
-        (("a", "--out", "no/such/folder.png"), 1, "no/such/folder.png"),
-        (("a", "--out", "picture.typo"), 1, "'typo' is not supported"),
-    ],
-)
-def test_what_goes_wrong_is_one_line(arguments, code, words, run, capsys):
+@pytest.mark.parametrize(("options", "code", "words"), [
+    ("a --layer 3", 2, "--layer must be 0 ... 2 for this model, got 3"),
+    ("a --layer -1", 2, "--layer must be 0 ... 2 for this model, got -1"),
+    ("", 2, "the prompt is empty"),
+    ("a --model no/such/folder", 1, "no/such/folder"),
+    ("a --out no/such/folder.png", 1, "no/such/folder.png"),
+    ("a --out picture.typo", 1, "'typo' is not supported"),
+])  # fmt: skip
+def test_what_goes_wrong_is_one_line(options, code, words, run, capsys):
     with pytest.raises(SystemExit) as exit:
-        run(*arguments)
+        run(*options.split(" "))
     out, err = capsys.readouterr()
     message = err if code == 2 else exit.value.code  # Python prints the latter and exits with 1
     assert exit.value.code == (2 if code == 2 else message) and out == ""
@@ -234,9 +212,9 @@ def test_watch_and_states_say_what_they_cannot_read():
         with pytest.raises(ValueError, match=f"found {kind}"), look.watch(module):
             pass
     with look.watch(model) as layers:
-        model.step(random_ids(1, 1)[0], model.init_state(1))
-    for seen in ({}, layers[0]):
-        with pytest.raises(ValueError, match="there is no sequence here"):
-            look.states(seen)
-    with pytest.raises(ValueError, match=r"reset must be \(2, 13\), got \(2, 4\)"):
-        look.states(inside, reset=torch.zeros(2, 4, dtype=torch.bool))
+        model.step(torch.tensor([7]), model.init_state(1))
+    wrong_length = r"reset must be \(2, 13\), got \(2, 4\)"
+    no_sequence = "there is no sequence here"
+    for seen, words in (({}, no_sequence), (layers[0], no_sequence), (inside, wrong_length)):
+        with pytest.raises(ValueError, match=words):
+            look.states(seen, reset=torch.zeros(2, 4, dtype=torch.bool))

@@ -6,9 +6,9 @@ python tests/test_notebook.py      # runs the notebook and stores its outputs
 
 from __future__ import annotations
 
-import base64
 import copy
 import importlib.machinery
+import importlib.util
 import os
 import re
 import sys
@@ -24,8 +24,8 @@ NO_NETWORK = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://1
 NO_NETWORK |= {name.upper(): address for name, address in NO_NETWORK.items()}
 
 
-def execute(notebook, cache: Path, folder: Path = ROOT):
-    """A copy of the notebook with fresh outputs, run in a folder without a network."""
+def execute(notebook, cache: Path):
+    """A copy of the notebook with fresh outputs, run without a network."""
     import matplotlib.font_manager  # noqa: F401  builds its font cache here, and not in a cell
     from nbclient import NotebookClient
 
@@ -33,15 +33,10 @@ def execute(notebook, cache: Path, folder: Path = ROOT):
     dropped = r"HF_|HUGGINGFACE|MPLBACKEND|PYTHONPATH"
     surroundings = {k: v for k, v in os.environ.items() if not re.match(dropped, k)}
     fresh = copy.deepcopy(notebook)
-    client = NotebookClient(
-        fresh,
-        kernel_name="python3",
-        resources={"metadata": {"path": str(folder)}},
-        timeout=120,
-        record_timing=False,  # it would store the time of day with every cell
-        coalesce_streams=True,  # else slow printing is stored in pieces
-        extra_arguments=["--log-level=40"],  # else the kernel warns about its own TCP ports
-    )
+    options = {"kernel_name": "python3", "resources": {"metadata": {"path": str(ROOT)}}}
+    # No times of day are stored, nor slow printing in pieces, nor warnings of the kernel.
+    options |= {"timeout": 120, "record_timing": False, "coalesce_streams": True}
+    client = NotebookClient(fresh, extra_arguments=["--log-level=40"], **options)
     with client.setup_kernel(env={**surroundings, **NO_NETWORK, "HF_HOME": str(cache)}):
         for index, cell in enumerate(fresh.cells):
             client.execute_cell(cell, index)
@@ -56,22 +51,18 @@ def printed(cell) -> str:
     return "".join(output.text for output in cell.outputs if output.output_type == "stream")
 
 
-def figures(cell) -> list[bytes]:
+def figures(cell) -> list[str]:
     images = (output.get("data", {}).get("image/png") for output in cell.outputs)
-    return [base64.b64decode(image) for image in images if image]
+    return [image for image in images if image]
 
 
 @pytest.fixture(scope="module")
 def committed():
-    try:
-        import ipykernel  # noqa: F401
-        import matplotlib  # noqa: F401
-        import nbclient  # noqa: F401
-        import nbformat
-    except ModuleNotFoundError as error:
-        give_up = pytest.fail if os.environ.get("CI") else pytest.skip
-        give_up(f'{error.name} is missing: pip install -e ".[test]"')
-    return nbformat.read(NOTEBOOK, as_version=4)
+    for name in ("ipykernel", "matplotlib", "nbclient", "nbformat"):
+        if importlib.util.find_spec(name) is None:
+            give_up = pytest.fail if os.environ.get("CI") else pytest.skip
+            give_up(f'{name} is missing: pip install -e ".[test]"')
+    return importlib.import_module("nbformat").read(NOTEBOOK, as_version=4)
 
 
 @pytest.fixture(scope="module")
@@ -96,18 +87,14 @@ def test_every_cell_runs_without_a_network_and_shows_what_is_committed(committed
                 unit = 10.0 ** -len(b.partition(".")[2]) if "." in b else 0
                 assert abs(float(a) - float(b)) <= 1.01 * unit, f"{old.id}: {a}, {b} is committed"
         assert len(figures(new)) == len(figures(old)) == int("plt.show()" in old.source), old.id
-        for image in figures(old):
-            assert image.startswith(b"\x89PNG") and 4_000 < len(image) < 100_000, old.id
+        assert all(5_000 < len(image) < 130_000 for image in figures(old)), old.id
 
 
-def test_without_a_network_the_published_model_is_one_sentence(fresh):
+def test_cells_say_what_the_text_around_them_says(fresh):
+    """Of a published model without a network, and of the time between events."""
     (cell,) = (cell for cell in code_cells(fresh) if "state-spaces/" in cell.source)
-    sentence = printed(cell)
-    assert sentence.startswith("state-spaces/mamba-370m: ") and sentence.count("\n") == 1, sentence
-    assert "the Hub is out of reach" in sentence
-
-
-def test_a_model_that_ignores_the_time_between_events_is_far_worse(fresh):
+    said = r"state-spaces/mamba-370m: .*the Hub is out of reach.*\n"
+    assert re.fullmatch(said, printed(cell)), printed(cell)
     (cell,) = (cell for cell in code_cells(fresh) if "trained(kind)(" in cell.source)
     errors = {kind: float(e) for kind, e in re.findall(r"error, (.+?) +([\d.]+)", printed(cell))}
     assert set(errors) == {"event time", "gaps as input", "no times"}, printed(cell)
@@ -139,26 +126,13 @@ def test_the_first_cell_finds_the_project_or_says_what_to_do(tmp_path, committed
         assert Path.cwd() == tmp_path
 
 
-def test_what_the_second_cell_imports_is_that_of_the_project_found(committed, tmp_path):
-    """In a kernel, which begins in another folder."""
-    (tmp_path / "clone").mkdir()
-    for path in (*ROOT.glob("*.py"), ROOT / "examples", ROOT / "checkpoints"):
-        (tmp_path / "clone" / path.name).symlink_to(path)
-    short = copy.deepcopy(committed)
-    short.cells = [code_cells(short)[0], code_cells(short)[0].copy()]
-    short.cells[1].source = "import generate, mamba\nprint(mamba.__file__, generate.__file__)"
-    names = printed(execute(short, tmp_path / "cache", tmp_path).cells[1]).split()
-    assert {Path(name).parent for name in names} == {tmp_path / "clone"}
-
-
 OF_A_MACHINE = r"(?<!\w)/\w+/|[A-Z]:\\|\d\d:\d\d|\d{4}-\d\d-\d\d|0x\w{6}"
 
 
-@pytest.mark.parametrize("which", ["committed", "fresh"])
-def test_cells_are_short_and_their_outputs_say_nothing_about_the_machine(which, request):
+def test_cells_are_short_and_their_outputs_say_nothing_about_the_machine(committed, fresh):
     """No warnings, paths, dates or times of day; no metadata but the kernel's name."""
-    notebook = request.getfixturevalue(which)
-    for count, cell in enumerate(code_cells(notebook), start=1):
+    cells = [*enumerate(code_cells(committed), start=1), *enumerate(code_cells(fresh), start=1)]
+    for count, cell in cells:
         assert len([line for line in cell.source.splitlines() if line]) <= 12, cell.id
         assert cell.execution_count == count and cell.metadata == {}, cell.id
         for output in cell.outputs:
@@ -166,9 +140,8 @@ def test_cells_are_short_and_their_outputs_say_nothing_about_the_machine(which, 
             assert output.get("name") != "stderr", f"{cell.id}: {output.get('text')}"
             text = output.get("text", "") + output.get("data", {}).get("text/plain", "")
             assert not re.search(OF_A_MACHINE, text), f"{cell.id}: {text}"
-    if which == "committed":
-        assert set(notebook.metadata) == {"kernelspec"}
-        assert NOTEBOOK.stat().st_size < 600_000
+    assert set(committed.metadata) == {"kernelspec"}
+    assert NOTEBOOK.stat().st_size < 600_000
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ The judge is the same layer or model reading one document at a time, alone and m
 which knows no padding, no resets and no windows. In float64: what differs by 1e-9 is wrong.
 """
 
-import copy
 import itertools
 import json
 import re
@@ -14,31 +13,24 @@ import recipes
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 from mamba import Mamba, MambaBlock, MambaConfig
 from test_mamba import assert_all_close, assert_close, gradients_of, random_model, randomise
 
 SIZES = {"d_model": 8, "d_state": 3, "n_layer": 2, "vocab_size": 11}
+CONFIG = MambaConfig(**SIZES)
 
 
 def small(**changes) -> Mamba:
     return random_model(**SIZES | changes).double()
 
 
-def random_of(kind: type[nn.Module], *arguments) -> nn.Module:
-    return randomise(kind(MambaConfig(**SIZES), *arguments)).double()
-
-
 def rows(digits: str) -> Tensor:
     return torch.tensor([[int(digit) for digit in row] for row in digits.split()])
 
 
-def randn(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64)
-
-
-def assert_same_gradients(loss: Tensor, expected: Tensor, module: nn.Module) -> None:
+def assert_same_gradients(loss: Tensor, expected: Tensor, module) -> None:
     assert_all_close(gradients_of(loss, module), gradients_of(expected, module), 1e-9)
 
 
@@ -53,7 +45,8 @@ def by_steps(block: MambaBlock, u: Tensor) -> Tensor:
 
 def test_each_sequence_in_a_bidirectional_batch_is_read_from_both_sides_whatever_pads_it():
     """Padding on the right, on the left, on both sides, none, and packed documents."""
-    block, u = random_of(recipes.BidirectionalBlock), randn(5, 9, 8).requires_grad_()
+    block = randomise(recipes.BidirectionalBlock(CONFIG)).double()
+    u = torch.randn(5, 9, 8, dtype=torch.float64, requires_grad=True)
     documents = rows("111100000 000000001 001111100 111111111 122223300")
     y, found, expected = block(u, documents), [], []
     for row in range(5):
@@ -66,30 +59,25 @@ def test_each_sequence_in_a_bidirectional_batch_is_read_from_both_sides_whatever
     found, expected = torch.cat(found), torch.cat(expected)
     assert_close("y", found, expected, 1e-9)
     weights, masked = torch.randn_like(expected), documents[:4] > 0
-    losses = [(each * weights).sum() for each in (found, expected)]
-    assert_same_gradients(*losses, block)
-    du = [torch.autograd.grad(loss, u)[0] for loss in losses]
-    assert_close("gradient of u", *du, 1e-9)
-    assert not du[0][documents == 0].any(), "padding has a gradient"
+    leaves = {"u": u} | dict(block.named_parameters())
+    assert_same_gradients((found * weights).sum(), (expected * weights).sum(), leaves)
     assert_close("with a mask", block(u[:4], masked)[masked], y[:4][masked], 1e-9)
     assert_close("no documents", block(u)[3], y[3], 1e-9)
 
 
 @pytest.mark.parametrize("pool, features", [("last", None), ("mean", 5)])
 def test_a_row_among_longer_rows_is_classified_as_it_is_alone(pool, features):
-    model = random_of(recipes.SequenceClassifier, 4, features, pool)
-    lengths = torch.tensor([9, 1, 4, 2, 8])
-    inputs = randn(5, 9, 5) if features else torch.randint(11, (5, 9))
-    logits, expected = model(inputs, lengths), []
+    model = randomise(recipes.SequenceClassifier(CONFIG, 4, features, pool)).double()
+    lengths, answers, expected = torch.tensor([9, 1, 4, 2, 8]), torch.randint(4, (5,)), []
+    inputs = torch.randn(5, 9, 5).double() if features else torch.randint(11, (5, 9))
     for row, length in zip(inputs, lengths.tolist(), strict=True):
         u = model.embed(row[:length])
         for norm, block in zip(model.norms, model.blocks, strict=True):
             u = u + by_steps(block, norm(u))
         u = model.norm_f(u)
         expected.append(model.head(u[-1] if pool == "last" else torch.stack(list(u)).mean(0)))
-    assert_close("logits", logits, torch.stack(expected), 1e-9)
+    assert_close("logits", model(inputs, lengths), torch.stack(expected), 1e-9)
     assert_close("without lengths", model(inputs[:1])[0], expected[0], 1e-9)
-    answers = torch.randint(4, (5,))
     loss = recipes.answer_loss(model, inputs, lengths, answers)
     assert_same_gradients(loss, F.cross_entropy(torch.stack(expected), answers), model)
 
@@ -97,44 +85,34 @@ def test_a_row_among_longer_rows_is_classified_as_it_is_alone(pool, features):
 @pytest.mark.parametrize("window, seqlen", [(4, 14), (30, 12), (1, 4)])
 def test_each_window_takes_one_step_and_leaves_its_state_to_the_next(window, seqlen):
     """By hand: a token at a time, the gradient cut at the borders, and a descent at each."""
-    model, ids = small(), torch.randint(11, (3, seqlen))
-    twin = copy.deepcopy(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    losses, expected = list(recipes.train_in_windows(model, ids, window, optimizer)), []
+    model, twin, ids, expected = small(), small(), torch.randint(11, (3, seqlen)), []
+    twin.load_state_dict(model.state_dict())
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, twin)]
+    losses = list(recipes.train_in_windows(model, ids, window, optimizers[0]))
     state = twin.init_state(3)
     for part in range(seqlen - 1)[::window]:
         state, parts = state.detach(), []
         for t in range(part, min(part + window, seqlen - 1)):
             logits, state = twin.step(ids[:, t], state)
             parts.append(F.cross_entropy(logits, ids[:, t + 1]))
-        loss = torch.stack(parts).mean()
+        twin.zero_grad()
+        (loss := torch.stack(parts).mean()).backward()
+        optimizers[1].step()
         expected.append(loss.item())
-        slopes = torch.autograd.grad(loss, list(twin.parameters()))
-        with torch.no_grad():
-            for parameter, slope in zip(twin.parameters(), slopes, strict=True):
-                parameter -= 0.1 * slope
     assert losses == pytest.approx(expected, abs=1e-9)
     assert_all_close(model.state_dict(), twin.state_dict(), 1e-9)
 
 
-def test_packing_loses_no_token_and_takes_the_first_row_with_room():
-    documents = [torch.randint(1, 11, (length,)) for length in (5, 1, 7, 2, 8, 3)]
+def test_packing_takes_the_first_row_with_room_and_no_document_sees_another():
+    """The loss and its gradients are those of separate documents."""
+    model, losses = small(), []
+    documents = [torch.randint(3, (length,)) for length in (5, 1, 7, 2, 8, 3)]
     ids, numbers = recipes.pack(documents, 8)
     assert torch.equal(numbers, rows("11111244 33333330 55555555 66600000"))
     for number, document in enumerate(documents, start=1):
         assert torch.equal(ids[numbers == number], document)
-
-
-def test_packed_documents_have_the_logits_loss_and_gradients_of_separate_documents():
-    model = small()
-    documents = [torch.randint(11, (length,)) for length in (5, 1, 7, 2, 9, 3, 1)]
-    ids, numbers = recipes.pack(documents, 12)
-    assert len(ids) < len(documents) and (numbers == 0).any()  # there is something to get wrong
-    logits, losses = model(ids, reset=recipes.starts(numbers)), []
-    for number, document in enumerate(documents, start=1):
-        alone = model(document.unsqueeze(0))[0]
-        assert_close(f"logits of document {number}", logits[numbers == number], alone, 1e-9)
-        losses += [-alone[t].log_softmax(-1)[id] for t, id in enumerate(document[1:])]
+        log_p = model(document.unsqueeze(0))[0].log_softmax(-1)
+        losses += [-log_p[t, id] for t, id in enumerate(document[1:])]
     loss, expected = recipes.packed_loss(model, ids, numbers), torch.stack(losses).mean()
     assert_close("loss", loss, expected, 1e-9)
     assert_same_gradients(loss, expected, model)
@@ -149,8 +127,8 @@ def test_a_resized_model_keeps_what_it_knew_trains_and_can_be_saved(tied, size, 
     before, table = model(ids)[..., :old], model.backbone.embedding
     recipes.resize_token_embeddings(model, size)
     config, head = model.config, model.lm_head
-    assert (config.vocab_size, type(config.vocab_size)) == (size, int)
-    assert other.config.vocab_size == 11 and model.backbone.layers[1].mixer.config is config
+    assert repr(config.vocab_size) == str(int(size)) and other.config.vocab_size == 11
+    assert model.backbone.layers[1].mixer.config is config
     assert model(ids).shape[-1] == config.padded_vocab_size == -(-size // 8) * 8
     assert_close("logits of old tokens", model(ids)[..., :old], before, 1e-9)
     assert (head.weight is table.weight) == head.weight.requires_grad == tied
@@ -185,49 +163,44 @@ def test_the_official_loader_reads_what_is_saved_for_it(tied, tmp_path):
     assert entries.pop("rms_norm") is entries.pop("fused_add_norm") is True
     other = Mamba(MambaConfig(**entries, **ssm))
     other.load_state_dict(torch.load(tmp_path / "pytorch_model.bin", map_location="cpu"))
-    assert torch.equal(other(ids), model(ids))
     loaded = Mamba.from_pretrained(tmp_path)  # mapped from the file that is written next
     recipes.save_for_official(loaded, tmp_path)
-    assert torch.equal(loaded(ids), model(ids))
-    assert torch.equal(Mamba.from_pretrained(tmp_path)(ids), model(ids))
+    for each in (other, loaded, Mamba.from_pretrained(tmp_path)):
+        assert torch.equal(each(ids), model(ids))
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"tie_embeddings": False, "conv_bias": False}, {"norm_eps": 0.1, "residual_in_fp32": False}],
-)
+@pytest.mark.parametrize("changes", [
+    {"tie_embeddings": False, "conv_bias": False}, {"norm_eps": 0.1, "residual_in_fp32": False},
+])  # fmt: skip
 def test_transformers_reads_what_is_saved_for_it_and_so_do_we(changes, tmp_path):
-    model = small(d_conv=3, expand=3, dt_rank=5, **changes).float()
+    model, ids = small(d_conv=3, expand=3, dt_rank=5, **changes).float(), torch.arange(8).view(2, 4)
     recipes.save_for_transformers(model, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
-    theirs, ids = transformers.MambaForCausalLM.from_pretrained(tmp_path), torch.randint(11, (2, 7))
+    theirs = transformers.MambaForCausalLM.from_pretrained(tmp_path)
     assert_close("theirs", theirs(ids).logits, model(ids), 1e-5)
     loaded = Mamba.from_pretrained(tmp_path)
-    assert torch.equal(loaded(ids), model(ids))
     recipes.save_for_transformers(loaded, tmp_path)  # over the file that it is mapped from
-    assert torch.equal(Mamba.from_pretrained(tmp_path)(ids), model(ids))
+    for each in (loaded, Mamba.from_pretrained(tmp_path)):
+        assert torch.equal(each(ids), model(ids))
 
 
 def classify(*lengths: int):
-    model = recipes.SequenceClassifier(MambaConfig(**SIZES), 4)
-    return lambda _: model(torch.zeros(2, 6).long(), torch.tensor(lengths))
+    ids, model = torch.zeros(2, 6).long(), recipes.SequenceClassifier(CONFIG, 4)
+    return lambda _: model(ids, torch.tensor(lengths))
 
 
-@pytest.mark.parametrize(
-    ("call", "words"),
-    [
-        (classify(3, 0), "need 2 lengths in 1 ... 6, got [3, 0]"),
-        (classify(7, 1), "need 2 lengths in 1 ... 6, got [7, 1]"),
-        (classify(3), "need 2 lengths in 1 ... 6, got [3]"),
-        (lambda _: random_of(recipes.SequenceClassifier, 4, None, "max"), "'mean', got 'max'"),
-        (lambda _: recipes.pack(torch.ones(2, 7), 6), "document 1 has 7 tokens, a row only 6"),
-        (lambda _: recipes.resize_token_embeddings(small(), 0), "positive integer, got 0"),
-        (lambda path: recipes.save_for_official(small(rule="zoh"), path), "rule = 'zoh' cannot"),
-        (lambda path: recipes.save_for_official(small(norm_eps=0.1), path), "norm_eps = 0.1"),
-        (lambda path: recipes.save_for_transformers(small(rule="zoh"), path), "only 'mamba'"),
-        (lambda path: recipes.save_for_transformers(small(expand=1.5), path), "expand = 1.5"),
-    ],
-)
+@pytest.mark.parametrize(("call", "words"), [
+    (classify(3, 0), "need 2 lengths in 1 ... 6, got [3, 0]"),
+    (classify(7, 1), "need 2 lengths in 1 ... 6, got [7, 1]"),
+    (classify(3), "need 2 lengths in 1 ... 6, got [3]"),
+    (lambda _: recipes.SequenceClassifier(CONFIG, 4, pool="max"), "'mean', got 'max'"),
+    (lambda _: recipes.pack(torch.ones(2, 7), 6), "document 1 has 7 tokens, a row only 6"),
+    (lambda _: recipes.resize_token_embeddings(small(), 0), "positive integer, got 0"),
+    (lambda path: recipes.save_for_official(small(rule="zoh"), path), "rule = 'zoh' cannot"),
+    (lambda path: recipes.save_for_official(small(norm_eps=0.1), path), "norm_eps = 0.1"),
+    (lambda path: recipes.save_for_transformers(small(rule="zoh"), path), "only 'mamba'"),
+    (lambda path: recipes.save_for_transformers(small(expand=1.5), path), "expand = 1.5"),
+])  # fmt: skip
 def test_what_does_not_fit_is_refused_and_nothing_is_written(call, words, tmp_path):
     with pytest.raises(ValueError, match=re.escape(words)):
         call(tmp_path)
@@ -239,19 +212,20 @@ def test_the_toy_tasks_ask_what_they_say():
     assert ids.shape == (2000, 32)
     assert (lengths.min(), lengths.max(), answers.min(), answers.max()) == (8, 32, 0, 6)
     row, mark = (ids == 0).nonzero().unbind(1)
-    assert torch.equal(row, torch.arange(2000)) and mark.min() == 0
-    assert (mark < lengths - 1).all() and (mark == lengths - 2).any()
+    assert torch.equal(row, torch.arange(2000)), "one mark in each row"
+    assert mark.min() == 0 and (lengths - mark).min() == 2, "up to the last but one"
     assert torch.equal(answers, ids[row, mark + 1] - 1)
     ids, last = recipes.rows_with_an_end(9)
     assert ids.shape == (9, 16) and torch.equal(last, ids[:, -1:].repeat(1, 16))
     texts = recipes.repetitions(200)
-    assert sorted({len(text) for text in texts}) == list(range(2, 25))
+    assert {len(text) for text in texts} == {*range(2, 25)}
     assert all(torch.equal(text[3:], text[:-3]) for text in texts)
 
 
 def test_the_script_prints_two_numbers_for_each_comparison(monkeypatch, capsys):
     """After few steps of training on few rows, each from a gradient of its own."""
-    fit, train_in_windows, pieces, losses = recipes.fit, recipes.train_in_windows, [], []
+    pieces, losses, repetitions = [], [], recipes.repetitions
+    fit, train_in_windows = recipes.fit, recipes.train_in_windows
 
     def fit_a_little(model, loss_of, make, steps):
         def checked(*arguments):
@@ -260,24 +234,23 @@ def test_the_script_prints_two_numbers_for_each_comparison(monkeypatch, capsys):
 
         return fit(model, checked, lambda count: make(min(count, 32)), steps=30)
 
-    def read_a_little(*arguments):
-        pieces.append(arguments[1])
-        if len(losses) < 260:
-            for loss in itertools.islice(train_in_windows(*arguments), 130):
-                losses.append(loss)
-                yield loss
+    def read_a_little(model, ids, *others):
+        pieces.append(ids)
+        if len(losses) == 260:
+            return
+        for loss in itertools.islice(train_in_windows(model, ids, *others), 130):
+            losses.append(loss)
+            yield loss
 
-    repetitions = recipes.repetitions
     monkeypatch.setattr(recipes, "repetitions", lambda count: repetitions(min(count, 200)))
     monkeypatch.setattr(recipes, "fit", fit_a_little)
     monkeypatch.setattr(recipes, "train_in_windows", read_a_little)
     monkeypatch.setattr("sys.argv", ["recipes.py"])
     recipes.main()
-    printed = capsys.readouterr().out
-    first, second, third, fourth = re.split(r"^\d\. ", printed, flags=re.MULTILINE)[1:]
-    one, both = map(float, re.findall(r"Block: (\d\.\d{3})$", first, re.MULTILINE))
+    first, second, third, fourth = re.split(r"^\d\. ", capsys.readouterr().out, flags=re.M)[1:]
+    one, both = map(float, re.findall(r"Block: (\d\.\d{3})$", first, re.M))
     assert both < 1.3 < 1.35 < one
-    assert re.search(r"SequenceClassifier: \d\.\d{3}$", second, re.MULTILINE)
+    assert re.search(r"SequenceClassifier: \d\.\d{3}$", second, re.M)
 
     whole, *pieces = pieces
     assert torch.equal(whole[:, 6:], whole[:, :-6]) and (whole[:, :6].sum(1) == 1).all()
@@ -286,7 +259,6 @@ def test_the_script_prints_two_numbers_for_each_comparison(monkeypatch, capsys):
     for part in (losses[:130], losses[130:]):
         assert f"{part[0]:.3f} at first, {sum(part[-50:]) / 50:.3f} at last\n" in third
     assert sum(losses[80:130]) / 50 < 0.05 < 0.25 < sum(losses[-50:]) / 50
-    counts = re.findall(r"(\d+) documents in (\d+) rows: (\S+)$", fourth, re.MULTILINE)
-    (_, few, packed), (_, many, alone) = counts
-    assert [count for count, _, _ in counts] == [many] * 2 == ["200"] * 2 and int(few) < 60
+    (few, packed), (many, alone) = re.findall(r"200 documents in (\d+) rows: (.*)$", fourth, re.M)
+    assert int(few) < 60 and many == "200"
     assert float(packed) == pytest.approx(float(alone), abs=3e-6)

@@ -247,6 +247,8 @@ class ResidualBlock(nn.Module):
         self.mixer = MambaBlock(config) if mixer is None else mixer
 
     def forward(self, stream: Tensor, state: MambaState, **options) -> tuple[Tensor, MambaState]:
+        if kernels := kernels_for(self, stream):  # the same in fewer kernels: see part II
+            return fused_block(kernels, self, stream, state, **options)
         correction, state = self.mixer(self.norm(stream), state, **options)
         return stream + correction, state
 
@@ -883,19 +885,54 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     return type(module) in kinds and not any(hooks) and "forward" not in vars(module)
 
 
-def is_our_own(model: nn.Module) -> bool:
-    """Whether it is made of our modules only, and autocast is off. A hook, an adapter or a
+def are_our_own(*modules: nn.Module) -> bool:
+    """Whether these, without those inside of them, are modules of ours. A hook, an adapter or a
     quantised weight may do anything, and whoever computes a model without calling its modules would
     pass it by. (Hooks on all modules at once, as those that count operations, are not looked for.)
     """
     own = Mamba, ResidualBlock, MambaBlock, RMSNorm, DeltaProjection
     own += nn.ModuleDict, nn.ModuleList, nn.Embedding, nn.Conv1d, nn.Linear
     replaced = {"step", "select", "embed"}
-    return (
-        not any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
-        and all(type(parameter) is nn.Parameter for parameter in model.parameters())
-        and all(is_plain(m, *own) and not replaced & vars(m).keys() for m in model.modules())
+    return all(
+        is_plain(m, *own)
+        and not replaced & vars(m).keys()
+        and all(p is None or type(p) is nn.Parameter for p in m._parameters.values())
+        for m in modules
     )
+
+
+def is_our_own(model: nn.Module) -> bool:
+    """Whether all of it is our own, and autocast is off."""
+    autocast = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
+    return not autocast and are_our_own(*model.modules())
+
+
+def kernels_for(layer: nn.Module, stream: Tensor) -> ModuleType | None:
+    """triton_scan.py if it is to run this ResidualBlock as a whole, else None: the modules are
+    called one by one, and the scan and the convolution may still be kernels."""
+    if not stream.is_cuda or stream.ndim != 3 or torch.compiler.is_compiling():
+        return None
+    block = layer.mixer
+    if not are_our_own(layer, layer.norm, block, *block.children()):
+        return None
+    projections = block.in_proj, block.x_proj, block.dt_proj, block.out_proj
+    if len({projection.weight.dtype for projection in projections}) > 1:
+        return None
+    weights = [weight for m in (block, *block.children()) for weight in m._parameters.values()]
+    needs = {"rule": block.config.rule, "d_state": block.A_log.shape[1]}
+    needs["d_conv"] = block.conv1d.weight.shape[-1]
+    kernels = companion(block.config.scan, stream, *weights, **needs)
+    return kernels if kernels and kernels.takes(stream, *weights, **needs) else None
+
+
+def fused_block(
+    kernels: ModuleType, layer: nn.Module, stream: Tensor, state: MambaState,
+    *, reset: Tensor | None = None,
+) -> tuple[Tensor, MambaState]:  # fmt: skip
+    """`ResidualBlock.forward` by triton_scan.py's nine kernels. Shapes and errors are the same."""
+    check_block(layer.mixer.config, stream, state, reset)
+    stream, raw, h = kernels.residual_block_triton(layer, stream, state.conv, state.h, reset)
+    return stream, MambaState(window_after(raw, state.conv.to(raw.dtype), reset)[0], h)
 
 
 ## The convolution, and two functions of part I that say what they do by their names --------------
@@ -921,12 +958,7 @@ def causal_conv(
         return F.silu(x if bias is None else x + bias).to(raw.dtype), window[..., 1:]
 
     seqlen, reach = raw.shape[1], past.shape[-1]
-    # A new tensor: a view would keep all of raw in memory for as long as the state lives.
-    next_past = torch.cat([past[..., seqlen:], raw[:, max(0, seqlen - reach) :].mT], dim=-1)
-    if reset is not None:
-        # Number the documents; the past belongs to number 0.
-        document = F.pad(reset.cumsum(-1), (reach, 0)).unsqueeze(-1)  # (b, d_conv - 1 + l, 1)
-        next_past = next_past * (document[:, seqlen:] == document[:, -1:]).mT
+    next_past, document = window_after(raw, past, reset)
     if kernels := companion(scan, raw, weight, bias, past, d_conv=reach + 1):
         return kernels.causal_conv_triton(raw, weight, bias, past, reset, silu=True), next_past
 
@@ -940,6 +972,18 @@ def causal_conv(
             weight_j = weight_j * (document[:, j : j + seqlen] == document[:, reach:])
         x = torch.addcmul(x, window[:, j : j + seqlen], weight_j)
     return F.silu(x).to(raw.dtype), next_past
+
+
+def window_after(raw: Tensor, past: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The past of what follows raw, and the numbers of the documents (b, d_conv - 1 + l, 1)."""
+    seqlen, reach = raw.shape[1], past.shape[-1]
+    # A new tensor: a view would keep all of raw in memory for as long as the state lives.
+    window = torch.cat([past[..., seqlen:], raw[:, max(0, seqlen - reach) :].mT], dim=-1)
+    if reset is None:
+        return window, None
+    # Number the documents; the past belongs to number 0.
+    document = F.pad(reset.cumsum(-1), (reach, 0)).unsqueeze(-1)
+    return window * (document[:, seqlen:] == document[:, -1:]).mT, document
 
 
 def adapted_conv(

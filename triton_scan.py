@@ -1368,7 +1368,8 @@ def selective_scan_triton(
 ## direction: p_t is added to W sums that are under way, and the oldest of them is then complete.
 ## At the start of a document no term reaches back: f_k is 1 if steps t and t - k belong together.
 
-STRIP, CONV_C = 64, 128  # steps and channels of a program
+NORM_ROWS = 16  # of a program of the norm's backward pass
+CONV_C, CONV_STEPS = 128, 8  # channels and, at least, steps of a program
 
 
 @triton.jit
@@ -1511,13 +1512,14 @@ def conv_backward_kernel(
 
 
 def conv_arguments(
-    x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor, reset: Tensor | None, silu: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor, reset: Tensor | None, silu: bool,
+    strip: int,
 ) -> tuple[tuple, tuple, dict]:  # fmt: skip
     """The grid, the tensors that both kernels read, and the constants of both."""
-    grid = (ceil_div(x.shape[1], STRIP), ceil_div(x.shape[2], CONV_C), x.shape[0])
+    grid = (ceil_div(x.shape[1], strip), ceil_div(x.shape[2], CONV_C), x.shape[0])
     tensors = (x, weight.contiguous(), or_else(bias, x), past.contiguous())
     flags = {
-        "W": weight.shape[-1], "STRIP": STRIP, "CHANNELS": CONV_C, "HAS_BIAS": bias is not None,
+        "W": weight.shape[-1], "STRIP": strip, "CHANNELS": CONV_C, "HAS_BIAS": bias is not None,
         "HAS_RESET": reset is not None, "SILU": silu, "FAST": FAST, "num_warps": 1,
     }  # fmt: skip
     return grid, (*tensors, document_starts(reset, x)), flags
@@ -1529,7 +1531,7 @@ def conv_forward(
 ) -> Tensor:
     batch, seqlen, d_inner = x.shape
     out = x.new_empty(batch, seqlen, d_inner)
-    grid, tensors, flags = conv_arguments(x, weight, bias, past, reset, silu)
+    grid, tensors, flags = conv_arguments(x, weight, bias, past, reset, silu, CONV_STEPS)
     with device_of(x):
         fixed = (d_inner, *x.stride())
         launch(conv_forward_kernel, grid, (*tensors, out), (seqlen,), fixed, **flags)
@@ -1543,7 +1545,10 @@ def conv_backward(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of x, weight, bias (empty if there is none) and past."""
     batch, seqlen, d_inner = x.shape
-    grid, tensors, flags = conv_arguments(x, weight, bias, past, reset, silu)
+    # A program reads three steps more than its own, and leaves sums: long strips, but 1536 of them.
+    steps = batch * seqlen * ceil_div(d_inner, CONV_C) // 1536
+    strip = min(128, max(CONV_STEPS, 2 ** steps.bit_length() // 2))
+    grid, tensors, flags = conv_arguments(x, weight, bias, past, reset, silu, strip)
     dx, dpast = x.new_empty(batch, seqlen, d_inner), past.new_empty(past.shape)
     dweight = x.new_empty((batch * grid[0], *weight.shape), dtype=torch.float32)
     dbias = x.new_empty((batch * grid[0], d_inner), dtype=torch.float32)
@@ -1592,6 +1597,215 @@ def causal_conv_triton(
     if wants_gradient(x, weight, bias, past):
         return CausalConv.apply(x, weight, bias, past, reset, silu)
     return conv_forward(x, weight, bias, past, reset, silu)
+
+
+## ================================================================================================
+## The residual block
+## ================================================================================================
+##
+## For a prompt and in training a block is about 25 operators of PyTorch, twice that backward, and
+## starting one takes Python longer than many of them take the GPU. Here it is nine kernels, and its
+## backward pass is written out, so that it keeps less: what is cheap is computed again.
+##
+##     norm                  stream -> u             computed again
+##     in_proj               u -> x before the convolution, z               kept: 2 b l d
+##     convolution, silu     -> x                    computed again
+##     x_proj                x -> low_rank, B, C     kept: b l (R + 2 n)
+##     dt_proj               low_rank -> dt          computed again
+##     scan, in two or three -> y, states            kept: b l d, and b l d n / 64 in float32
+##     out_proj              stream + y W -> stream  the sum is the end of the product, in float32
+##
+## The products are those of cuBLAS. It reads x and z where in_proj has left them, side by side, and
+## writes what it has summed in float32 as float32 where that is wanted: the stream, and gradients
+## of float32 weights. Under autocast they are rounded to its dtype once for both passes.
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b, summed in float32 and rounded once, to dtype."""
+    if a.dtype != dtype and a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
+
+
+def add_product(c: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """c + a @ b, rounded once, to c's dtype."""
+    if a.dtype != c.dtype and a.is_cuda:
+        return torch.addmm(c, a, b, out_dtype=c.dtype)
+    return c + (a @ b).to(c.dtype)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def norm_backward_kernel(
+    stream, weight, du, dout, u, dstream, dweight, rows, eps,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """u again; dstream = dout + what comes through the norm; dweight of the rows of a program.
+
+    With r = 1 / rms:  u = r w stream,  dstream = dout + r (w du - stream r² mean(stream w du)).
+    """
+    i, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    m = c < COLUMNS
+    b_weight = tl.load(weight + c, mask=m, other=0.0).to(tl.float32)
+    b_dweight = tl.zeros([BLOCK], tl.float32)
+    for row in range(i * ROWS, min(rows, (i + 1) * ROWS)):
+        o = row * COLUMNS + c
+        v = tl.load(stream + o, mask=m, other=0.0).to(tl.float32)
+        g = tl.load(du + o, mask=m, other=0.0).to(tl.float32)
+        b_dout = tl.load(dout + o, mask=m, other=0.0).to(tl.float32)
+        r = 1.0 / tl.sqrt(tl.sum(v * v, 0) / COLUMNS + eps)
+        b_dweight += g * v * r
+        g *= b_weight
+        tl.store(u + o, (v * r * b_weight).to(u.dtype.element_ty), mask=m)
+        b_dstream = b_dout + r * (g - v * (r * r * (tl.sum(v * g, 0) / COLUMNS)))
+        tl.store(dstream + o, b_dstream.to(dstream.dtype.element_ty), mask=m)
+    tl.store(dweight + i * COLUMNS + c, b_dweight, mask=m)
+
+
+@functools.cache
+def norm_constants(columns: int) -> dict[str, Any]:
+    return {"COLUMNS": columns, "BLOCK": triton.next_power_of_2(columns), "num_warps": 4}
+
+
+def norm_forward(stream: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """RMSNorm of every row of stream (rows, d_model), in dtype."""
+    u = torch.empty_like(stream, dtype=dtype)
+    with device_of(stream):
+        fixed, constants = (eps, stream.stride(0)), norm_constants(len(weight))
+        tensors, grid = (stream, weight, u), (len(stream), 1, 1)
+        launch(norm_step_kernel, grid, tensors, (), fixed, **constants, OVERLAP=False)
+    return u
+
+
+def norm_backward(
+    du: Tensor, dout: Tensor, stream: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(rows, d_model) each, contiguous -> u, dstream, dweight."""
+    rows, columns = stream.shape
+    programs = ceil_div(rows, NORM_ROWS)
+    u, dstream = torch.empty_like(du), torch.empty_like(stream)
+    dweight = stream.new_empty((programs, columns), dtype=torch.float32)
+    with device_of(stream):
+        tensors = (stream, weight, du, dout, u, dstream, dweight)
+        constants = norm_constants(columns) | {"ROWS": NORM_ROWS}
+        launch(norm_backward_kernel, (programs, 1, 1), tensors, (rows,), (eps,), **constants)
+    return u, dstream, dweight.sum(0).to(weight.dtype)
+
+
+def weights_of(layer: Any) -> tuple[Tensor | None, ...]:
+    block = layer.mixer
+    return (
+        layer.norm.weight, block.in_proj.weight, block.in_proj.bias, block.conv1d.weight,
+        block.conv1d.bias, block.x_proj.weight, block.dt_proj.weight, block.dt_proj.bias,
+        block.A_log, block.D, block.out_proj.weight, block.out_proj.bias,
+    )  # fmt: skip
+
+
+def block_forward(
+    stream: Tensor, past: Tensor, h0: Tensor | None, reset: Tensor | None, weights: tuple,
+    eps: float, rule: str, dtype: torch.dtype, save: bool,
+) -> tuple[Tensor, Tensor, Tensor, tuple]:  # fmt: skip
+    """The next stream, what goes into the convolution, h_last, and what the backward pass needs."""
+    norm, in_w, in_b, conv_w, conv_b, x_w, dt_w, dt_b, A_log, D, out_w, out_b = weights
+    in_w, x_w, dt_w, out_w = (weight.to(dtype) for weight in (in_w, x_w, dt_w, out_w))
+    (batch, seqlen, width), d_inner, rank = stream.shape, len(D), dt_w.shape[1]
+    rows = stream.view(-1, width)
+    u = norm_forward(rows, norm, eps, dtype)
+    xz = u @ in_w.T if in_b is None else torch.addmm(in_b.to(dtype), u, in_w.T)
+    raw, z = xz.view(batch, seqlen, 2 * d_inner).chunk(2, dim=-1)
+    x = conv_forward(raw, conv_w, conv_b, past, reset, True)
+    projected = x.view(-1, d_inner) @ x_w.T
+    dt = (projected[:, :rank] @ dt_w.T).view_as(x)
+    B, C = projected.view(batch, seqlen, -1)[..., rank:].chunk(2, dim=-1)
+    A = -torch.exp(A_log.float())
+    y, h_last, *states = scan_forward(x, dt, A, B, C, D, z, h0, dt_b, reset, True, rule, save)
+    out = add_product(rows, y.view(-1, d_inner), out_w.T)
+    if out_b is not None:
+        out += out_b
+    kept = (raw, z, projected, y, A, *states, in_w, x_w, dt_w, out_w)
+    return out.view_as(stream), raw, h_last, kept
+
+
+class Block(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, stream, past, h0, reset, eps, rule, dtype, *weights):
+        out, raw, h_last, kept = block_forward(
+            stream, past, h0, reset, weights, eps, rule, dtype, True
+        )
+        ctx.save_for_backward(stream, past, h0, reset, *weights, *kept)
+        ctx.eps, ctx.rule = eps, rule
+        ctx.set_materialize_grads(False)
+        return out, raw, h_last
+
+    @staticmethod
+    def backward(ctx, dout, draw_later, dh_last):
+        refuse_second_derivatives()
+        stream, past, h0, reset, *others = ctx.saved_tensors
+        norm, _, in_b, conv_w, conv_b, _, dt_w, dt_b, A_log, D, _, out_b = others[:12]
+        raw, z, projected, y, A, borders, wide, *low = others[12:]
+        wants = ctx.needs_input_grad[7:]
+
+        def weight_gradient(i: int, d_result: Tensor, argument: Tensor) -> Tensor | None:
+            return product(d_result.T, argument, others[i].dtype) if wants[i] else None
+
+        def bias_gradient(bias: Tensor | None, d_result: Tensor) -> Tensor | None:
+            return None if bias is None else d_result.sum(0, dtype=torch.float32).to(bias.dtype)
+
+        (in_low, x_low, dt_low, out_low), (d_inner, n), rank = low, A.shape, dt_w.shape[1]
+        dout = torch.zeros_like(stream) if dout is None else dout.contiguous()
+        drows = dout.view(-1, stream.shape[-1])
+        d_added = drows.to(raw.dtype)
+
+        x = conv_forward(raw, conv_w, conv_b, past, reset, True)
+        low_rank = projected[:, :rank]
+        dt = (low_rank @ dt_low.T).view_as(x)
+        B, C = projected.view(*x.shape[:2], -1)[..., rank:].chunk(2, dim=-1)
+        dy = (d_added @ out_low).view_as(x)
+        d_out_w = weight_gradient(10, d_added, y.view(-1, d_inner))
+        dx, ddt, dA, dB, dC, dD, dz, dh0, d_dt_b = scan_backward(
+            dy, dh_last, x, dt, A, B, C, D, z, h0, dt_b, reset, borders, wide, True, ctx.rule
+        )
+        ddt, dx, dz = ddt.view(-1, d_inner), dx.view(-1, d_inner), dz.view(-1, d_inner)
+        d_projected = torch.cat([ddt @ dt_low, dB.view(-1, n), dC.view(-1, n)], dim=1)
+        d_dt_w = weight_gradient(6, ddt, low_rank)
+        d_x_w = weight_gradient(5, d_projected, x.view(-1, d_inner))
+        dx.addmm_(d_projected, x_low)
+        draw, d_conv_w, d_conv_b, dpast = conv_backward(
+            dx.view_as(x), raw, conv_w, conv_b, past, reset, True
+        )
+        if draw_later is not None:
+            draw = draw + draw_later
+        draw = draw.view(-1, d_inner)
+        du = (draw @ in_low[:d_inner]).addmm_(dz, in_low[d_inner:])
+        u, dstream, d_norm = norm_backward(du, drows, stream.view(drows.shape), norm, ctx.eps)
+        halves = draw, dz
+        d_in_w = torch.cat([weight_gradient(1, half, u) for half in halves]) if wants[1] else None
+        d_in_b = None if in_b is None else torch.cat([bias_gradient(in_b, h) for h in halves])
+        gradients = (
+            d_norm, d_in_w, d_in_b, d_conv_w, None if conv_b is None else d_conv_b, d_x_w, d_dt_w,
+            d_dt_b, (dA * A).to(A_log.dtype), dD, d_out_w, bias_gradient(out_b, d_added),
+        )  # fmt: skip
+        dh0 = None if h0 is None else dh0
+        return dstream.view_as(stream), dpast, dh0, None, None, None, None, *gradients
+
+
+def residual_block_triton(
+    layer: Any, stream: Tensor, past: Tensor, h0: Tensor | None, reset: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A ResidualBlock of mamba.py: stream (b, l, d_model) -> the next one, what went into the
+    convolution (b, l, d), and h_last (b, d, n).
+
+    past (b, d, W - 1), h0 (b, d, n) or None for zeros, reset (b, l) bool. Differentiable once, in
+    every tensor and weight. Products take autocast's dtype, if it is on, else that of the weights.
+    """
+    weights, device = weights_of(layer), stream.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else layer.mixer.in_proj.weight.dtype
+    options = layer.norm.eps, layer.mixer.config.rule, dtype
+    tensors = (stream.contiguous(), past.to(dtype), h0, reset)
+    with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+        if wants_gradient(stream, past, h0, *weights):
+            return Block.apply(*tensors, *options, *weights)
+        return block_forward(*tensors, weights, *options, False)[:3]
 
 
 ## ================================================================================================

@@ -432,7 +432,7 @@ def test_the_convolution_sees_its_last_inputs_and_nothing_of_other_documents(
     shape, dtypes, without, silu, monkeypatch
 ):
     """Documents start before, at and after the border of two strips."""
-    monkeypatch.setattr(triton_scan, "STRIP", sized(4, 64))
+    monkeypatch.setattr(triton_scan, "CONV_STEPS", sized(4, 64))
     inputs, options = convolution_inputs(*shape, **dtypes), {"silu": silu}
     dy = torch.randn(inputs["x"].shape, generator=torch.Generator().manual_seed(1))
     inputs |= {name: stored(name, inputs[name]) for name in ("x", "past")}

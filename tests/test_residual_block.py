@@ -1,0 +1,200 @@
+"""A residual block in few kernels (triton_scan.py), against the block as mamba.py's modules say it.
+
+Without a GPU the kernels run in Triton's interpreter, and a block is told to take them.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from unittest import mock
+
+import pytest
+import torch
+from test_triton_scan import whole_slices  # noqa: F401  a fixture
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import mamba
+from mamba import Mamba, MambaConfig
+from test_mamba import assert_all_close, error_of
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+pytestmark = pytest.mark.gpu
+needs_gpu = pytest.mark.gpu(needed=True)
+
+try:
+    import triton_scan
+except ImportError as error:
+    if os.environ.get("CI"):
+        raise
+    pytest.skip(f'{error}: pip install -e ".[test]"', allow_module_level=True)
+
+
+def random_model(**changes) -> Mamba:
+    """Random in every parameter, also in those that start at 0 or 1."""
+    settings = {"d_model": 12, "n_layer": 2, "vocab_size": 30, "scan": "chunked"} | changes
+    model = Mamba(MambaConfig(**settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return model.to(DEVICE)
+
+
+def results(model: Mamba, *, fused: bool, autocast: bool = False) -> dict[str, Tensor]:
+    """Logits, states, and all gradients of a loss that weighs everything at random, of rows with
+    documents in them."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator).to(like)
+
+    ids = torch.randint(30, (2, 5), generator=generator).to(DEVICE)
+    reset = (torch.rand(2, 5, generator=generator) < 0.2).to(DEVICE)
+    model.zero_grad()
+    state = model.init_state(2).map(lambda tensor: draw(tensor).requires_grad_())
+    kernels = triton_scan if fused else None
+    with (
+        mock.patch.object(mamba, "kernels_for", lambda *_: kernels),
+        torch.autocast(DEVICE, torch.bfloat16, enabled=autocast),
+    ):
+        logits, after = model(ids, state, reset=reset)
+    outputs = {"logits": logits, "conv": after.conv, "h": after.h}
+    sum((output * draw(output)).sum() for output in outputs.values()).backward()
+    inputs = {"d conv": state.conv, "d h": state.h, **dict(model.named_parameters())}
+    gradients = {name: tensor.grad for name, tensor in inputs.items() if tensor.requires_grad}
+    return {name: tensor.detach().clone() for name, tensor in (outputs | gradients).items()}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bias": True, "d_state": 3, "d_conv": 2},
+        {"rule": "dirac", "conv_bias": False, "residual_in_fp32": False, "expand": 1.5},
+    ],
+)
+def test_it_is_the_block_in_values_states_and_gradients_and_twice_the_same_to_the_bit(changes):
+    model = random_model(**changes)
+    expected, actual = results(model, fused=False), results(model, fused=True)
+    assert_all_close(actual, expected, 1e-4 if GPU else 2e-5)
+    again = results(model, fused=True)
+    assert all(torch.equal(actual[name], again[name]) for name in actual)
+
+
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bfloat16 weights"])
+def test_in_bfloat16_it_loses_no_more_than_the_plain_block_does(autocast):
+    model = random_model(bias=True)
+    if not autocast:
+        model = model.to(torch.bfloat16)
+    exact = results(copy.deepcopy(model).double(), fused=False)
+    plain = results(model, fused=False, autocast=autocast)
+    fused = results(model, fused=True, autocast=autocast)
+    assert {name: t.dtype for name, t in fused.items()} == {n: t.dtype for n, t in plain.items()}
+    # Each of such small tensors is a draw of roundings, their mean is not.
+    lost, allowed = (
+        sum(error_of(found[name], exact[name]) for name in exact) / len(exact)
+        for found in (fused, plain)
+    )
+    assert lost <= (1.2 if GPU else 3) * allowed, "the interpreter cuts off what a GPU rounds"
+
+
+def test_frozen_weights_get_no_gradient_and_the_others_theirs():
+    model = random_model(bias=True, n_layer=1)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.endswith(("proj.weight", "A_log", "embedding.weight")))
+    expected, actual = results(model, fused=False), results(model, fused=True)
+    assert_all_close(actual, expected, 1e-4 if GPU else 2e-5)
+
+
+def test_second_derivatives_are_refused():
+    model = random_model(n_layer=1)
+    with mock.patch.object(mamba, "kernels_for", lambda *_: triton_scan):
+        logits = model(torch.zeros(1, 2, dtype=torch.long, device=DEVICE))
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        torch.autograd.grad(logits.sum(), [model.backbone.layers[0].norm.weight], create_graph=True)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def hook(layer: nn.Module) -> None:
+    layer.mixer.dt_proj.register_forward_hook(lambda *_: None)
+
+
+def subclass(layer: nn.Module) -> None:
+    layer.mixer.__class__ = type("Mine", (mamba.MambaBlock,), {})
+
+
+def forward_of_its_own(layer: nn.Module) -> None:
+    layer.norm.forward = lambda stream: stream
+
+
+def selection_of_its_own(layer: nn.Module) -> None:
+    layer.mixer.select = lambda x: x
+
+
+def parametrised(layer: nn.Module) -> None:
+    parametrize.register_parametrization(layer.mixer.out_proj, "weight", Doubled())
+
+
+def weight_of_another_kind(layer: nn.Module) -> None:
+    layer.mixer.in_proj.weight = type("Quantised", (nn.Parameter,), {})(torch.zeros(2, 2))
+
+
+def projections_of_two_dtypes(layer: nn.Module) -> None:
+    layer.mixer.x_proj.bfloat16()
+
+
+def another_rule(layer: nn.Module) -> None:
+    layer.mixer.config.rule = "zoh"
+
+
+def another_scan(layer: nn.Module) -> None:
+    layer.mixer.config.scan = "chunked"
+
+
+def float64(layer: nn.Module) -> None:
+    layer.double()
+
+
+def wide_filter(layer: nn.Module) -> None:
+    layer.mixer.conv1d.weight = nn.Parameter(torch.zeros(24, 1, 5))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        hook, subclass, forward_of_its_own, selection_of_its_own, parametrised, another_rule,
+        weight_of_another_kind, projections_of_two_dtypes, another_scan, float64, wide_filter,
+    ],
+    ids=lambda change: change.__name__,
+)  # fmt: skip
+def test_a_block_that_is_not_quite_ours_is_computed_by_its_modules(change):
+    layer = random_model(scan="auto").backbone.layers[0]
+    stream = mock.MagicMock(is_cuda=True, ndim=3, dtype=torch.float32)
+    stream.__len__.return_value = 2
+    assert mamba.kernels_for(layer, stream) is triton_scan
+    stream.is_cuda = False
+    assert mamba.kernels_for(layer, stream) is None
+    stream.is_cuda = True
+    change(layer)
+    assert mamba.kernels_for(layer, stream) is None
+
+
+@needs_gpu
+def test_on_a_gpu_it_is_taken_by_itself_and_not_where_someone_watches():
+    model = random_model(scan="auto")
+    ids = torch.zeros(1, 3, dtype=torch.long, device=DEVICE)
+    with mock.patch.object(
+        triton_scan, "residual_block_triton", wraps=triton_scan.residual_block_triton
+    ) as kernel:
+        logits = model(ids)
+        assert kernel.call_count == 2
+        seen = []
+        model.backbone.layers[1].mixer.x_proj.register_forward_hook(lambda *a: seen.append(a))
+        watched = model(ids)
+    assert kernel.call_count == 3 and len(seen) == 1
+    assert error_of(watched, logits) < 1e-5

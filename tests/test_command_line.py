@@ -182,7 +182,7 @@ def test_a_small_model_takes_one_thread_and_no_row_without_text(d_model, threads
     torch.set_num_threads(2)
     config = MambaConfig(d_model, vocab_size=384, tokenizer="bytes", d_state=1, expand=0.1)
     Mamba(config).save_pretrained(tmp_path)
-    call = "a --temperature 1 --top-p 1 --max-new-tokens 40 --model".split()
+    call = "a --device cpu --temperature 1 --top-p 1 --max-new-tokens 40 --model".split()
     code, out, err = run(*call, str(tmp_path))
     assert (code, err) == (0, "") and len(out) > 10
     assert torch.get_num_threads() == threads

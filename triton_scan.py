@@ -20,7 +20,7 @@ import functools
 import os
 import weakref
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -1691,98 +1691,122 @@ def norm_backward(
     return u, dstream, dweight.sum(0).to(weight.dtype)
 
 
-def weights_of(layer: Any) -> tuple[Tensor | None, ...]:
-    block = layer.mixer
-    return (
-        layer.norm.weight, block.in_proj.weight, block.in_proj.bias, block.conv1d.weight,
-        block.conv1d.bias, block.x_proj.weight, block.dt_proj.weight, block.dt_proj.bias,
-        block.A_log, block.D, block.out_proj.weight, block.out_proj.bias,
-    )  # fmt: skip
+class Weights(NamedTuple):
+    """Of a ResidualBlock of mamba.py; as a tuple, autograd takes them."""
+
+    norm: Tensor
+    in_proj: Tensor
+    in_bias: Tensor | None
+    conv: Tensor
+    conv_bias: Tensor | None
+    x_proj: Tensor
+    dt_proj: Tensor
+    dt_bias: Tensor
+    A_log: Tensor
+    D: Tensor
+    out_proj: Tensor
+    out_bias: Tensor | None
+
+    @classmethod
+    def of(cls, layer: Any) -> Weights:
+        block = layer.mixer
+        return cls(
+            layer.norm.weight, block.in_proj.weight, block.in_proj.bias, block.conv1d.weight,
+            block.conv1d.bias, block.x_proj.weight, block.dt_proj.weight, block.dt_proj.bias,
+            block.A_log, block.D, block.out_proj.weight, block.out_proj.bias,
+        )  # fmt: skip
 
 
 def block_forward(
-    stream: Tensor, past: Tensor, h0: Tensor | None, reset: Tensor | None, weights: tuple,
+    stream: Tensor, past: Tensor, h0: Tensor | None, reset: Tensor | None, weights: Weights,
     eps: float, rule: str, dtype: torch.dtype, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, tuple]:  # fmt: skip
     """The next stream, what goes into the convolution, h_last, and what the backward pass needs."""
-    norm, in_w, in_b, conv_w, conv_b, x_w, dt_w, dt_b, A_log, D, out_w, out_b = weights
-    in_w, x_w, dt_w, out_w = (weight.to(dtype) for weight in (in_w, x_w, dt_w, out_w))
-    (batch, seqlen, width), d_inner, rank = stream.shape, len(D), dt_w.shape[1]
+    w = weights
+    rounded = [m.to(dtype) for m in (w.in_proj, w.x_proj, w.dt_proj, w.out_proj)]
+    in_proj, x_proj, dt_proj, out_proj = rounded
+    (batch, seqlen, width), (d_inner, rank) = stream.shape, dt_proj.shape
     rows = stream.view(-1, width)
-    u = norm_forward(rows, norm, eps, dtype)
-    xz = u @ in_w.T if in_b is None else torch.addmm(in_b.to(dtype), u, in_w.T)
+    u = norm_forward(rows, w.norm, eps, dtype)
+    if w.in_bias is None:
+        xz = u @ in_proj.T
+    else:
+        xz = torch.addmm(w.in_bias.to(dtype), u, in_proj.T)
     raw, z = xz.view(batch, seqlen, 2 * d_inner).chunk(2, dim=-1)
-    x = conv_forward(raw, conv_w, conv_b, past, reset, True)
-    projected = x.view(-1, d_inner) @ x_w.T
-    dt = (projected[:, :rank] @ dt_w.T).view_as(x)
+    x = conv_forward(raw, w.conv, w.conv_bias, past, reset, True)
+    projected = x.view(-1, d_inner) @ x_proj.T
+    dt = (projected[:, :rank] @ dt_proj.T).view_as(x)
     B, C = projected.view(batch, seqlen, -1)[..., rank:].chunk(2, dim=-1)
-    A = -torch.exp(A_log.float())
-    y, h_last, *states = scan_forward(x, dt, A, B, C, D, z, h0, dt_b, reset, True, rule, save)
-    out = add_product(rows, y.view(-1, d_inner), out_w.T)
-    if out_b is not None:
-        out += out_b
-    kept = (raw, z, projected, y, A, *states, in_w, x_w, dt_w, out_w)
-    return out.view_as(stream), raw, h_last, kept
+    A = -torch.exp(w.A_log.float())
+    options = (w.D, z, h0, w.dt_bias, reset, True, rule, save)
+    y, h_last, *states = scan_forward(x, dt, A, B, C, *options)
+    out = add_product(rows, y.view(-1, d_inner), out_proj.T)
+    if w.out_bias is not None:
+        out += w.out_bias
+    return out.view_as(stream), raw, h_last, (raw, z, projected, y, A, *states, *rounded)
 
 
 class Block(torch.autograd.Function):
+    """block_forward, and its gradients line by line, from the last to the first."""
+
     @staticmethod
     def forward(ctx, stream, past, h0, reset, eps, rule, dtype, *weights):
-        out, raw, h_last, kept = block_forward(
-            stream, past, h0, reset, weights, eps, rule, dtype, True
-        )
-        ctx.save_for_backward(stream, past, h0, reset, *weights, *kept)
-        ctx.eps, ctx.rule = eps, rule
+        inputs, ctx.options = (stream, past, h0, reset), (eps, rule)
+        *outputs, kept = block_forward(*inputs, Weights(*weights), eps, rule, dtype, True)
+        ctx.save_for_backward(*inputs, *weights, *kept)
         ctx.set_materialize_grads(False)
-        return out, raw, h_last
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx, dout, draw_later, dh_last):
         refuse_second_derivatives()
         stream, past, h0, reset, *others = ctx.saved_tensors
-        norm, _, in_b, conv_w, conv_b, _, dt_w, dt_b, A_log, D, _, out_b = others[:12]
-        raw, z, projected, y, A, borders, wide, *low = others[12:]
-        wants = ctx.needs_input_grad[7:]
+        count, (eps, rule) = len(Weights._fields), ctx.options
+        w, wants = Weights(*others[:count]), Weights(*ctx.needs_input_grad[-count:])
+        raw, z, projected, y, A, borders, wide, in_proj, x_proj, dt_proj, out_proj = others[count:]
+        (d_inner, n), rank = A.shape, dt_proj.shape[1]
 
-        def weight_gradient(i: int, d_result: Tensor, argument: Tensor) -> Tensor | None:
-            return product(d_result.T, argument, others[i].dtype) if wants[i] else None
+        def of_matrix(wanted: bool, weight: Tensor, d_result: Tensor, u: Tensor) -> Tensor | None:
+            return product(d_result.T, u, weight.dtype) if wanted else None
 
-        def bias_gradient(bias: Tensor | None, d_result: Tensor) -> Tensor | None:
+        def of_bias(bias: Tensor | None, d_result: Tensor) -> Tensor | None:
             return None if bias is None else d_result.sum(0, dtype=torch.float32).to(bias.dtype)
 
-        (in_low, x_low, dt_low, out_low), (d_inner, n), rank = low, A.shape, dt_w.shape[1]
         dout = torch.zeros_like(stream) if dout is None else dout.contiguous()
         drows = dout.view(-1, stream.shape[-1])
         d_added = drows.to(raw.dtype)
+        d_out_proj = of_matrix(wants.out_proj, w.out_proj, d_added, y.view(-1, d_inner))
+        dy = (d_added @ out_proj).view_as(y)
 
-        x = conv_forward(raw, conv_w, conv_b, past, reset, True)
-        low_rank = projected[:, :rank]
-        dt = (low_rank @ dt_low.T).view_as(x)
+        x = conv_forward(raw, w.conv, w.conv_bias, past, reset, True)
+        low_rank, rows = projected[:, :rank], x.view(-1, d_inner)
+        dt = (low_rank @ dt_proj.T).view_as(x)
         B, C = projected.view(*x.shape[:2], -1)[..., rank:].chunk(2, dim=-1)
-        dy = (d_added @ out_low).view_as(x)
-        d_out_w = weight_gradient(10, d_added, y.view(-1, d_inner))
-        dx, ddt, dA, dB, dC, dD, dz, dh0, d_dt_b = scan_backward(
-            dy, dh_last, x, dt, A, B, C, D, z, h0, dt_b, reset, borders, wide, True, ctx.rule
+        inputs = (x, dt, A, B, C, w.D, z, h0, w.dt_bias, reset, borders, wide, True, rule)
+        dx, ddt, dA, dB, dC, dD, dz, dh0, d_dt_bias = scan_backward(dy, dh_last, *inputs)
+        dx, ddt, dz = dx.view(-1, d_inner), ddt.view(-1, d_inner), dz.view(-1, d_inner)
+
+        d_dt_proj = of_matrix(wants.dt_proj, w.dt_proj, ddt, low_rank)
+        d_projected = torch.cat([ddt @ dt_proj, dB.view(-1, n), dC.view(-1, n)], dim=1)
+        d_x_proj = of_matrix(wants.x_proj, w.x_proj, d_projected, rows)
+        dx.addmm_(d_projected, x_proj)
+        draw, d_conv, d_conv_bias, dpast = conv_backward(
+            dx.view_as(x), raw, w.conv, w.conv_bias, past, reset, True
         )
-        ddt, dx, dz = ddt.view(-1, d_inner), dx.view(-1, d_inner), dz.view(-1, d_inner)
-        d_projected = torch.cat([ddt @ dt_low, dB.view(-1, n), dC.view(-1, n)], dim=1)
-        d_dt_w = weight_gradient(6, ddt, low_rank)
-        d_x_w = weight_gradient(5, d_projected, x.view(-1, d_inner))
-        dx.addmm_(d_projected, x_low)
-        draw, d_conv_w, d_conv_b, dpast = conv_backward(
-            dx.view_as(x), raw, conv_w, conv_b, past, reset, True
-        )
-        if draw_later is not None:
-            draw = draw + draw_later
-        draw = draw.view(-1, d_inner)
-        du = (draw @ in_low[:d_inner]).addmm_(dz, in_low[d_inner:])
-        u, dstream, d_norm = norm_backward(du, drows, stream.view(drows.shape), norm, ctx.eps)
-        halves = draw, dz
-        d_in_w = torch.cat([weight_gradient(1, half, u) for half in halves]) if wants[1] else None
-        d_in_b = None if in_b is None else torch.cat([bias_gradient(in_b, h) for h in halves])
-        gradients = (
-            d_norm, d_in_w, d_in_b, d_conv_w, None if conv_b is None else d_conv_b, d_x_w, d_dt_w,
-            d_dt_b, (dA * A).to(A_log.dtype), dD, d_out_w, bias_gradient(out_b, d_added),
+        draw = (draw if draw_later is None else draw + draw_later).view(-1, d_inner)
+        du = (draw @ in_proj[:d_inner]).addmm_(dz, in_proj[d_inner:])
+        u, dstream, d_norm = norm_backward(du, drows, stream.view(drows.shape), w.norm, eps)
+        d_in_proj = d_in_bias = None
+        if wants.in_proj:
+            halves = [product(half.T, u, w.in_proj.dtype) for half in (draw, dz)]
+            d_in_proj = torch.cat(halves)
+        if w.in_bias is not None:
+            d_in_bias = torch.cat([of_bias(w.in_bias, half) for half in (draw, dz)])
+
+        gradients = Weights(
+            d_norm, d_in_proj, d_in_bias, d_conv, None if w.conv_bias is None else d_conv_bias,
+            d_x_proj, d_dt_proj, d_dt_bias, (dA * A).to(w.A_log.dtype), dD, d_out_proj,
+            of_bias(w.out_bias, d_added),
         )  # fmt: skip
         dh0 = None if h0 is None else dh0
         return dstream.view_as(stream), dpast, dh0, None, None, None, None, *gradients
@@ -1797,7 +1821,7 @@ def residual_block_triton(
     past (b, d, W - 1), h0 (b, d, n) or None for zeros, reset (b, l) bool. Differentiable once, in
     every tensor and weight. Products take autocast's dtype, if it is on, else that of the weights.
     """
-    weights, device = weights_of(layer), stream.device.type
+    weights, device = Weights.of(layer), stream.device.type
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else layer.mixer.in_proj.weight.dtype
     options = layer.norm.eps, layer.mixer.config.rule, dtype

@@ -51,13 +51,15 @@ ROOT = Path(__file__).resolve().parent.parent
 BELONGING = {
     "mamba.py": (
         "test_mamba.py tests/test_model.py tests/test_stream.py tests/test_loading.py "
-        "tests/test_wrapped.py tests/test_prompt.py"
+        "tests/test_wrapped.py tests/test_prompt.py tests/test_residual_block.py"
     ),
     "generate.py": (
         "tests/test_decoding.py tests/test_prompt.py tests/test_cpu_step.py tests/test_stream.py "
         "tests/test_sampler.py tests/test_tokenizers.py tests/test_command_line.py"
     ),
-    "triton_scan.py": "tests/test_triton_scan.py tests/test_step_graph.py",
+    "triton_scan.py": (
+        "tests/test_triton_scan.py tests/test_step_graph.py tests/test_residual_block.py"
+    ),
     "examples/drop_in.py": "tests/test_drop_in.py tests/test_examples.py",
     "examples/event_time.py": "tests/test_event_time.py tests/test_examples.py",
     "examples/export.py": "tests/test_wrapped.py tests/test_examples.py",

@@ -208,7 +208,8 @@ def test_what_goes_wrong_is_one_line(options, code, words, run, capsys):
 
 def test_watch_and_states_say_what_they_cannot_read():
     model, (inside, _) = random_model(), random_inside()
-    for module, kind in ((nn.Linear(2, 2), "none"), (EventBlock(model.config), "EventBlock")):
+    mixed = nn.Sequential(EventBlock(model.config), model)
+    for module, kind in ((nn.Linear(2, 2), "none"), (mixed, "EventBlock, MambaBlock")):
         with pytest.raises(ValueError, match=f"found {kind}"), look.watch(module):
             pass
     with look.watch(model) as layers:

@@ -1621,17 +1621,17 @@ def causal_conv_triton(
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b, summed in float32 and rounded once, to dtype."""
-    if a.dtype != dtype and a.is_cuda:
+    """a @ b, summed in float32 and, where cuBLAS can, rounded once, to dtype."""
+    if a.is_cuda and dtype == torch.float32 != a.dtype:
         return torch.mm(a, b, out_dtype=dtype)
     return (a @ b).to(dtype)
 
 
 def add_product(c: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """c + a @ b, rounded once, to c's dtype."""
-    if a.dtype != c.dtype and a.is_cuda:
+    """c + a @ b, rounded once where c is float32 or all are of one dtype."""
+    if a.is_cuda and c.dtype == torch.float32 != a.dtype:
         return torch.addmm(c, a, b, out_dtype=c.dtype)
-    return c + (a @ b).to(c.dtype)
+    return torch.addmm(c, a, b) if a.dtype == c.dtype else c + a @ b
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 import mamba
 from mamba import Mamba, MambaConfig
-from test_mamba import assert_all_close, error_of
+from test_mamba import assert_all_close, assert_close, error_of
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -105,6 +105,17 @@ def test_frozen_weights_get_no_gradient_and_the_others_theirs():
         parameter.requires_grad_(not name.endswith(("proj.weight", "A_log", "embedding.weight")))
     expected, actual = results(model, fused=False), results(model, fused=True)
     assert_all_close(actual, expected, 1e-4 if GPU else 2e-5)
+
+
+def test_a_short_stream_between_float32_weights_is_promoted_as_by_the_modules():
+    layer = random_model(n_layer=1).backbone.layers[0]
+    stream = torch.randn(2, 5, 12, device=DEVICE).bfloat16()
+    state = layer.mixer.init_state(2)
+    expected, _ = layer(stream, state)
+    with mock.patch.object(mamba, "kernels_for", lambda *_: triton_scan):
+        actual, _ = layer(stream, state)
+    assert_close("stream", actual, expected, 1e-5)
+    assert actual.dtype == expected.dtype == torch.float32
 
 
 def test_second_derivatives_are_refused():

@@ -32,6 +32,11 @@ except ImportError as error:
     pytest.skip(f'{error}: pip install -e ".[test]"', allow_module_level=True)
 
 
+@pytest.fixture(autouse=True)
+def several_programs(monkeypatch):
+    monkeypatch.setattr(triton_scan, "NORM_ROWS", 4)  # of ten rows: two programs and a half
+
+
 def random_model(**changes) -> Mamba:
     """Random in every parameter, also in those that start at 0 or 1."""
     settings = {"d_model": 12, "n_layer": 2, "vocab_size": 30, "scan": "chunked"} | changes

@@ -246,6 +246,7 @@ def test_the_loader_gets_the_options_and_its_errors_name_those_of_the_shell(run,
 WRONG_CALLS = [
     ("a --temperature -1", "--temperature must be 0 (greedy) or a positive number, got -1.0"),
     ("a --temperature warm", "--temperature: invalid float value: 'warm'"),
+    ("a --top-k 2.5", "--top-k: invalid int value: '2.5'"),
     ("a --num-samples 0", "--num-samples must be at least 1, got 0"),
     ("a --stop ''", "--stop must be a list of texts that are not empty"),
     ("a --dtype int8", "'int8'"),

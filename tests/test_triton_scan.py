@@ -822,15 +822,14 @@ def test_tensors_on_a_gpu_that_is_not_the_current_one_are_scanned_there():
 
 
 @needs_gpu
-def test_a_model_under_autocast_is_no_further_from_float32_than_with_the_chunked_scan():
-    """In logits and gradients of parameters together: of each alone the roundings are a draw."""
+def test_a_model_under_autocast_is_no_further_from_float32_than_with_the_chunked_scan(monkeypatch):
+    """In its logits and in the gradient of every parameter, where all but the scan is the same."""
+    monkeypatch.setattr(mamba, "kernels_for", lambda *_: None)
     model = small_model(d_model=64, n_layer=2, d_state=16)
     ids = torch.randint(16, (2, 300), device=DEVICE)
     exact = numbers_of(model, "chunked", ids)
     with torch.autocast(DEVICE, BF16):
         chunked, triton = (numbers_of(model, scan, ids) for scan in ("chunked", "triton"))
-    lost, allowed = (
-        sum(error_of(found[name], exact[name]) for name in exact.keys() - {"next logits", "h"})
-        for found in (triton, chunked)
-    )
-    assert lost <= 1.1 * allowed
+    for name in exact.keys() - {"next logits", "h"}:
+        allowed = 1.1 * error_of(chunked[name], exact[name])
+        assert_close(name, triton[name], exact[name], allowed)

@@ -916,11 +916,17 @@ def kernels_for(layer: nn.Module, stream: Tensor) -> ModuleType | None:
     if not are_our_own(layer, layer.norm, block, *block.children()):
         return None
     projections = block.in_proj, block.x_proj, block.dt_proj, block.out_proj
-    if len({projection.weight.dtype for projection in projections}) > 1:
+    filters, dilation = block.conv1d.weight.shape[1:], block.conv1d.dilation
+    if (
+        len({projection.weight.dtype for projection in projections}) > 1
+        or type(block.dt_proj) is not DeltaProjection  # a Linear adds its bias itself
+        or block.dt_proj.bias is None
+        or block.x_proj.bias is not None
+        or (filters, dilation) != ((1, block.config.d_conv), (1,))
+    ):
         return None
     weights = [weight for m in (block, *block.children()) for weight in m._parameters.values()]
-    needs = {"rule": block.config.rule, "d_state": block.A_log.shape[1]}
-    needs["d_conv"] = block.conv1d.weight.shape[-1]
+    needs = {"rule": block.config.rule, "d_state": block.A_log.shape[1], "d_conv": filters[-1]}
     kernels = companion(block.config.scan, stream, *weights, **needs)
     return kernels if kernels and kernels.takes(stream, *weights, **needs) else None
 

@@ -176,7 +176,28 @@ def float64(layer: nn.Module) -> None:
     layer.double()
 
 
+def another_filter(layer: nn.Module) -> None:
+    layer.mixer.conv1d = nn.Conv1d(24, 24, 3, groups=24)
+
+
+def dilated_filter(layer: nn.Module) -> None:
+    layer.mixer.conv1d = nn.Conv1d(24, 24, 4, groups=24, dilation=2)
+
+
+def delta_by_a_linear(layer: nn.Module) -> None:
+    layer.mixer.dt_proj = nn.Linear(1, 24)
+
+
+def delta_without_a_bias(layer: nn.Module) -> None:
+    layer.mixer.dt_proj.bias = None
+
+
+def selection_with_a_bias(layer: nn.Module) -> None:
+    layer.mixer.x_proj = nn.Linear(24, 33)
+
+
 def wide_filter(layer: nn.Module) -> None:
+    layer.mixer.config.d_conv = 5
     layer.mixer.conv1d.weight = nn.Parameter(torch.zeros(24, 1, 5))
 
 
@@ -185,6 +206,8 @@ def wide_filter(layer: nn.Module) -> None:
     [
         hook, subclass, forward_of_its_own, selection_of_its_own, parametrised, another_rule,
         weight_of_another_kind, projections_of_two_dtypes, another_scan, float64, wide_filter,
+        another_filter, dilated_filter, delta_by_a_linear, delta_without_a_bias,
+        selection_with_a_bias,
     ],
     ids=lambda change: change.__name__,
 )  # fmt: skip

@@ -5,9 +5,8 @@ decides for convolutions is looked at one condition at a time: the machine of th
 none of them.
 """
 
+import contextlib
 import functools
-import itertools
-import math
 from pathlib import Path
 from unittest import mock
 
@@ -19,18 +18,12 @@ from torch import Tensor, nn
 
 import generate
 from mamba import Mamba, MambaState
-from test_mamba import assert_close, assert_same_results, random_ids, random_model, random_state
-
-SCANS = ("sequential", "logspace", "chunked", "recompute")
-# The same examples in every run, and none that fails because the machine is busy.
-few = settings(max_examples=60, derandomize=True, deadline=None, phases=[Phase.generate])
+from test_mamba import assert_all_close, assert_same_results, random_ids, random_model, random_state
 
 
 @functools.cache
-def tiny_model(scan: str = "auto") -> Mamba:
-    torch.manual_seed(0)
-    sizes = {"d_model": 4, "d_state": 3, "vocab_size": 11}
-    return random_model(**sizes, scan=scan).double().requires_grad_(False)
+def tiny_model() -> Mamba:
+    return random_model(d_model=4, d_state=3, vocab_size=11).double().requires_grad_(False)
 
 
 def by_step(ids: Tensor, reset: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
@@ -43,57 +36,25 @@ def by_step(ids: Tensor, reset: Tensor, state: MambaState) -> tuple[Tensor, Mamb
     return torch.stack(logits, dim=1), state
 
 
-@st.composite
-def batches(draw) -> tuple[Tensor, Tensor]:
-    """Ids (1 to 3, 1 to 12), and flags of that shape, in any pattern."""
-    shape = draw(st.integers(1, 3)), draw(st.integers(1, 12))
-    torch.manual_seed(draw(st.integers(0, 9)))
-    size = math.prod(shape)
-    flags = draw(st.lists(st.booleans(), min_size=size, max_size=size))
-    return random_ids(*shape, 11), torch.tensor(flags).view(shape)
-
-
-@few
-@given(batches(), st.sampled_from(SCANS), st.sets(st.integers(1, 11)))
-def test_any_resets_separate_documents_wherever_the_sequence_is_cut(batch, scan, cuts):
-    ids, reset = batch
-    model = tiny_model(scan)
-    start = state = random_state(model, len(ids))
-    bounds = sorted({0, ids.shape[1], *(cut for cut in cuts if cut < ids.shape[1])})
-    parts = []
-    for begin, end in itertools.pairwise(bounds):
-        logits, state = model(ids[:, begin:end], state, reset=reset[:, begin:end])
-        parts.append(logits)
-    assert_same_results((torch.cat(parts, dim=1), state), by_step(ids, reset, start), 1e-10)
-
-
-@few
-@given(st.data(), batches(), st.integers(1, 20), st.booleans())
-def test_each_row_has_its_own_numbers_whatever_the_padding_and_the_parts(data, batch, reads, used):
-    """A mask with a hole is refused, and one that would forget what a row has read before."""
-    ids, mask = batch
-    length = ids.shape[1]
-    if data.draw(st.booleans()):
-        starts = torch.tensor([[data.draw(st.integers(0, length - 1))] for _ in ids])
-        mask = torch.arange(length) >= starts
-    first = mask & (mask.cumsum(1) == 1) & (torch.arange(length) > 0)
-    model, progress = tiny_model(), []
-    state = random_state(model, len(ids)) if used else None
+# The same examples in every run, and none that fails because the machine is busy.
+@settings(max_examples=60, derandomize=True, deadline=None, phases=[Phase.generate])
+@given(st.data(), st.integers(1, 3), st.integers(1, 12), st.integers(1, 20), st.booleans())
+def test_each_row_has_its_own_numbers_whatever_the_padding_and_the_parts(
+    data, batch, length, reads, used
+):
+    torch.manual_seed(length)
+    model, ids, progress = tiny_model(), random_ids(batch, length, 11), []
+    starts = [[data.draw(st.integers(0, 0 if used else length - 1))] for _ in range(batch)]
+    mask = torch.arange(length) >= torch.tensor(starts)
+    reset = mask & (mask.cumsum(1) == 1) & (torch.arange(length) > 0)
+    state = random_state(model, batch) if used else None
     given = mask.to(data.draw(st.sampled_from((torch.bool, torch.int64, torch.uint8))))
-    call = functools.partial(generate.prefill, model, ids, given, state, progress.append)
     with mock.patch.object(generate, "CPU_READS", reads):
-        if not mask[:, -1].all() or (mask[:, :-1] & ~mask[:, 1:]).any():
-            with pytest.raises(ValueError, match="mask must be left padding"):
-                call()
-        elif used and not mask.all():
-            with pytest.raises(ValueError, match="padding in a row whose state is not zero"):
-                call()
-        else:
-            state = model.init_state(len(ids)) if state is None else state
-            expected, last = by_step(ids, first, state)
-            assert_same_results(call(), (expected[:, -1], last), 1e-10)
-            part = max(1, reads // len(ids))
-            assert progress == [*range(part, length, part), length]
+        found = generate.prefill(model, ids, given, state, progress.append)
+    expected, last = by_step(ids, reset, state or model.init_state(batch))
+    assert_same_results(found, (expected[:, -1], last), 1e-10)
+    part = max(1, reads // batch)
+    assert progress == [*range(part, length, part), length]
 
 
 def test_a_model_that_is_not_our_own_gets_the_prompt_in_one_piece_and_its_head_the_end(monkeypatch):
@@ -119,15 +80,15 @@ def test_a_mask_that_is_not_left_padding_is_refused():
 
 
 @pytest.mark.parametrize("name", ["conv", "h"])
-@pytest.mark.parametrize("layer", [slice(None), 1])
-def test_padding_is_refused_in_a_row_that_has_seen_tokens_and_only_there(name, layer):
-    """Be it the state of a model or of a layer."""
-    mask, state = torch.tensor([[1, 1, 1], [0, 1, 1]]), tiny_model().init_state(2)
-    getattr(state, name)[1, 0, 2, 1] = 1e-30  # the row without padding
-    generate.reset_after_padding(mask, state[layer])
-    getattr(state, name)[1, 1, 2, 1] = 1e-30
-    with pytest.raises(ValueError, match="state is not zero"):
-        generate.reset_after_padding(mask, state[layer])
+def test_padding_is_refused_in_a_row_that_has_seen_tokens_and_only_there(name):
+    model, mask = tiny_model(), torch.tensor([[1, 1, 1], [0, 1, 1]])
+    state, refused = model.init_state(2), pytest.raises(ValueError, match="state is not zero")
+    for row, looks in ((0, contextlib.nullcontext()), (1, refused)):
+        getattr(state, name)[1, row, 2, 1] = 1e-30
+        with looks:
+            generate.prefill(model, mask, mask, state)
+        with looks:
+            generate.reset_after_padding(mask, state[1])
 
 
 ## By convolution ----------------------------------------------------------------------------------
@@ -147,15 +108,14 @@ def test_a_model_by_convolution_has_the_same_parameters_results_and_gradients(ch
     for layer in twin.backbone.layers:
         types = [type(getattr(layer.mixer, name)) for name in ("in_proj", "out_proj", "x_proj")]
         assert types == [generate.Convolution, generate.Convolution, nn.Linear]
-    start = random_state(model, 3)
-    results = [m(ids, start) for m in (twin, model)]
-    assert_same_results(*results, 1e-12)
-    assert_same_results(*(m.step(ids[:, 0], start) for m in (twin, model)), 1e-12)
-    gradients = (
-        torch.autograd.grad(logits.square().sum(), [*model.parameters()]) for logits, _ in results
-    )
-    for name, actual, expected in zip(names, *gradients, strict=True):
-        assert_close(name, actual, expected, 1e-10)
+    start, found = random_state(model, 3), []
+    for each in (twin, model):
+        logits, state = each(ids, start)
+        next_logits, _ = each.step(ids[:, 0], start)
+        gradients = torch.autograd.grad(logits.square().sum(), [*model.parameters()])
+        values = {"logits": logits, "next logits": next_logits, **vars(state)}
+        found.append(values | dict(zip(names, gradients, strict=True)))
+    assert_all_close(*found, 1e-12)
 
 
 def made_by(vendor: str) -> mock.Mock:
@@ -163,45 +123,38 @@ def made_by(vendor: str) -> mock.Mock:
     return mock.Mock(**{"exists.return_value": True, "read_text.return_value": f"id : {vendor}"})
 
 
+# With the first value convolutions are faster, with the second they are not.
+MACHINE = [
+    (generate, "CPUINFO", made_by("AuthenticAMD"), made_by("GenuineIntel")),
+    (torch, "get_num_threads", lambda: 2, lambda: 1),
+    (torch.backends.mkldnn, "enabled", True, False),
+    (torch.backends.cpu, "get_cpu_capability", lambda: "AVX512", lambda: "AVX2"),
+    (generate, "WORTH_CONVOLUTION", 10, 11),
+]
+
+
 @pytest.fixture
 def right_machine(monkeypatch):
-    """Whatever the machine is, it is one on which convolutions are faster, for ten tokens."""
-    monkeypatch.setattr(generate, "WORTH_CONVOLUTION", 10)
-    monkeypatch.setattr(generate, "CPUINFO", made_by("AuthenticAMD"))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(torch.backends.mkldnn, "enabled", True)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    for owner, name, right, _ in MACHINE:
+        monkeypatch.setattr(owner, name, right)
 
 
 def convolved(model: Mamba, batch: int = 2, seqlen: int = 5) -> int:
     """How many convolutions the prefill of a prompt runs."""
-    forward, calls = generate.Convolution.forward, []
-
-    def spy(linear, u):
-        calls.append(u)
-        return forward(linear, u)
-
-    with mock.patch.object(generate.Convolution, "forward", spy):
+    forward = generate.Convolution.forward
+    with mock.patch.object(generate.Convolution, "forward", autospec=True) as spy:
+        spy.side_effect = forward
         generate.prefill(model, random_ids(batch, seqlen).to(model.lm_head.weight.device))
-    return len(calls)
+    return spy.call_count
 
 
-@pytest.mark.parametrize(
-    ("owner", "name", "value"),
-    [
-        (generate, "CPUINFO", made_by("GenuineIntel")),
-        (torch, "get_num_threads", lambda: 1),
-        (torch.backends.mkldnn, "enabled", False),
-        (torch.backends.cpu, "get_cpu_capability", lambda: "AVX2"),
-        (generate, "WORTH_CONVOLUTION", 11),
-    ],
-)
+@pytest.mark.parametrize(("owner", "name", "_", "wrong"), MACHINE)
 def test_on_the_right_machine_the_two_large_products_of_a_layer_are_convolutions(
-    owner, name, value, right_machine, monkeypatch
+    owner, name, _, wrong, right_machine, monkeypatch
 ):
     """If the tokens of all rows are enough; else they stay products."""
     assert convolved(random_model()) == convolved(random_model(), 1, 10) == 2 * 2
-    monkeypatch.setattr(owner, name, value)
+    monkeypatch.setattr(owner, name, wrong)
     assert convolved(random_model()) == 0
 
 

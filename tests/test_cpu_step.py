@@ -3,11 +3,10 @@
 The judge of a product is the product in float64, that of a step is `Mamba.step` on the same numbers
 in float64, with twice the room that `Mamba.step` itself needs in the dtype of the weights. When
 this step is taken is claimed in test_decoding.py.
-
-Models are tiny, and so are the pieces that columns are cut into: several of each.
 """
 
 import copy
+import itertools
 from unittest import mock
 
 import pytest
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import generate
-from mamba import Mamba, MambaState
+from mamba import MambaState
 from test_mamba import assert_close, error_of, random_ids, random_model, random_state
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -23,17 +22,14 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
+    """Columns of tiny models are cut into several pieces, too."""
     monkeypatch.setattr(generate, "LONGEST_PIECE", 16)
 
 
 @pytest.fixture(params=[1, 2])
 def threads(request):
     torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(1)
-
-
-## A product ---------------------------------------------------------------------------------------
+    return request.param
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -60,29 +56,17 @@ def test_a_product_is_rounded_once_however_its_weight_lies_in_memory(bias, dtype
             assert_close(f"{name}, threads from {worth_threads} on", y, expected, one_rounding)
 
 
-def test_columns_are_copied_where_that_is_read_faster():
-    """All of short floats, and in float32 those of matrices with more rows than columns."""
-    for rows, columns, copied in ((7, 5, True), (5, 7, False), (6, 6, False)):
-        linear = nn.Linear(columns, rows, bias=False)
-        storages = {generate.product(linear).table.data_ptr(), linear.weight.data_ptr()}
-        assert len(storages) == 1 + copied
-        assert isinstance(generate.product(linear.half()), generate.Bags)
-
-
-@pytest.mark.parametrize("longest", [16, 40, 448])
-def test_pieces_are_as_long_as_they_should_be(longest, threads, monkeypatch):
-    """Whole registers of 16, few enough to stay there, as many pieces for each thread."""
-    monkeypatch.setattr(generate, "LONGEST_PIECE", longest)
-    for rows in (1, 15, 16, 17, 80, 448, 449, 897, 1000, 2001):
+def test_pieces_are_whole_registers_of_16_few_and_as_many_for_each_thread(threads, monkeypatch):
+    for longest, rows in itertools.product((16, 40, 448), (1, 15, 16, 17, 448, 449, 897, 2001)):
+        monkeypatch.setattr(generate, "LONGEST_PIECE", longest)
         for worth_threads, workers in ((3 * rows, threads), (3 * rows + 1, 1)):
             monkeypatch.setattr(generate, "WORTH_THREADS", worth_threads)
             columns = generate.Bags(torch.randn(rows, 3))
             pieces, length = columns.pieces, columns.table.shape[1]
             assert columns.table.shape == (3 * pieces, length) and columns.table.is_contiguous()
             assert length % 16 == 0 and length < longest + 16, f"pieces of {length}"
-            assert pieces % workers == 0, f"{pieces} pieces for {workers} threads"
-            assert (pieces - workers) * longest < rows, f"{pieces} pieces are more than are needed"
-            assert pieces * (length - 16) < rows <= pieces * length, f"{pieces} pieces of {length}"
+            assert pieces % workers == 0 and (pieces - workers) * longest < rows, f"{pieces} pieces"
+            assert pieces * (length - 16) < rows <= pieces * length, f"{pieces} of {length}"
 
 
 ## A step of the model -----------------------------------------------------------------------------
@@ -90,28 +74,12 @@ def test_pieces_are_as_long_as_they_should_be(longest, threads, monkeypatch):
 
 def run(step, ids: Tensor, state: MambaState) -> dict[str, Tensor]:
     """The logits of all tokens, and the state after each."""
-    found = []
+    found = {"logits": [], "conv": [], "h": []}
     for token_ids in ids:
         logits, state = step(token_ids, state)
-        found.append((logits, state.conv, state.h))
-    parts = zip(*found, strict=True)
-    return dict(zip(("logits", "conv", "h"), map(torch.stack, parts), strict=True))
-
-
-@torch.no_grad()
-def check_step(model: Mamba) -> None:
-    """Five tokens, from a state that is not zero; no state changes once it has been asked for."""
-    dtype, exact = model.lm_head.weight.dtype, copy.deepcopy(model).double()
-    ids, start = random_ids(5, 1), random_state(model, 1)
-    before, copies = start.map(torch.clone), generate.CopiedStep(model, start)
-    assert not copies.layers, "copied for a stream that is left after its first token"
-    found = run(lambda token_ids, _: (copies(token_ids), copies.state()), ids, start)
-    plain, expected = run(model.step, ids, start), run(exact.step, ids, start.map(Tensor.double))
-    for name, tensor in found.items():
-        room = 2 * error_of(plain[name], expected[name]) + torch.finfo(dtype).eps / 2
-        assert_close(name, tensor, expected[name], room)
-        assert tensor.dtype == (dtype if name == "conv" else torch.float32)
-    assert torch.equal(start.conv, before.conv) and torch.equal(start.h, before.h)
+        for name, tensor in {"logits": logits, **vars(state)}.items():
+            found[name].append(tensor)
+    return {name: torch.stack(tensors) for name, tensors in found.items()}
 
 
 STEPS = {
@@ -124,29 +92,27 @@ STEPS = {
     "as many low ranks as states": {"d_state": 4, "dt_rank": 4},
     "a stream of short floats": {"residual_in_fp32": False},
     "another eps": {"norm_eps": 1.0},
+    "squares too large for float16": {"residual_in_fp32": False},
 }
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", STEPS)
+@torch.no_grad()
 def test_a_step_by_copies_is_the_step_of_the_model(case, dtype):
-    check_step(random_model(**STEPS[case]).to(dtype))
-
-
-def test_a_stream_whose_squares_are_too_large_for_float16_is_normed():
-    model = random_model(residual_in_fp32=False).half()
-    model.backbone.embedding.weight.data.mul_(50_000)
-    check_step(model)
-
-
-@pytest.mark.parametrize(("in_fp32", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
-def test_the_residual_stream_has_the_dtype_that_the_model_asks_for(in_fp32, dtype):
-    model, seen = random_model(residual_in_fp32=in_fp32).bfloat16(), []
-    call = generate.LayerStep.__call__
-    spy = lambda layer, u: (seen.append(u.dtype), seen.append(call(layer, u).dtype), u)[-1]  # noqa: E731
-    with mock.patch.object(generate.LayerStep, "__call__", spy):
-        generate.CopiedStep(model, model.init_state(1))(random_ids(1, 1)[0])
-    assert seen == [dtype] * 4
+    """Five tokens, from a state that is not zero; no state changes once it has been asked for."""
+    model = random_model(**STEPS[case]).to(dtype)
+    model.backbone.embedding.weight.mul_(50_000 if "too large" in case else 1)
+    exact, ids, start = copy.deepcopy(model).double(), random_ids(5, 1), random_state(model, 1)
+    before, copies = start.map(torch.clone), generate.CopiedStep(model, start)
+    assert not copies.layers, "copied for a stream that is left after its first token"
+    found = run(lambda token_ids, _: (copies(token_ids), copies.state()), ids, start)
+    plain, expected = run(model.step, ids, start), run(exact.step, ids, start.map(Tensor.double))
+    for name, tensor in found.items():
+        room = 2 * error_of(plain[name], expected[name]) + torch.finfo(dtype).eps / 2
+        assert_close(name, tensor, expected[name], room)
+        assert tensor.dtype == (dtype if name == "conv" else torch.float32)
+    assert torch.equal(start.conv, before.conv) and torch.equal(start.h, before.h)
 
 
 @pytest.mark.parametrize("bias", [-30.0, -12.0, 30.0])
@@ -168,15 +134,13 @@ def test_delta_has_float32_digits_at_every_size(bias):
 
 @torch.no_grad()
 def test_weights_that_change_in_the_middle_of_a_stream_are_an_error_and_no_old_text():
-    model, ids = random_model(), random_ids(1, 4)
+    model = random_model()
     parameters = list(model.parameters())
-    changes = [parameter.neg_ for parameter in parameters]
-    changes.append(torch.inference_mode()(parameters[0].neg_))
+    changes = [*(p.neg_ for p in parameters), torch.inference_mode()(parameters[0].neg_)]
     changes.append(lambda: torch._foreach_neg_(parameters))  # as optimizers do
     for change in changes:
-        steps = generate.stream(model, ids, max_new_tokens=64)
-        for _ in range(3):
-            next(steps)
+        steps = generate.stream(model, random_ids(1, 4), max_new_tokens=64)
+        next(steps), next(steps), next(steps)
         change()
         with pytest.raises(RuntimeError, match="weights changed in the middle"):
             next(steps)

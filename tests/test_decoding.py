@@ -1,8 +1,7 @@
 """Who takes the steps of a stream: `model.step`, on a GPU a recorded step, on a CPU copied weights.
 
 What these compute is claimed in test_step_graph.py and test_cpu_step.py. Here: when each is taken,
-that the tokens are those of `model.step`, and that nothing is kept. On a machine without a GPU a
-stand-in is lent for the recorded step.
+that the tokens are those of `model.step`, and that nothing is kept.
 """
 
 import contextlib
@@ -17,26 +16,27 @@ from torch import Tensor, nn
 
 import generate
 import triton_scan
-from mamba import Mamba
-from test_mamba import assert_close, random_ids, random_model, random_state
+from mamba import Mamba, MambaState
+from test_mamba import assert_all_close, random_ids, random_model, random_state
 
 pytestmark = pytest.mark.gpu
 GPU = torch.cuda.is_available()
 
 
 class StandIn(generate.PlainStep):
-    """Like a recorded step it writes over what it lent, and ends with its context."""
+    """In place of a recorded step: it writes over what it lent, and ends with its context."""
 
-    ended, logits = False, None
+    ended = False
+
+    def __init__(self, model: Mamba, state: MambaState) -> None:
+        super().__init__(model, state.map(torch.clone))
+        self.logits = torch.empty(state.h.shape[1], model.lm_head.out_features)
 
     def __call__(self, token_ids: Tensor) -> Tensor:
-        assert not self.ended
-        logits, state = self.model.step(token_ids, self.last)
-        self.last = self.last.map(torch.clone) if self.logits is None else self.last
-        self.logits = logits if self.logits is None else self.logits.copy_(logits)
+        logits, state = self.model.step(token_ids, self.state())
         self.last.conv.copy_(state.conv)
         self.last.h.copy_(state.h)
-        return self.logits
+        return self.logits.copy_(logits)
 
     def state(self):
         assert not self.ended
@@ -44,34 +44,31 @@ class StandIn(generate.PlainStep):
 
 
 @pytest.fixture(params=["recorded", "copied"])
-def kind(request) -> str:
+def kind(request, monkeypatch) -> str:
+    monkeypatch.setattr(generate, "can_record", lambda model: request.param == "recorded")
+    monkeypatch.setattr(generate, "COPY_FOR_TOKENS", 3)
     return request.param
 
 
 @pytest.fixture
-def taken(kind, monkeypatch) -> list[weakref.ref]:
+def taken(monkeypatch) -> list[weakref.ref]:
     """The steps that are taken otherwise than by `model.step`, from now on."""
-    references = []
-    real = triton_scan.step_graph
+    references, real, copied = [], triton_scan.step_graph, generate.CopiedStep
+
+    def noted(step):
+        references.append(weakref.ref(step))
+        return step
 
     @contextlib.contextmanager
     def lent(model, state):
         with real(model, state) if GPU else contextlib.nullcontext(StandIn(model, state)) as step:
-            references.append(weakref.ref(step))
             try:
-                yield step
+                yield noted(step)
             finally:
                 step.ended = True
 
-    class Copied(generate.CopiedStep):
-        def __init__(self, *arguments) -> None:
-            super().__init__(*arguments)
-            references.append(weakref.ref(self))
-
     monkeypatch.setattr(triton_scan, "step_graph", lent)
-    monkeypatch.setattr(generate, "can_record", lambda model: kind == "recorded")
-    monkeypatch.setattr(generate, "CopiedStep", Copied)
-    monkeypatch.setattr(generate, "COPY_FOR_TOKENS", 3)
+    monkeypatch.setattr(generate, "CopiedStep", lambda *arguments: noted(copied(*arguments)))
     return references
 
 
@@ -79,26 +76,17 @@ def stream_of(model: Mamba, ids: Tensor, **options) -> generate.Stream:
     return generate.stream(model, ids, **{"temperature": 0, "max_new_tokens": 9} | options)
 
 
-def by_step():
-    nothing_else = dict(can_record=lambda *_: False, worth_copies=lambda *_: False)
-    return mock.patch.multiple(generate, **nothing_else)
-
-
 # In float64 on a GPU, where `model.step` is what is recorded: tokens are equal whatever is near.
 def model_for(kind: str) -> Mamba:
     return random_model().double().cuda() if GPU and kind == "recorded" else random_model()
 
 
+SAMPLED = {"temperature": 0.9, "seed": 3, "repetition_penalty": 1.3, "top_p": 0.9}
+SAMPLED |= {"vocab_size": 29, "eos_token_id": 3, "max_new_tokens": 50}
+
+
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"temperature": 0.8, "seed": 2, "repetition_penalty": 1.3, "top_p": 0.9},
-        {"temperature": 1.0, "seed": 3, "vocab_size": 29, "eos_token_id": 3, "max_new_tokens": 50},
-    ],
-    ids=lambda options: ", ".join(options) or "greedy",
-)
+@pytest.mark.parametrize("options", [{}, SAMPLED])
 def test_a_stream_has_the_tokens_and_the_state_that_it_has_by_step(options, kind, taken):
     model = model_for(kind)
     ids = random_ids(1, 5, 29).to(model.lm_head.weight.device)
@@ -108,23 +96,13 @@ def test_a_stream_has_the_tokens_and_the_state_that_it_has_by_step(options, kind
     for token in turn:
         tokens.append(token.item())
         turn.state.map(torch.zero_)  # a copy, so that nothing happens
-    with by_step():
-        assert tokens == [token.item() for token in expected]
     assert len(taken) == 1 and len(set(tokens)) > 1
-    assert_close("h", turn.state.h, expected.state.h, 1e-5)
-    assert_close("conv", turn.state.conv, expected.state.conv, 1e-5)
+    with mock.patch.multiple(generate, can_record=lambda *_: False, worth_copies=lambda *_: False):
+        assert tokens == [token.item() for token in expected]
+    assert_all_close(vars(turn.state), vars(expected.state), 1e-5)
 
 
-def closed(steps) -> None:
-    steps.steps.close()
-
-
-def left_by_an_error_inside(steps) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        steps.steps.throw(KeyboardInterrupt)
-
-
-@pytest.mark.parametrize("leave", [list, closed, left_by_an_error_inside])
+@pytest.mark.parametrize("leave", [list, lambda steps: steps.steps.close()])
 def test_a_stream_that_is_left_keeps_neither_its_step_nor_the_model(leave, kind, taken):
     """Copies are as large as the model: they go at once, and not with the next collection."""
     model = model_for(kind)
@@ -146,32 +124,30 @@ def test_a_stream_that_is_left_keeps_neither_its_step_nor_the_model(leave, kind,
 def test_a_recorded_step_is_for_a_gpu_and_for_modules_of_our_own():
     """And where Triton is not installed, there is `model.step`."""
     model, ids = random_model(), random_ids(2, 4)
-    assert not generate.can_record(model.cpu())
-    with mock.patch.object(Tensor, "is_cuda", True):
-        assert generate.can_record(model)
-        model.lm_head.register_forward_hook(lambda *_: None)
-        assert not generate.can_record(model)
-    model = random_model()
+    assert not generate.can_record(model)
     expected = torch.stack(list(stream_of(model, ids)))
     with mock.patch.object(generate, "can_record", lambda _: True):
         with mock.patch.dict(sys.modules, {"triton_scan": None}):  # importing it is an ImportError
             assert torch.equal(torch.stack(list(stream_of(model, ids))), expected)
+    with mock.patch.object(Tensor, "is_cuda", True):
+        assert generate.can_record(model)
+        model.lm_head.register_forward_hook(lambda *_: None)
+        assert not generate.can_record(model)
 
 
 def test_weights_are_copied_for_one_long_sequence_of_a_small_model_of_our_own(monkeypatch):
-    start = random_model().init_state(1)
-
-    def worth(model: Mamba, state=start, tokens: int = 64) -> bool:
+    def worth(model: Mamba, tokens: int = 64, batch: int = 1, dtype=torch.float32) -> bool:
+        state = random_model().init_state(batch).map(lambda tensor: tensor.to(dtype))
         return generate.worth_copies(model, state, tokens)
 
     model, mixed, replaced = random_model(), random_model(), random_model()
     mixed.backbone.norm_f.bfloat16()
     replaced.backbone.layers[0].mixer = nn.Identity()  # it has no configuration to look at
     refused = {
-        "two sequences": worth(model, model.init_state(2)),
+        "two sequences": worth(model, batch=2),
         "a short one": worth(model, tokens=63),
         "float64": worth(random_model().double()),
-        "a state in float64": worth(model, start.map(Tensor.double)),
+        "a state in float64": worth(model, dtype=torch.float64),
         "two dtypes": worth(mixed),
         "another rule": worth(random_model(rule="zoh")),
         "another device": worth(random_model().to("meta")),
@@ -180,7 +156,6 @@ def test_weights_are_copied_for_one_long_sequence_of_a_small_model_of_our_own(mo
     assert set(refused.values()) == {False}, refused
     assert all(worth(random_model().to(d)) for d in (torch.float32, torch.bfloat16, torch.float16))
     size = 4 * sum(parameter.numel() for parameter in model.parameters())  # a tied matrix is one
-    monkeypatch.setattr(generate, "COPY_AT_MOST", size)
-    assert worth(model)
-    monkeypatch.setattr(generate, "COPY_AT_MOST", size - 1)
-    assert not worth(model)
+    for most, answer in ((size, True), (size - 1, False)):
+        monkeypatch.setattr(generate, "COPY_AT_MOST", most)
+        assert worth(model) is answer

@@ -14,7 +14,6 @@ The sections follow mamba.py. Edges, and what wrong calls get, are in tests/.
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 import math
 import re
@@ -484,22 +483,7 @@ def test_zoh_is_the_matrix_exponential_of_the_held_system_down_to_delta_A_of_zer
         assert_close(f"gradient of B_bar by {name} / exact", ours / right, one, 100 * tolerance)
 
 
-## The recurrence, the combine and the selective scan ----------------------------------------------
-
-
-def test_the_combine_of_the_text_is_associative_and_its_folds_are_the_recurrence():
-    printed = re.search(r"^## +combine\(\(a1, v1\), \(a2, v2\)\) = (.*)$", SOURCE, re.MULTILINE)[1]
-    formula = re.sub(r"(?<=\d) (?=[av])", " * ", printed)  # a2 a1: a product
-
-    def combine(first, second):
-        return eval(formula, dict(zip(("a1", "v1", "a2", "v2"), (*first, *second), strict=True)))
-
-    inputs = {name: tensor.double() for name, tensor in scan_inputs(8).items()}
-    A_bar, B_bar = mamba.discretize(inputs["delta"], inputs["A"], inputs["B"])
-    maps = list(zip(A_bar.unbind(1), (B_bar * inputs["x"].unsqueeze(-1)).unbind(1), strict=True))
-    fold, (_, h_last) = functools.partial(functools.reduce, combine), by_hand(**inputs)
-    for a, v in (fold(maps), combine(fold(maps[:3]), combine(fold(maps[3:7]), maps[7]))):
-        assert_close("h_last", a * inputs["h0"] + v, h_last, 1e-14)
+## The recurrence and the selective scan -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("scan", SCANS)

@@ -109,11 +109,10 @@ def test_memory_traffic_of_training_grows_linearly_with_length(scan):
 
 
 def test_the_norm_of_zeros_has_a_finite_gradient_and_that_of_large_float16_numbers_is_exact():
-    """1000 squared is infinite in float16."""
     norm, zeros = mamba.RMSNorm(16), torch.zeros(2, 3, 16, requires_grad=True)
     norm(zeros).sum().backward()
     assert_close("gradient", zeros.grad, torch.full((2, 3, 16), 1e-5**-0.5), 1e-6)
-    large = 1000 * torch.randn(3, 16).half()
+    large = 1000 * torch.randn(3, 16).half()  # their squares are infinite in float16
     exact = large.double() / (large.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
     assert_close("norm", norm.half()(large), exact, 1.02 * error_of(exact.half(), exact))
 

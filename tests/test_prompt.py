@@ -1,8 +1,7 @@
 """The prompt: read in parts, beside padding, and on some CPUs with convolutions for products.
 
 The judge is `step`, token after token, in float64: it knows no parts, padding or resets. What
-decides for convolutions is looked at one condition at a time: the machine of the tests may have
-none of them.
+decides for convolutions is set for the test, whatever the machine has.
 """
 
 import contextlib

@@ -461,9 +461,7 @@ def test_the_table_of_the_rules_prints_the_equations_that_run_and_where_they_end
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_zoh_is_the_matrix_exponential_of_the_held_system_down_to_delta_A_of_zero(dtype):
     """Holding x makes (h, x) one linear system: exp(Δ [[A, B], [0, 0]]) = [[Ā, B̄], [0, 1]].
-
-    Every element has to be right by itself, and its gradients too: hence the quotients.
-    """
+    Every element has to be right by itself, and its gradients too: hence the quotients."""
     A = -torch.tensor([0, 1e-12, 1e-7, 1e-4, 0.01, 0.033, 0.034, 0.1, 1, 5], dtype=dtype)
     delta, B = torch.full_like(A, 0.9), torch.tensor([1.7], dtype=dtype)
     leaves = [delta.requires_grad_(), A.requires_grad_()]

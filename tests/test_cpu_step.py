@@ -74,16 +74,14 @@ def test_pieces_are_whole_registers_of_16_few_and_as_many_for_each_thread(thread
 
 def run(step, ids: Tensor, state: MambaState) -> dict[str, Tensor]:
     """The logits of all tokens, and the state after each."""
-    found = {"logits": [], "conv": [], "h": []}
+    found = []
     for token_ids in ids:
         logits, state = step(token_ids, state)
-        for name, tensor in {"logits": logits, **vars(state)}.items():
-            found[name].append(tensor)
-    return {name: torch.stack(tensors) for name, tensors in found.items()}
+        found.append({"logits": logits, **vars(state)})
+    return {name: torch.stack([after[name] for after in found]) for name in found[0]}
 
 
 STEPS = {
-    "two layers": {},
     "no biases": {"bias": False, "conv_bias": False},
     "own head, no window": {"tie_embeddings": False, "d_conv": 1},
     "a window of one": {"d_conv": 2},

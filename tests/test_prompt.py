@@ -117,8 +117,7 @@ def test_a_model_by_convolution_has_the_same_parameters_results_and_gradients(ch
     assert_all_close(*found, 1e-12)
 
 
-def made_by(vendor: str) -> mock.Mock:
-    """What stands in the place of /proc/cpuinfo."""
+def made_by(vendor: str) -> mock.Mock:  # in place of /proc/cpuinfo
     return mock.Mock(**{"exists.return_value": True, "read_text.return_value": f"id : {vendor}"})
 
 

@@ -70,7 +70,6 @@ def test_the_cuts_worked_by_hand():
         ({}, [10, 40, 5, 30, 15]),
         ({"temperature": 0.5}, [100, 1600, 25, 900, 225]),  # the squares
         ({"top_k": 2}, [0, 40, 0, 30, 0]),
-        ({"top_k": 9}, [10, 40, 5, 30, 15]),
         ({"top_p": 0.72}, [0, 40, 0, 30, 15]),  # two tokens make 0.70, three are needed
         ({"top_p": 0.68}, [0, 40, 0, 30, 0]),
         ({"min_p": 0.3}, [0, 40, 0, 30, 15]),  # 0.3 of 0.4 is 0.12

@@ -235,8 +235,9 @@ def packed_documents(lengths=(5, 1, 7, 2, 1)) -> tuple[Tensor, Tensor]:
 SHAPES = {
     "defaults": {},
     "biases": dict(d_state=5, d_conv=3, expand=1.3, bias=True, conv_bias=False, dt_rank=3),
-    "own head": dict(d_state=1, d_conv=2, expand=3, norm_eps=1e-2, tie_embeddings=False)
-    | dict(residual_in_fp32=False),
+    "own head": dict(
+        d_state=1, d_conv=2, expand=3, norm_eps=1e-2, tie_embeddings=False, residual_in_fp32=False
+    ),
 }
 THEIR_FIELDS = dict(
     d_state="state_size", d_conv="conv_kernel", dt_rank="time_step_rank", bias="use_bias",

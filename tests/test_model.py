@@ -86,14 +86,14 @@ def test_every_scan_stays_exact_for_extreme_step_sizes_and_decays_and_under_auto
 
 
 def test_chunks_are_as_long_as_the_text_states(monkeypatch):
-    """Recomputed: 8 to 64 steps, about 1 MB of states. All at once: sqrt(l / 2) steps."""
+    """Recomputed: 8 to 64, about 1 MB of states. All at once: sqrt(l / 2). In log space: 64."""
     monkeypatch.setattr(mamba, "check_chunk", told := Mock())
     with torch.device("meta"):
         for d_inner in (1, 2**11, 2**14):
             x, A, B = torch.ones(2, 128, d_inner), torch.ones(d_inner, 4), torch.ones(2, 128, 4)
             mamba.scan_recompute(x, x, A, B, B)
-        mamba.scan_chunked(x, x, A, B, B)
-    assert [call.args[0] for call in told.call_args_list] == [64, 16, 8, 8]
+        mamba.scan_chunked(x, x, A, B, B), mamba.scan_logspace(x, x, A, B, B)
+    assert [call.args[0] for call in told.call_args_list] == [64, 16, 8, 8, 64]
 
 
 @pytest.mark.parametrize("scan", SCANS)

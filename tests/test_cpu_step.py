@@ -111,6 +111,9 @@ def test_a_step_by_copies_is_the_step_of_the_model(case, dtype):
         assert_close(name, tensor, expected[name], room)
         assert tensor.dtype == (dtype if name == "conv" else torch.float32)
     assert torch.equal(start.conv, before.conv) and torch.equal(start.h, before.h)
+    stream = model.embed(ids[0]).squeeze(0)
+    with torch.inference_mode():
+        assert copies.layers[0](stream).dtype == stream.dtype
 
 
 @pytest.mark.parametrize("bias", [-30.0, -12.0, 30.0])
@@ -148,7 +151,6 @@ def test_weights_that_change_in_the_middle_of_a_stream_are_an_error_and_no_old_t
 def test_a_stream_may_start_and_go_on_inside_and_outside_of_inference_mode(made_inside):
     """Parameters that are made inside have no version that would tell of a change."""
     with torch.inference_mode(made_inside):
-        torch.manual_seed(0)
         model, ids = random_model(), random_ids(1, 4)
     tokens = []
     for starts, goes_on in ((False, False), (False, True), (True, False), (True, True)):

@@ -139,9 +139,8 @@ def right_machine(monkeypatch):
 
 def convolved(model: Mamba, batch: int = 2, seqlen: int = 5) -> int:
     """How many convolutions the prefill of a prompt runs."""
-    forward = generate.Convolution.forward
-    with mock.patch.object(generate.Convolution, "forward", autospec=True) as spy:
-        spy.side_effect = forward
+    real = generate.Convolution.forward
+    with mock.patch.object(generate.Convolution, "forward", autospec=True, side_effect=real) as spy:
         generate.prefill(model, random_ids(batch, seqlen).to(model.lm_head.weight.device))
     return spy.call_count
 

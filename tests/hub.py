@@ -5,7 +5,6 @@ It notes who asks for what (`requests`), and serves what is wrong (`faults`, by 
     gated, private, 500     what the Hub says of each; private is as if there were none
     500-body                the file is announced, but not to be had
     cut                     the connection ends halfway, each time
-    portal                  a login page of the hotel answers in place of the Hub
     slow                    no answer before the test is over
 
 The client reads HF_ENDPOINT when it is imported: a subprocess gets it from `environment`, this
@@ -76,11 +75,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         hub, path = self.hub, unquote(self.path.split("?")[0])
-        listing = r"/api/models/([^/]+/[^/]+?)(/tree|/revision)?(?(2)/(.+))"
         if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             repository, revision, name = match.groups()
-        elif match := re.fullmatch(listing, path):
-            (repository, kind, revision), name = match.groups(), LIST
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
+            (repository, revision), name = match.groups(), LIST
         else:
             hub.others.append(path)
             return self.refuse(404, "EntryNotFound")
@@ -89,8 +87,6 @@ class Handler(BaseHTTPRequestHandler):
         commits, fault = {**hub.earlier, hub.commit: hub.repositories}, hub.faults.get(name)
         if fault == "slow":
             return hub.over.wait(30)
-        if fault == "portal":
-            return self.answer({"Content-Type": "text/html"}, b"<html>Room number?</html>")
         if fault == "500-body" and self.command == "GET":
             fault = "500"
         if fault in REFUSALS or repository not in hub.repositories:
@@ -99,30 +95,13 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(404, "RevisionNotFound")
         files = commits[revision][repository]
         if name == LIST:
-            return self.send_list(revision, files, with_checksums=kind == "/tree")
+            listing = {"id": "", "sha": revision, "siblings": [{"rfilename": n} for n in files]}
+            return self.answer({"Content-Type": "application/json"}, json.dumps(listing).encode())
         if name not in files:
             return self.refuse(404, "EntryNotFound")
         self.send_file(name, files[name], fault, revision)
 
     do_HEAD = do_GET
-
-    def send_list(self, commit: str, files: dict[str, bytes], with_checksums: bool) -> None:
-        content = {"id": "", "sha": commit, "siblings": [{"rfilename": name} for name in files]}
-        if with_checksums:
-
-            def lfs(data: bytes) -> dict[str, object]:
-                return {
-                    "oid": hashlib.sha256(data).hexdigest(),
-                    "size": len(data),
-                    "pointerSize": 0,
-                }
-
-            content = [
-                {"type": "file", "path": name, "size": len(data), "oid": git_sha1(data)}
-                | ({"lfs": lfs(data)} if name.endswith(LARGE) else {})
-                for name, data in files.items()
-            ]
-        self.answer({"Content-Type": "application/json"}, json.dumps(content).encode())
 
     def send_file(self, name: str, data: bytes, fault: str | None, commit: str) -> None:
         etag = hashlib.sha256(data).hexdigest() if name.endswith(LARGE) else git_sha1(data)

@@ -5,7 +5,6 @@ line on stderr, with nothing on stdout: exit 2 for a wrong call, exit 1 for a fa
 from __future__ import annotations
 
 import io
-import json
 import os
 import shlex
 import signal
@@ -123,15 +122,11 @@ def test_stats_are_tokens_and_times_on_stderr_and_leave_stdout_as_it_is(run, mon
 
 def test_help_shows_every_option_with_its_default_and_the_scans_are_the_models(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    code, out, err = run("--help")
-    assert (code, err) == (0, "")
-    for default in "300 0.8 0.95 1.0 auto float32 None shakespeare".split():
-        assert f"{default})" in out
-    options = [line for line in out.splitlines() if line.startswith("  --")]
-    assert out.count("(default: ") == len(options) + 1 == 16, "and of the prompt"
-    _, _, err = run("hello", "--scan", "fast")
-    offered = set(err.split("choose from ")[1].strip().strip(")").replace("'", "").split(", "))
-    assert offered == {"auto", *SCANS, "triton"}
+    _, out, _ = run("--help")
+    assert all(f"{value})" in out for value in "300 0.8 0.95 1.0 auto float32 None".split())
+    assert out.count("(default: ") == out.count("\n  --") + 1 == 16, "and of the prompt"
+    offered = run("hello", "--scan", "fast")[2].split("choose from ")[1].strip().strip(")")
+    assert {*offered.replace("'", "").split(", ")} == {"auto", *SCANS, "triton"}
 
 
 def test_the_text_ends_before_the_models_end_token_or_a_stop_string(run, tmp_path):
@@ -245,50 +240,35 @@ def test_the_loader_gets_the_options_and_its_errors_name_those_of_the_shell(run,
 
 WRONG_CALLS = [
     ("a --temperature -1", "--temperature must be 0 (greedy) or a positive number, got -1.0"),
-    ("a --temperature warm", "--temperature: invalid float value: 'warm'"),
     ("a --top-k 2.5", "--top-k: invalid int value: '2.5'"),
     ("a --num-samples 0", "--num-samples must be at least 1, got 0"),
     ("a --stop ''", "--stop must be a list of texts that are not empty"),
-    ("a --dtype int8", "'int8'"),
     ("a --temprature 1", "unknown option --temprature: did you mean --temperature? --help"),
     ("a --temp=1", "unknown option --temp=1: did you mean --temperature?"),
     ("a --xyz", "unknown option --xyz: --help shows all"),
     ("-yes", "a prompt that starts with '-' stands last, after '--'"),
     ("To be or not", 'quote the prompt: generate.py "To be or not"'),
-    ("a --prompt-file b", "--prompt-file: not allowed with argument prompt"),
     ("a --model mamba-130m", "no folder 'mamba-130m': on the Hub it is --model state-spaces/"),
     ("", "a prompt is missing"),  # in a terminal
-    ("''", "the prompt is empty"),
     ("--prompt-file newline", "the prompt is empty"),
     ("--prompt-file binary", "the prompt is not UTF-8"),
     ("--prompt-file nowhere", "cannot read the prompt from nowhere: No such file"),
 ]
 FAILURES = [
     ("a --device gpu", "--device gpu is not available on this machine"),
-    ("a --device meta", "--device meta is not available"),
-    ("a --model ''", "''"),
     ("a --model x/y/", "x/y: config.json is not in the cache"),
     ("a --model mamba-2.8b-slimpj", "config.json"),  # here a folder has the name
     ("a --model bert", "bert"),
-    ("a --model words", "'words'"),
-    ("a --model damaged", "not a tokenizer"),
 ]
 
 
-@pytest.mark.parametrize(
-    ("call", "words", "code"),
-    [(*call, 2) for call in WRONG_CALLS] + [(*call, 1) for call in FAILURES],
-)
-def test_a_fault_is_one_line_that_names_it(call, words, code, run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("code", "calls"), [(2, WRONG_CALLS), (1, FAILURES)])
+def test_a_fault_is_one_line_that_names_it(code, calls, run, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     (tmp_path / "newline").write_bytes(b"\n")
     (tmp_path / "binary").write_bytes(b"caf\xe9")
-    (tmp_path / "mamba-2.8b-slimpj").mkdir()
-    config = json.loads((generate.DEFAULT_MODEL / "config.json").read_text())
-    for change in ({"model_type": "bert"}, {"tokenizer": "words"}, {"tokenizer": None}):
-        folder = tmp_path / (str(*change.values()).replace("None", "damaged"))
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(config | change))
-        (folder / "tokenizer.json").write_text("<html>")
-        (folder / "model.safetensors").symlink_to(generate.DEFAULT_MODEL / "model.safetensors")
-    assert_one_line(run(*shlex.split(call)), code, words)
+    for folder in ("mamba-2.8b-slimpj", "bert"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    for call, words in calls:
+        assert_one_line(run(*shlex.split(call)), code, words)

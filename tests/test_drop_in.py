@@ -1,7 +1,5 @@
 """examples/drop_in.py is the official function, the official layer, and the mixer of transformers.
-
-The judge of the function is the recurrence in float64, a channel at a time, with the B and C that
-are meant for it; of the mixer, the model without it.
+It is judged by the recurrence in float64, a channel at a time, and by the model without the mixer.
 """
 
 import copy
@@ -77,11 +75,8 @@ def test_every_layout_of_B_with_every_layout_of_C_whatever_is_left_out(B, C):
             assert torch.equal(selective_scan_fn(**inputs, **options), found["out"])
     # As in the official reference, so that a rank of a parallel run that has no row goes on.
     empty = make_inputs(B, C, batch=0)
-    empty["u"] = empty["u"].bfloat16()  # as its output is
-    found, expected = results(selective_scan_fn, empty), results(written_out, empty)
-    for name, tensor in found.items():
-        assert tensor.shape == expected[name].shape and not tensor.any(), name
-    assert selective_scan_fn(**empty).shape == (0, 6, 7) and found["out"].dtype == torch.bfloat16
+    assert_all_close(results(selective_scan_fn, empty), results(written_out, empty), 0)
+    assert selective_scan_fn(**empty).shape == (0, 6, 7)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -213,25 +208,19 @@ def mix(**options):
 @pytest.mark.parametrize(("call", "words"), [
     (scan_with("A", 6, 3, dtype=torch.complex64), "complex"),
     (scan_with("A", 5, 3), r"u \(b, d, l\) and A \(d, n\)"),
-    (scan_with("A", 6, 0), "n at least 1"),
-    (scan_with("A", 6, 3, 1), "need u"),
     (scan_with("u", 2, 6, 7, 1), "need u"),
     (scan_with("u", 2, 6, 7, dtype=torch.int64), "float dtype"),
     (scan_with("u", 2, 6, 0), r"l and n at least 1, got \(2, 6, 0\)"),
-    (scan_with("B", 2, 7, 3), r"B must be .*\(2, 3, 7\).*got \(2, 7, 3\)"),
-    (scan_with("C", 2, 4, 3, 7), r"C must be .*divisor of 6"),
+    (scan_with("C", 2, 4, 3, 7), r"C must be .*divisor of 6, got \(2, 4, 3, 7\)"),
     (scan_with("C", 2, 0, 3, 7), r"C must be .*divisor of 6"),
     (scan_with("delta", 2, 7, 6), r"delta must be \(2, 6, 7\).*got \(2, 7, 6\)"),
-    (scan_with("z", 2, 6, 6), r"z must be \(2, 6, 7\)"),
     (scan_with("D", 5), r"D must be \(6,\)"),
-    (scan_with("delta_bias", 8), r"delta_bias must be \(6,\)"),
     (lambda: Layer(16)(torch.randn(1, 2, 16), object()), "not inference_params"),
     (lambda: Layer(16)(torch.randn(1, 2, 16), inference_params=1), "not inference_params"),
     (lambda: Mixer(FALCON), "need a MambaMixer of transformers, got FalconMambaMixer"),
     (lambda: host_and_ours(hidden_act="gelu"), "gelu"),
     (lambda: host_and_ours(intermediate_size=23), "23, 2 "),
-    (mix(cache_params=torch.zeros(1)), "no cache_params: .*use_cache=False"),
-    (mix(a=None, b=1, c=2), "no b, c: "),
+    (mix(a=None, b=torch.zeros(1), c=2), "no b, c: .*use_cache=False"),
     (mix(cache=SimpleNamespace(**HALF_A_CACHE)), "no cache SimpleNamespace: take use_cache=False"),
     (mix(attention_mask=torch.ones(1, 4)), r"attention_mask must be \(1, 3\)"),
 ])  # fmt: skip

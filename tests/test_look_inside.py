@@ -135,21 +135,13 @@ def run(monkeypatch, tmp_path):
 
 
 def test_the_picture_shows_what_is_in_the_layer(run, capsys):
-    """Δ, the size of the state and the mean matrix."""
     prompt = "To be,\nü$a$\t\x00\\\x7f"
     run(prompt)
     assert capsys.readouterr() == ("wrote look_inside.png\n", "")
-    assert Path("look_inside.png").stat().st_size > 10_000
     model, ids = Mamba.from_pretrained("model"), torch.tensor([list(prompt.encode())])
     with look.watch(model) as layers, torch.no_grad():
         model(ids)
-    top, bar, middle, bottom, _ = run.figures[0].axes
-    words = ["channels, sorted", "Δ / the channel's mean", "state, ‖h‖"]
-    words += ["t, the token that reads", "|alpha|, mean over channels"]
-    assert [axes.get_ylabel() for axes in run.figures[0].axes] == words
-    assert bottom.get_xlabel() == "s, the token that is read"
-    ticks = dict(zip(bar.get_yticks(), (t.get_text() for t in bar.get_yticklabels()), strict=True))
-    assert ticks == {1 / 4: "1/4", 1 / 2: "1/2", 1: "1", 2: "2", 4: "4"}
+    top, _, middle, bottom, _ = run.figures[0].axes
     assert run.figures[0].get_suptitle() == "Layer 2 of model"
 
     delta = layers[2]["delta"][0]
@@ -175,7 +167,6 @@ def test_the_picture_shows_what_is_in_the_layer(run, capsys):
     assert " ".join(labels) == r"T o ␣ b e , ↵ c3 bc $ a $ \t 00 \ 7f"
     for axis in (top.xaxis, middle.xaxis, bottom.xaxis, bottom.yaxis):
         assert [text.get_text() for text in axis.get_ticklabels()] == labels
-    assert {axes.get_xlim() for axes in (top, middle, bottom)} == {(-0.5, len(labels) - 0.5)}
 
 
 def test_a_text_of_one_token_and_one_too_long_for_labels_are_drawn(run):
@@ -195,7 +186,6 @@ def test_a_text_of_one_token_and_one_too_long_for_labels_are_drawn(run):
     ("", 2, "the prompt is empty"),
     ("a --model no/such/folder", 1, "no/such/folder"),
     ("a --out no/such/folder.png", 1, "no/such/folder.png"),
-    ("a --out picture.typo", 1, "'typo' is not supported"),
 ])  # fmt: skip
 def test_what_goes_wrong_is_one_line(options, code, words, run, capsys):
     with pytest.raises(SystemExit) as exit:

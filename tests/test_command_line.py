@@ -2,8 +2,6 @@
 line on stderr, with nothing on stdout: exit 2 for a wrong call, exit 1 for a failure.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import shlex
@@ -71,9 +69,6 @@ def set_clock(monkeypatch, *seconds: float) -> None:
     """What the program's clock shows, from one look to the next."""
     clock = types.SimpleNamespace(perf_counter=iter(seconds).__next__)
     monkeypatch.setattr(generate, "time", clock)
-
-
-## What it prints ----------------------------------------------------------------------------------
 
 
 def test_a_model_of_the_hub_completes_a_prompt_from_wherever(hub, run, tmp_path, monkeypatch):
@@ -148,27 +143,23 @@ def test_the_text_ends_before_the_models_end_token_or_a_stop_string(run, tmp_pat
 def test_a_prompt_that_takes_long_says_so_on_a_terminal(run, monkeypatch):
     """Four parts of so many seconds each: after 2 s a line, and nothing is left of it."""
     monkeypatch.setattr(generate, "CPU_READS", 5)
-    for seconds, terminal in ((0.5, True), (1.0, False), (1.0, True)):
-        file = io.StringIO()
+    line = f"\r{'15 of 19 tokens of the prompt are read':60}\r\r{'':60}\r"
+    for seconds, terminal, expected in ((0.5, True, ""), (1.0, False, ""), (1.0, True, line)):
+        monkeypatch.setattr(sys, "stderr", file := io.StringIO())
         file.isatty = lambda terminal=terminal: terminal
-        monkeypatch.setattr(sys, "stderr", file)
         set_clock(monkeypatch, *(i * seconds for i in range(99)))
         assert run(PROMPT, "--max-new-tokens", "1", "--device", "cpu")[0] == 0
-        lines = [line for line in file.getvalue().split("\r") if line]
-        assert bool(lines) == (terminal and seconds == 1.0)
-    assert lines[0].strip() == "15 of 19 tokens of the prompt are read"
-    assert lines[-1].strip() == "" and len(lines[-1]) >= len(lines[0].strip())
+        assert file.getvalue() == expected
 
 
 def test_samples_are_separated_and_differ_as_if_run_with_seeds_one_after_the_other(run):
-    options = ("--max-new-tokens", "6")
-    _, out, _ = run("O", *options, "--seed", "1", "--num-samples", "3")
-    expected = [run("O", *options, "--seed", seed)[1] for seed in ("1", "2", "3")]
-    assert out.split("-" * 80 + "\n") == expected
-    _, out, _ = run("O", *options, "--seed", str(2**64 - 1), "--num-samples", "2")
-    assert out.endswith(run("O", *options, "--seed", "0")[1]), "the largest seed has a successor"
-    _, out, _ = run("O", *options, "--num-samples", "2")
-    assert len(set(out.split("-" * 80 + "\n"))) == 2, "without a seed they differ"
+    def texts(*options: str) -> list[str]:
+        return run("O", "--max-new-tokens", "6", *options)[1].split("-" * 80 + "\n")
+
+    for first, *seeds in (("1", "2", "3"), (str(2**64 - 1), "0")):
+        found = texts("--seed", first, "--num-samples", str(len(seeds) + 1))
+        assert found == [texts("--seed", seed)[0] for seed in (first, *seeds)]
+    assert len({*texts("--num-samples", "2")}) == 2, "without a seed they differ"
 
 
 @pytest.mark.parametrize(("d_model", "threads"), [(512, 1), (513, 2)])
@@ -181,9 +172,6 @@ def test_a_small_model_takes_one_thread_and_no_row_without_text(d_model, threads
     code, out, err = run(*call, str(tmp_path))
     assert (code, err) == (0, "") and len(out) > 10
     assert torch.get_num_threads() == threads
-
-
-## How it ends -------------------------------------------------------------------------------------
 
 
 def test_help_and_wrong_calls_are_answered_before_torch_is_imported(tmp_path):

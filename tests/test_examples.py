@@ -8,6 +8,7 @@ import re
 import runpy
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,7 +37,7 @@ The way to dusty death. Out, out, brief candle!
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
 def test_every_script_runs_from_a_bare_clone(name, monkeypatch, capsys, tmp_path):
-    """And answers --help with its defaults. When it is imported, it leaves the path alone."""
+    """And answers --help with its defaults. Imported, it leaves the path alone."""
     if name == "trainer.py":
         pytest.importorskip("accelerate", reason="the Trainer of transformers needs accelerate")
     clone, source = tmp_path / "clone", (ROOT / "examples" / name).read_text()
@@ -95,6 +96,10 @@ def test_training_windows_read_on_where_they_stopped_and_one_row_in_eight_jumps(
     assert torch.equal(jumped, first[:, 0] > 0), "one start leaves room for a second window"
 
 
+def cross_entropy(u: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(u @ weight.T, targets)
+
+
 @pytest.mark.parametrize("tokens, chunk", [(1, 4), (23, 5), (2, 1)])
 def test_the_loss_in_chunks_is_the_loss_and_never_holds_all_logits(tokens, chunk):
     """Also where the head is the embedding, and where some gradient arrives that is not 1."""
@@ -103,20 +108,17 @@ def test_the_loss_in_chunks_is_the_loss_and_never_holds_all_logits(tokens, chunk
 
     def judge(loss_of, dtype) -> dict[str, Tensor]:
         leaves = [tensor.to(dtype).requires_grad_() for tensor in (u, weight)]
-        plain = loss_of(*leaves)
-        tied = loss_of(leaves[0] + leaves[1][targets].tanh(), leaves[1]) + leaves[1].square().mean()
+        plain = loss_of(*leaves, targets)
+        tied = loss_of(leaves[0] + leaves[1][targets].tanh(), leaves[1], targets)
+        tied = tied + leaves[1].square().mean()
         of_plain, of_tied = (torch.autograd.grad(0.3 * loss, leaves) for loss in (plain, tied))
         return dict(enumerate((plain, tied, *of_plain, *of_tied)))
 
-    def in_chunks(u, weight):
-        return train.chunked_cross_entropy(u, weight, targets, chunk=chunk)
-
     with Largest() as largest:
-        found = judge(in_chunks, torch.float32)
+        found = judge(partial(train.chunked_cross_entropy, chunk=chunk), torch.float32)
     assert largest.elements == max(37 * 8, 37 * min(chunk, tokens))
     assert {tensor.dtype for tensor in found.values()} == {torch.float32}
-    expected = judge(lambda u, weight: F.cross_entropy(u @ weight.T, targets), torch.float64)
-    assert_all_close(found, expected, 1e-6)
+    assert_all_close(found, judge(cross_entropy, torch.float64), 1e-6)
 
 
 @pytest.mark.parametrize("autocast", [True, False])
@@ -128,12 +130,12 @@ def test_the_loss_in_chunks_of_short_floats_rounds_the_gradient_of_the_logits_on
     def judge(loss_of, dtype):
         leaves = [t.to(dtype).requires_grad_() for t in (weight[targets], weight)]  # p is near 1
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast and dtype != torch.float64):
-            loss = loss_of(*leaves)
+            loss = loss_of(*leaves, targets)
         return [loss, *torch.autograd.grad(loss, leaves)]
 
     dtype = torch.float32 if autocast else torch.bfloat16
-    found = judge(lambda *of: train.chunked_cross_entropy(*of, targets, chunk=16), dtype)
-    exact = judge(lambda u, weight: F.cross_entropy(u @ weight.T, targets), torch.float64)
+    found = judge(partial(train.chunked_cross_entropy, chunk=16), dtype)
+    exact = judge(cross_entropy, torch.float64)
     assert [tensor.dtype for tensor in found] == [torch.float32, dtype, dtype]
     errors = [*map(error_of, found, exact)]
     assert errors[0] < 1e-5  # of 0.003: float32 has no more
@@ -238,7 +240,6 @@ def test_what_is_saved_and_measured_is_the_model_without_dropout_matrices_as_flo
     printed += run("--evaluate out")
     said = re.findall(r"^(?:step 6|out:) .*hold-out (\d\.\d{4}) nats per byte", printed, re.M)
     assert [float(number) for number in said] == pytest.approx([expected] * 3, abs=2e-3)
-    assert "wrote out: config.json, model.safetensors, and training.pt" in printed
     printed = run("--out all --dropout 1 --evaluate-every 1 --compile")
     assert [*map(type, run.compiled)] == [ResidualBlock] * 2
     # All that enters the stream is dropped, after each evaluation too: every byte is as likely.
@@ -265,17 +266,6 @@ def chunked(u=(6, 4), weight=(5, 4), targets=(6,), chunk=2):
 def test_what_does_not_fit_is_refused(call, words, run):
     with pytest.raises((ValueError, SystemExit), match=words):
         call(run)
-
-
-def test_the_defaults_are_those_that_made_the_shipped_model(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
-    with pytest.raises(SystemExit):
-        train.main()
-    options = " ".join(capsys.readouterr().out.partition("options:")[2].split())
-    found = dict(re.findall(r"--(\S+) \S+ [^()]*\(default: (\S+)\)", options))
-    expected = {"d-model": "256", "n-layer": "10", "batch": "64", "seqlen": "512", "lr": "0.002"}
-    expected |= {"steps": "1800", "warmup": "100", "dropout": "0.25", "evaluate-every": "300"}
-    assert found.items() >= (expected | {"seed": "0", "minutes": "None"}).items()
 
 
 @pytest.fixture
@@ -334,10 +324,6 @@ def test_the_trainer_loads_its_best_and_decays_the_matrices_alone(script, tmp_pa
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
     for name, p in model.named_parameters():
         assert (id(p) in decayed) == (p.ndim > 1 and not name.endswith("A_log")), name
-    touch = SimpleNamespace(save_pretrained=lambda folder: Path(folder, "tokens").touch())
-    trainer.processing_class = touch
-    trainer.save_model(tmp_path / "saved")
-    assert all((tmp_path / "saved" / file).exists() for file in ("model.safetensors", "tokens"))
     with pytest.raises(RuntimeError, match="leave out FSDP"):  # which hand over what they gathered
         trainer._save(tmp_path / "part", state_dict={})
     with pytest.raises(ValueError, match="label_smoothing_factor must be 0"):  # not shifted there
@@ -360,11 +346,7 @@ def test_the_script_of_the_trainer_goes_on(script, tmp_path, monkeypatch, capsys
     assert written[0] == written[1] and Path("out/checkpoint-2").exists(), "begun anew"
     assert "wrote out: config.json, model.safetensors" in capsys.readouterr().out
     assert Mamba.from_pretrained("out").config == small
-    for options, words in (
-        ("no.txt", r"trainer\.py: error: .*no\.txt"),
-        ("text", r"trainer\.py: error: .*at least 256 .* got 255"),
-        ("text --steps 0", "^2$"),
-        ("text --save-every 0", "^2$"),
-    ):
-        with pytest.raises(SystemExit, match=words):
-            run(options, 255)
+    with pytest.raises(SystemExit, match=r"trainer\.py: error: .*at least 256 .* got 255"):
+        run("text", 255)
+    with pytest.raises(SystemExit, match=r"^2$"):
+        run("text --steps 0", 800)

@@ -1,7 +1,5 @@
 """Checkpoints from folders and from the Hub: what loads, and what is said of what does not."""
 
-from __future__ import annotations
-
 import functools
 import json
 import pickle
@@ -91,9 +89,6 @@ def assert_refused(name_or_path: str | Path, kind: type, *words: str, **options)
     return message
 
 
-## What loads --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("layout", [*FORMATS, "old bin", HF, HF_SHARDS, "hf bin shards"])
 def test_every_layout_gives_the_same_model_bit_by_bit_and_its_files_are_mapped(layout, tmp_path):
     write(tmp_path, layout)
@@ -162,19 +157,6 @@ def test_of_several_formats_the_first_is_read_and_what_is_saved_beside_them_coun
     small().save_pretrained(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert_loads("~")
-
-
-def test_loading_in_bfloat16_takes_half_the_file_beside_its_pages(tmp_path, monkeypatch):
-    """1.5 files, as README says: the tied matrix, nine tenths of this one, is cast once."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    from cpu import peak_of_tensors
-
-    small(d_model=64, vocab_size=4096).save_pretrained(tmp_path)
-    peak = peak_of_tensors(lambda: Mamba.from_pretrained(tmp_path, dtype=torch.bfloat16))
-    assert peak == pytest.approx(1.5 * (tmp_path / SAFE).stat().st_size, rel=0.02)
-
-
-## What is saved -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flag", [True, False])
@@ -492,9 +474,6 @@ def test_offline_means_that_nobody_is_asked(hub, monkeypatch):
         assert_loads(NAME, cache_dir=full, **options)
         assert_refused(NAME, FileNotFoundError, "load once without HF_HUB_OFFLINE", **options)
     assert hub.requests == hub.others == []
-
-
-## The real Hub: pytest -m hub ---------------------------------------------------------------------
 
 
 @pytest.mark.hub

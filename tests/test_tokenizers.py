@@ -2,8 +2,6 @@
 right one for each model, and one sentence for each that is wrong.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import json
@@ -70,9 +68,6 @@ def load(folder: Path, file: tokenizers.Tokenizer | bytes, size: int, **changes)
     content = file if isinstance(file, bytes) else file.to_str().encode()
     (folder / "tokenizer.json").write_bytes(content)
     return load_tokenizer(config(size, **changes), folder)
-
-
-## The same as the library -------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=("gpt-neox-20b", "trained here"))
@@ -144,9 +139,6 @@ def test_a_template_may_begin_a_prompt_and_does_not_end_it(tmp_path):
         assert tokenizer.encode("To be") == before + plain
         assert tokenizer.encode("To be</s>") == [*before, *plain, 401], "it stands in the text"
         assert tokenizer.encode("") == []
-
-
-## The right one for each model --------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -224,9 +216,6 @@ def test_a_hub_that_is_ill_does_not_stop_a_model(hub):
     assert load_tokenizer(config(400), "state-spaces/mamba-130m-hf").eos_token_ids == (0,)
 
 
-## What ends a text --------------------------------------------------------------------------------
-
-
 def ends_of(folder: Path, files: dict[str, object]) -> list[int]:
     """The end tokens of a model whose files say this."""
     for file, field in generate.END_TOKENS.items():
@@ -259,8 +248,6 @@ def test_end_tokens_that_the_tokenizer_has_not_and_damaged_files_are_named(tmp_p
         with pytest.raises(ValueError, match=r"generation_config\.json is not a JSON object"):
             load(tmp_path, trained(), 400)
 
-
-## Wrong ones --------------------------------------------------------------------------------------
 
 WRONG = [
     (b'{"model_type": "mamba"}', 400, "not a tokenizer"),

@@ -2,8 +2,6 @@
 hooks, wrappers, exporters and compilers.
 """
 
-from __future__ import annotations
-
 import copy
 import pickle
 import sys
@@ -62,9 +60,6 @@ def test_the_marks_of_the_official_layer_and_tied_matrices_survive(change):
             found |= {f"{name} {mark}" for mark in marks}
         assert found == expected
         assert (model.lm_head.weight is model.backbone.embedding.weight) == tied
-
-
-## Adapters and hooks ------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd")
@@ -127,9 +122,6 @@ def test_hooks_on_a_layer_and_on_a_mixer_are_called_for_every_token():
     assert len(calls) == 8 + 2 * (1 + 69)
 
 
-## Sharded and replicated --------------------------------------------------------------------------
-
-
 @pytest.fixture
 def one_process():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -177,9 +169,6 @@ def test_a_loss_as_head_takes_the_place_of_the_logits_and_is_shared_between_proc
     assert_same_results(results, (expected, state), 1e-6)
     gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters()}
     assert_all_close(gradients, gradients_of(3 * expected, model), 1e-5)
-
-
-## Exported and compiled ---------------------------------------------------------------------------
 
 
 def test_an_exported_model_takes_states_and_batches_of_any_size_and_can_be_saved(tmp_path):

@@ -1,5 +1,4 @@
 """The Hugging Face Hub on the loopback interface, for the real client to talk to.
-
 It notes who asks for what (`requests`), and serves what is wrong (`faults`, by file name or LIST):
 
     gated, private, 500     what the Hub says of each; private is as if there were none
@@ -41,10 +40,7 @@ class Hub:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-
-    def __enter__(self) -> Hub:
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-        return self
 
     def push(self, repository: str, files: dict[str, bytes]) -> None:
         """A new commit with other files; the earlier one stays there under its own name."""
@@ -52,13 +48,11 @@ class Hub:
         self.repositories[repository] = files
         self.commit = hashlib.sha1(self.commit.encode()).hexdigest()
 
-    def stop(self, *_: object) -> None:
+    def stop(self) -> None:
         """From now on nothing listens: the network is gone."""
         self.over.set()
         self.server.shutdown()
         self.server.server_close()
-
-    __exit__ = stop
 
     def environment(self, home: os.PathLike, **changes: str) -> dict[str, str]:
         """The environment of a subprocess for which this is the Hub, with a cache of its own."""

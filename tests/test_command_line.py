@@ -31,7 +31,6 @@ def start(*arguments: str, **options) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen, stdin: bytes | None = None) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr)"""
     out, err = process.communicate(stdin, timeout=60)
     return process.returncode, out.decode(), err.decode()
 
@@ -66,7 +65,6 @@ def assert_one_line(result: tuple[int, str, str], code: int, *words: str) -> Non
 
 
 def set_clock(monkeypatch, *seconds: float) -> None:
-    """What the program's clock shows, from one look to the next."""
     clock = types.SimpleNamespace(perf_counter=iter(seconds).__next__)
     monkeypatch.setattr(generate, "time", clock)
 

@@ -38,8 +38,7 @@ IDS = torch.arange(20).view(2, 10)
 
 
 def small(**changes) -> Mamba:
-    """The same numbers each time."""
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # the same numbers each time
     return random_model(**{"d_model": 8, "d_state": 16, "bias": False} | changes)
 
 
@@ -243,9 +242,7 @@ LLAMA = b'{"model_type": "llama", "hidden_size": 16, "num_attention_heads": 4}'
 DAMAGES = [  # no such file, that part of the true content, or this content
     ("bin", "config.json", None, FileNotFoundError, "has no file config.json"),
     ("bin", "config.json", b"[1]", RuntimeError, "a list is no dict"),
-    ("bin", "config.json", b"[" * 10**5, RuntimeError, "config.json"),
     ("bin", BIN, None, FileNotFoundError, f"{SAFE} or {INDEX} or {BIN} or {BIN_INDEX}"),
-    ("bin", BIN, b"", RuntimeError, "begins with b''"),
     ("bin", BIN, 0.99, RuntimeError, BIN),
     ("old bin", BIN, 0.5, RuntimeError, BIN),
     ("bin", BIN, bytes(range(256)), RuntimeError, f"{bytes(range(40))!r})"),
@@ -290,7 +287,6 @@ SEVERAL |= {NORM: torch.ones(2, 8), "head.bias": torch.ones(3)}
 THREE = ", ".join([name for name in WEIGHTS if "layers.0" in name][:3])
 MISFITS = [
     (WEIGHTS | {D: 3}, f"1 misshapen: {D} int"),
-    ({3: WEIGHTS[D]}, "1 unknown: 3"),
     (WEIGHTS | {D: WEIGHTS[D].int()}, "int32"),
     (WEIGHTS | {D: WEIGHTS[D].to("meta")}, D),
     (WEIGHTS | {D: WEIGHTS[D][1:]}, f"1 misshapen: {D} (15,), not (16,)"),
@@ -357,7 +353,6 @@ def files_of(layout: str) -> dict[str, bytes]:
 
 @pytest.fixture
 def hub(hub) -> Hub:
-    """With one repository, of one .bin file."""
     hub.repositories[NAME] = dict(files_of("bin"))
     return hub
 
@@ -366,7 +361,7 @@ def downloads(hub: Hub) -> list[str]:
     return sorted(name for method, _, name in hub.requests if method == "GET" and name != LIST)
 
 
-def test_one_of_several_formats_is_downloaded_once_and_of_a_foreign_model_none(hub, capfd):
+def test_one_of_several_formats_is_downloaded_once_and_of_a_foreign_model_none(hub):
     """state-spaces/mamba-2.8b has two, 11 GB each."""
     hub.repositories["someone/foreign"] = files_of("bin") | {"config.json": LLAMA}
     assert_refused("someone/foreign", ValueError, "llama")
@@ -376,11 +371,9 @@ def test_one_of_several_formats_is_downloaded_once_and_of_a_foreign_model_none(h
     assert_loads(NAME)
     assert downloads(hub) == sorted(["config.json", INDEX, *SHARDS])
     hub.requests.clear()
-    capfd.readouterr()
     assert_loads(NAME + "/")
     assert hub.requests[0] == ("GET", NAME, LIST)
     assert {method for method, _, _ in hub.requests[1:]} == {"HEAD"}
-    assert capfd.readouterr() == ("", "")  # no bar where nothing is downloaded
     hub.stop()
     assert_loads(NAME)  # chosen in the cache as on the Hub
 
@@ -398,10 +391,10 @@ def test_of_a_new_commit_only_what_differs_is_downloaded_and_the_old_one_stays_t
 
 
 def test_all_files_come_from_one_commit_though_another_is_pushed_meanwhile(hub, monkeypatch):
-    read_config, later = mamba.read_config, {BIN: b"for another config.json"}
+    read_config = mamba.read_config
 
     def push(path):
-        hub.push(NAME, hub.repositories[NAME] | later)
+        hub.push(NAME, hub.repositories[NAME] | {BIN: b"for another config.json"})
         return read_config(path)
 
     monkeypatch.setattr(mamba, "read_config", push)

@@ -64,7 +64,6 @@ def config(vocab_size: int, **changes) -> MambaConfig:
 
 
 def load(folder: Path, file: tokenizers.Tokenizer | bytes, size: int, **changes):
-    """The tokenizer of a model in a folder with this tokenizer.json."""
     content = file if isinstance(file, bytes) else file.to_str().encode()
     (folder / "tokenizer.json").write_bytes(content)
     return load_tokenizer(config(size, **changes), folder)
@@ -72,7 +71,6 @@ def load(folder: Path, file: tokenizers.Tokenizer | bytes, size: int, **changes)
 
 @pytest.fixture(scope="module", params=("gpt-neox-20b", "trained here"))
 def both(request, tmp_path_factory) -> tuple[FileTokenizer, tokenizers.Tokenizer]:
-    """Ours, and the library's own for the same file."""
     path = tmp_path_factory.mktemp("trained") / "tokenizer.json"
     trained().save(str(path))
     if request.param == "gpt-neox-20b":
@@ -147,12 +145,12 @@ def hub(hub):
     neox = {"tokenizer.json": of_size(50277), "config.json": b'{"eos_token_id": 5}'}
     own = {"tokenizer.json": trained().to_str().encode()}
     own["generation_config.json"] = b'{"eos_token_id": [7, 8]}'
-    hub.repositories = {
-        NEOX: neox,
-        "state-spaces/mamba-130m-hf": own,
-        "someone/copy": {"config.json": b'{"eos_token_id": 6}'},
-        "someone/else": {"config.json": b"{}"},
-    }
+    original = "state-spaces/mamba-130m-hf"
+    copy = {"config.json": b'{"eos_token_id": 6}'}
+    hub.repositories = {original: own, "someone/copy": copy, "someone/else": {"config.json": b"{}"}}
+    hub.push(NEOX, neox)  # at COMMIT it was not there yet; and these have no more ends of their own
+    hub.repositories[original] = own | {"generation_config.json": b"{}"}
+    hub.repositories["someone/copy"] = {"config.json": b"{}"}
     return hub
 
 
@@ -167,14 +165,14 @@ MODELS = [
 
 
 @pytest.mark.parametrize(("name", "size", "ends", "asked"), MODELS)
-def test_a_models_own_files_come_before_those_of_gpt_neox_and_are_downloaded_once(
+def test_a_models_own_files_of_its_revision_come_before_those_of_gpt_neox_and_once_only(
     name, size, ends, asked, hub, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "0.3")
     expected = CAB if size > 400 else trained().encode("cab").ids
     for local_files_only in (False, False, True, False):
         where = {"local_files_only": local_files_only, "cache_dir": str(tmp_path / "cache")}
-        tokenizer = load_tokenizer(config(size), name or tmp_path, **where)
+        tokenizer = load_tokenizer(config(size), name or tmp_path, revision=COMMIT, **where)
         assert tokenizer.encode("cab") == expected and tokenizer.eos_token_ids == ends
         assert {repository for _, repository, _ in hub.requests} == asked
         got = [file for method, _, file in hub.requests if method == "GET"]
@@ -184,24 +182,12 @@ def test_a_models_own_files_come_before_those_of_gpt_neox_and_are_downloaded_onc
             hub.stop()
 
 
-def test_a_revision_is_the_models_own_and_not_that_of_the_tokenizer_of_gpt_neox(hub):
-    neox = hub.repositories.pop(NEOX)  # not there yet
-    own, copy = hub.repositories["state-spaces/mamba-130m-hf"], hub.repositories["someone/copy"]
-    hub.push("state-spaces/mamba-130m-hf", own | {"generation_config.json": b"{}"})
-    hub.push("someone/copy", copy | {"config.json": b"{}"})
-    hub.repositories[NEOX] = neox
-    for name, size, first, last in (
-        ("state-spaces/mamba-130m-hf", 400, [7, 8], (0,)),
-        ("someone/copy", 50277, [6], [5]),
-        ("state-spaces/mamba-130m", 50277, [5], [5]),
-    ):
-        for revision, ends in ((COMMIT, first), (None, last)):
-            tokenizer = load_tokenizer(config(size), name, revision=revision)
-            assert tokenizer.eos_token_ids == ends
-
-
 def test_no_model_is_given_a_tokenizer_that_it_never_saw(hub, tmp_path, monkeypatch):
-    """Not if its size is another, nor if it is a folder with the name of an original."""
+    """Not if its size is another, its Hub ill, or if it is a folder named as an original."""
+    hub.faults["generation_config.json"] = "500-body"
+    ill = load_tokenizer(config(400), "state-spaces/mamba-130m-hf", revision=COMMIT)
+    assert ill.eos_token_ids == (0,)
+    hub.requests.clear()
     for size in (50276, 50533):
         with pytest.raises(FileNotFoundError, match=r"someone/copy.*tokenizer\.json"):
             load_tokenizer(config(size), "someone/copy")
@@ -209,11 +195,6 @@ def test_no_model_is_given_a_tokenizer_that_it_never_saw(hub, tmp_path, monkeypa
     (folder := Path("state-spaces/mamba-130m")).mkdir(parents=True)
     assert load(folder, trained(), 400).encode("cab") == trained().encode("cab").ids
     assert {repository for _, repository, _ in hub.requests} == {"someone/copy"}
-
-
-def test_a_hub_that_is_ill_does_not_stop_a_model(hub):
-    hub.faults["generation_config.json"] = "500-body"
-    assert load_tokenizer(config(400), "state-spaces/mamba-130m-hf").eos_token_ids == (0,)
 
 
 def ends_of(folder: Path, files: dict[str, object]) -> list[int]:

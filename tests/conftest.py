@@ -1,8 +1,6 @@
 """What the tests of this folder share: seed and thread of test_mamba.py, the scripts in examples/,
-a Hub on this machine and no other network.
-
-And where there is no GPU, the interpreter of Triton, which reads its switch when it is imported.
-"""
+a Hub on this machine and no other network; and where there is no GPU, the interpreter of Triton,
+which reads its switch when it is imported."""
 
 import os
 import sys

@@ -1,7 +1,7 @@
 """The Hugging Face Hub on the loopback interface, for the real client to talk to.
 It notes who asks for what (`requests`), and serves what is wrong (`faults`, by file name or LIST):
 
-    gated, private, 500     what the Hub says of each; private is as if there were none
+    gated, absent, 500      what the Hub says of each; absent is as private
     500-body                the file is announced, but not to be had
     cut                     the connection ends halfway, each time
     slow                    no answer before the test is over
@@ -22,7 +22,7 @@ from urllib.parse import unquote
 
 COMMIT = "5eed" * 10  # the first revision; the last one is also called "main"
 LIST = "(list of files)"  # stands for a file's name in `faults` and `requests`
-REFUSALS = {"gated": (403, "GatedRepo"), "private": (401, "RepoNotFound"), "500": (500, "")}
+REFUSALS = {"gated": (403, "GatedRepo"), "absent": (401, "RepoNotFound"), "500": (500, "")}
 
 
 class Hub:
@@ -83,7 +83,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "500-body" and self.command == "GET":
             fault = "500"
         if fault in REFUSALS or repository not in hub.repositories:
-            return self.refuse(*REFUSALS[fault or "private"])
+            return self.refuse(*REFUSALS[fault or "absent"])
         if repository not in commits.get(revision, {}):
             return self.refuse(404, "RevisionNotFound")
         files = commits[revision][repository]

@@ -12,7 +12,6 @@ HERE = Path(__file__).parent.parent / "benchmarks"
 
 @pytest.fixture
 def cpu(monkeypatch):
-    """benchmarks/cpu.py as a module; it sets the number of threads, as conftest.py does again."""
     monkeypatch.syspath_prepend(HERE)
     return importlib.import_module("cpu")
 

@@ -1,6 +1,5 @@
 """examples/drop_in.py is the official function, the official layer, and the mixer of transformers.
-It is judged by the recurrence in float64, a channel at a time, and by the model without the mixer.
-"""
+Its judges are the recurrence in float64, a channel at a time, and the model without the mixer."""
 
 import copy
 import inspect
@@ -182,7 +181,6 @@ def test_the_host_generates_and_a_cache_goes_on_from_host_to_mixers_and_back(cha
         mixer(u, cache=cache)
 
 
-HALF_A_CACHE = dict.fromkeys(("get_conv_state", "get_recurrent_state", "update_conv_state"))
 FALCON = type("FalconMambaMixer", (torch.nn.Module,), {})()  # the same names, norms in its buffers
 
 
@@ -200,7 +198,6 @@ def mix(**options):
     (scan_with("u", 2, 6, 7, dtype=torch.int64), "float dtype"),
     (scan_with("u", 2, 6, 0), r"l and n at least 1, got \(2, 6, 0\)"),
     (scan_with("C", 2, 4, 3, 7), r"C must be .*divisor of 6, got \(2, 4, 3, 7\)"),
-    (scan_with("C", 2, 0, 3, 7), r"C must be .*divisor of 6"),
     (scan_with("delta", 2, 7, 6), r"delta must be \(2, 6, 7\).*got \(2, 7, 6\)"),
     (scan_with("D", 5), r"D must be \(6,\)"),
     (lambda: Layer(16)(torch.randn(1, 2, 16), object()), "not inference_params"),
@@ -209,7 +206,7 @@ def mix(**options):
     (lambda: host_and_ours(hidden_act="gelu"), "gelu"),
     (lambda: host_and_ours(intermediate_size=23), "23, 2 "),
     (mix(a=None, b=torch.zeros(1), c=2), "no b, c: .*use_cache=False"),
-    (mix(cache=SimpleNamespace(**HALF_A_CACHE)), "no cache SimpleNamespace: take use_cache=False"),
+    (mix(cache=SimpleNamespace(get_conv_state=1)), "no cache SimpleNamespace: take use_cache=False"),
     (mix(attention_mask=torch.ones(1, 4)), r"attention_mask must be \(1, 3\)"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(call, words):

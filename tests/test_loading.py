@@ -7,7 +7,6 @@ import re
 import socket
 import tempfile
 import time
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -213,8 +212,6 @@ def test_adapters_are_saved_merged_with_their_own_head_and_peft_warns_of_tied_ma
     assert merged.config.tie_embeddings is loaded.config.tie_embeddings is False
 
 
-## Folders that are wrong --------------------------------------------------------------------------
-
 WRONG = {"model_type": "t5", "layer": "Mamba2", "attn_layer_idx": [1], "d_intermediate": 64}
 WRONG |= {"rms_norm": False, "d_stat": 16, "scan": "chunked", "ssm_cfg": 3, "n_layer": None}
 WRONG |= {"d_model": 2**40, "vocab_size": 10**19, "rule": ["zoh"], "event_time": True}
@@ -275,7 +272,6 @@ def test_a_bin_file_of_anything_but_tensors_is_refused_and_nothing_in_it_is_run(
         lambda: torch.save({"D": runs}, path),
         lambda: torch.save([torch.ones(2)], path),
         lambda: torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path),
-        lambda: zipfile.ZipFile(path, "w").writestr("archive/data.pkl", b"\x80\x02}q\x00."),
     ):
         spoil()
         assert_refused(tmp_path, RuntimeError, str(path), "nothing in it was run")
@@ -342,9 +338,6 @@ def test_a_wrong_call_is_refused_before_a_weight_is_looked_for(hub, monkeypatch,
     assert hub.requests == hub.others == []
 
 
-## The Hub -----------------------------------------------------------------------------------------
-
-
 @functools.cache
 def files_of(layout: str) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
@@ -403,7 +396,6 @@ def test_all_files_come_from_one_commit_though_another_is_pushed_meanwhile(hub, 
 
 FAULTS = [
     (LIST, "gated", RuntimeError, "hf auth login"),
-    (LIST, "private", FileNotFoundError, "hf auth login"),
     (LIST, "500", RuntimeError, "config.json could not be downloaded (Server error '500"),
     (LIST, "slow", FileNotFoundError, "out of reach"),
     (BIN, "gated", RuntimeError, f"https://huggingface.co/{NAME}"),
@@ -430,7 +422,7 @@ def test_a_fault_of_the_hub_is_one_sentence_unless_the_cache_has_what_is_asked_f
 
 
 def test_a_repository_a_revision_or_a_file_that_is_not_there_is_named(hub):
-    assert_refused("someone/else", FileNotFoundError, "someone/else")
+    assert_refused("someone/else", FileNotFoundError, "someone/else", "hf auth login")
     assert_refused(NAME, RuntimeError, NAME, "v9", revision="v9")
     for file, named in ((BIN, f"{SAFE} or"), ("config.json", "config.json")):
         del hub.repositories[NAME][file]
@@ -476,10 +468,9 @@ def test_the_published_weights_give_the_published_numbers(name):
 
     model = Mamba.from_pretrained(name)
     tokenizer, prompt = load_tokenizer(model.config, name), "Hey how are you doing?"
-    expected = [-55.6909, -69.7903, -49.8981, -51.7581, -57.6544]
-    expected += [-57.9368, -56.9591, -57.9033, -54.6787, -55.9261]
+    expected = [-55.6909, -69.7903, -49.8981, -51.7581, -57.6544, -57.9368, -56.9591, -57.9033]
     with torch.no_grad():
-        first = model(torch.tensor([tokenizer.encode(prompt)]))[0, 0, :10]
+        first = model(torch.tensor([tokenizer.encode(prompt)]))[0, 0, :8]
     assert torch.allclose(first, torch.tensor(expected), rtol=0, atol=1e-3), first
     text = generate(model, tokenizer, prompt, max_new_tokens=10, temperature=0)
     assert text == "\n\nI'm so glad you're here."

@@ -94,9 +94,7 @@ def test_a_column_is_what_one_token_leaves_and_the_states_are_those_of_the_scan(
 
 
 class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that is computed."""
-
-    elements = 0
+    elements = 0  # of the largest tensor that is computed
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         result = function(*arguments, **keywords or {})

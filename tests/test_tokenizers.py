@@ -1,6 +1,4 @@
-"""The tokenizers of generate.py: the ids and the text of the library that wrote their files, the
-right one for each model, and one sentence for each that is wrong.
-"""
+"""The tokenizers of generate.py, judged by the library that wrote their files."""
 
 import functools
 import importlib.util
@@ -198,7 +196,6 @@ def test_no_model_is_given_a_tokenizer_that_it_never_saw(hub, tmp_path, monkeypa
 
 
 def ends_of(folder: Path, files: dict[str, object]) -> list[int]:
-    """The end tokens of a model whose files say this."""
     for file, field in generate.END_TOKENS.items():
         said = json.dumps({field: files[file], "other": 1} if file in files else {})
         (folder / file).write_text(said)

@@ -1,6 +1,4 @@
-"""Our modules in the hands of others: code that expects the marks of the official layer, adapters,
-hooks, wrappers, exporters and compilers.
-"""
+"""Our modules in the hands of others: adapters, hooks, wrappers, exporters and compilers."""
 
 import copy
 import pickle
@@ -62,8 +60,7 @@ def test_the_marks_of_the_official_layer_and_tied_matrices_survive(change):
         assert (model.lm_head.weight is model.backbone.embedding.weight) == tied
 
 
-@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd")
-# The library wants a rank that the groups divide: 32 channels, one group each.
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd")  # 32 groups divide the rank
 @pytest.mark.parametrize("targets, rank", [("conv1d", 32), ("in_proj x_proj dt_proj out_proj", 8)])
 def test_lora_learns_in_forward_and_in_step_is_merged_and_leaves_nothing_behind(targets, rank):
     """A hook that stays would cost generation its fast steps, without a word."""
@@ -216,9 +213,8 @@ def test_the_command_writes_the_step_and_the_text_that_it_completes(capsys, monk
     wrote = f"wrote step.pt2: {(tmp_path / 'step.pt2').stat().st_size / 1e6:.1f} MB"
     assert said == f"{wrote}\n{text}\nthe model itself writes the same\n"
     for arguments in (("", "--tokens", "1"), ("a", "--tokens", "0")):
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit, match=r"^2$"):
             run(*arguments)
-        assert "need a prompt, and at least one token to write" in capsys.readouterr().err
     with pytest.raises(SystemExit, match=r"error: .* must end in \.pt2 or \.onnx, got 'step\.bin'"):
         run("a", "--tokens", "1", "--out", "step.bin")
 
@@ -242,10 +238,8 @@ def test_auto_recomputes_on_a_cpu_and_runs_chunks_for_compilers_transforms_and_t
 
 
 def test_gradients_for_each_sample_by_torch_func_are_those_of_each_alone():
-    """Its state is one of the things that are mapped over, also by a step."""
     model, ids = random_model(), random_ids(3, 7)
-    states = random_state(model, 3)
-    alone = states.map(lambda tensor: tensor.unsqueeze(2))  # (layers, sample, batch of 1, ...)
+    alone = random_state(model, 3).map(lambda t: t.unsqueeze(2))  # (layers, sample, 1, ...)
 
     def loss(parameters, row, state):
         logits, last = torch.func.functional_call(model, parameters, (row.unsqueeze(0), state))
@@ -257,9 +251,6 @@ def test_gradients_for_each_sample_by_torch_func_are_those_of_each_alone():
         actual = {f"gradient of {name}": gradients[i] for name, gradients in each.items()}
         expected = gradients_of(loss(leaves, row, alone[:, i]), leaves)
         assert_all_close(actual, expected, 1e-4, f"sample {i}: ")
-    logits, last = torch.func.vmap(model.step, in_dims=(0, 1))(ids[:, :1], alone)
-    stepped = logits.squeeze(1), last.map(lambda tensor: tensor.squeeze(2).transpose(0, 1))
-    assert_same_results(stepped, model.step(ids[:, 0], states))
 
 
 @pytest.mark.parametrize(

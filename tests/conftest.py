@@ -1,8 +1,6 @@
 """What the tests of this folder share: seed and thread of test_mamba.py, the scripts in examples/,
-a Hub on this machine and no other network.
-
-And where there is no GPU, the interpreter of Triton, which reads its switch when it is imported.
-"""
+a Hub on this machine and no other network; and where there is no GPU, the interpreter of Triton,
+which reads its switch when it is imported."""
 
 import os
 import sys
@@ -30,18 +28,14 @@ def pytest_runtest_setup(item):
         pytest.skip("needs a GPU")
 
 
-def use_endpoint(monkeypatch, url: str, cache: Path) -> None:
-    """Let the client of this process talk to url, with a cache of its own."""
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    template = url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-
-
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """An empty Hub that the client of this process uses: fill `hub.repositories`."""
-    with Hub() as hub:
-        use_endpoint(monkeypatch, hub.url, tmp_path / "cache")
-        yield hub
+    hub = Hub()
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    yield hub
+    hub.stop()

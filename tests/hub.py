@@ -1,11 +1,9 @@
 """The Hugging Face Hub on the loopback interface, for the real client to talk to.
-
 It notes who asks for what (`requests`), and serves what is wrong (`faults`, by file name or LIST):
 
-    gated, private, 500     what the Hub says of each; private is as if there were none
+    gated, absent, 500      what the Hub says of each; absent is as private
     500-body                the file is announced, but not to be had
     cut                     the connection ends halfway, each time
-    portal                  a login page of the hotel answers in place of the Hub
     slow                    no answer before the test is over
 
 The client reads HF_ENDPOINT when it is imported: a subprocess gets it from `environment`, this
@@ -23,9 +21,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
 COMMIT = "5eed" * 10  # the first revision; the last one is also called "main"
-LARGE = (".bin", ".safetensors")
 LIST = "(list of files)"  # stands for a file's name in `faults` and `requests`
-REFUSALS = {"gated": (403, "GatedRepo"), "private": (401, "RepoNotFound"), "500": (500, "")}
+REFUSALS = {"gated": (403, "GatedRepo"), "absent": (401, "RepoNotFound"), "500": (500, "")}
 
 
 class Hub:
@@ -43,24 +40,19 @@ class Hub:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-
-    def __enter__(self) -> Hub:
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-        return self
 
     def push(self, repository: str, files: dict[str, bytes]) -> None:
         """A new commit with other files; the earlier one stays there under its own name."""
         self.earlier[self.commit] = dict(self.repositories)
         self.repositories[repository] = files
-        self.commit = git_sha1(self.commit.encode())
+        self.commit = hashlib.sha1(self.commit.encode()).hexdigest()
 
-    def stop(self, *_: object) -> None:
+    def stop(self) -> None:
         """From now on nothing listens: the network is gone."""
         self.over.set()
         self.server.shutdown()
         self.server.server_close()
-
-    __exit__ = stop
 
     def environment(self, home: os.PathLike, **changes: str) -> dict[str, str]:
         """The environment of a subprocess for which this is the Hub, with a cache of its own."""
@@ -76,11 +68,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         hub, path = self.hub, unquote(self.path.split("?")[0])
-        listing = r"/api/models/([^/]+/[^/]+?)(/tree|/revision)?(?(2)/(.+))"
         if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             repository, revision, name = match.groups()
-        elif match := re.fullmatch(listing, path):
-            (repository, kind, revision), name = match.groups(), LIST
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
+            (repository, revision), name = match.groups(), LIST
         else:
             hub.others.append(path)
             return self.refuse(404, "EntryNotFound")
@@ -89,46 +80,23 @@ class Handler(BaseHTTPRequestHandler):
         commits, fault = {**hub.earlier, hub.commit: hub.repositories}, hub.faults.get(name)
         if fault == "slow":
             return hub.over.wait(30)
-        if fault == "portal":
-            return self.answer({"Content-Type": "text/html"}, b"<html>Room number?</html>")
         if fault == "500-body" and self.command == "GET":
             fault = "500"
         if fault in REFUSALS or repository not in hub.repositories:
-            return self.refuse(*REFUSALS[fault or "private"])
+            return self.refuse(*REFUSALS[fault or "absent"])
         if repository not in commits.get(revision, {}):
             return self.refuse(404, "RevisionNotFound")
         files = commits[revision][repository]
         if name == LIST:
-            return self.send_list(revision, files, with_checksums=kind == "/tree")
+            listing = {"id": "", "sha": revision, "siblings": [{"rfilename": n} for n in files]}
+            return self.answer({"Content-Type": "application/json"}, json.dumps(listing).encode())
         if name not in files:
             return self.refuse(404, "EntryNotFound")
-        self.send_file(name, files[name], fault, revision)
+        etag, length = hashlib.sha256(files[name]).hexdigest(), len(files[name])
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": revision, "Content-Length": str(length)}
+        self.answer(headers, files[name][: length // 2 if fault == "cut" else length])
 
     do_HEAD = do_GET
-
-    def send_list(self, commit: str, files: dict[str, bytes], with_checksums: bool) -> None:
-        content = {"id": "", "sha": commit, "siblings": [{"rfilename": name} for name in files]}
-        if with_checksums:
-
-            def lfs(data: bytes) -> dict[str, object]:
-                return {
-                    "oid": hashlib.sha256(data).hexdigest(),
-                    "size": len(data),
-                    "pointerSize": 0,
-                }
-
-            content = [
-                {"type": "file", "path": name, "size": len(data), "oid": git_sha1(data)}
-                | ({"lfs": lfs(data)} if name.endswith(LARGE) else {})
-                for name, data in files.items()
-            ]
-        self.answer({"Content-Type": "application/json"}, json.dumps(content).encode())
-
-    def send_file(self, name: str, data: bytes, fault: str | None, commit: str) -> None:
-        etag = hashlib.sha256(data).hexdigest() if name.endswith(LARGE) else git_sha1(data)
-        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit}
-        headers["Content-Length"] = str(len(data))
-        self.answer(headers, data[: len(data) // 2] if fault == "cut" else data)
 
     def answer(self, headers: dict[str, str], body: bytes = b"", status: int = 200) -> None:
         self.send_response(status)
@@ -140,8 +108,3 @@ class Handler(BaseHTTPRequestHandler):
 
     def refuse(self, status: int, code: str) -> None:
         self.answer({"X-Error-Code": code, "X-Error-Message": code}, status=status)
-
-
-def git_sha1(data: bytes) -> str:
-    """The name of a small file, kept by git itself."""
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()

@@ -1,8 +1,5 @@
 """examples/drop_in.py is the official function, the official layer, and the mixer of transformers.
-
-The judge of the function is the recurrence in float64, a channel at a time, with the B and C that
-are meant for it; of the mixer, the model without it.
-"""
+Its judges are the recurrence in float64, a channel at a time, and the model without the mixer."""
 
 import copy
 import inspect
@@ -77,11 +74,8 @@ def test_every_layout_of_B_with_every_layout_of_C_whatever_is_left_out(B, C):
             assert torch.equal(selective_scan_fn(**inputs, **options), found["out"])
     # As in the official reference, so that a rank of a parallel run that has no row goes on.
     empty = make_inputs(B, C, batch=0)
-    empty["u"] = empty["u"].bfloat16()  # as its output is
-    found, expected = results(selective_scan_fn, empty), results(written_out, empty)
-    for name, tensor in found.items():
-        assert tensor.shape == expected[name].shape and not tensor.any(), name
-    assert selective_scan_fn(**empty).shape == (0, 6, 7) and found["out"].dtype == torch.bfloat16
+    assert_all_close(results(selective_scan_fn, empty), results(written_out, empty), 0)
+    assert selective_scan_fn(**empty).shape == (0, 6, 7)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -102,17 +96,7 @@ def test_short_floats_are_rounded_once_in_the_output_and_in_each_gradient(B, dty
         assert errors[0] < allowed, f"{name}: {errors[0]:.1e}, {errors[1]:.1e}"
 
 
-# What the layer `mamba_ssm.Mamba(d_model=16, d_state=4)` has, in its order: d = 32, dt_rank = 1.
-OFFICIAL = {
-    "A_log": (32, 4), "D": (32,), "in_proj.weight": (64, 16), "conv1d.weight": (32, 1, 4),
-    "conv1d.bias": (32,), "x_proj.weight": (9, 32), "dt_proj.weight": (32, 1),
-    "dt_proj.bias": (32,), "out_proj.weight": (16, 32),
-}  # fmt: skip
-
-
-def test_the_layer_has_the_arguments_names_and_shapes_of_the_official_one():
-    """In its order, and with its defaults."""
-    assert {k: tuple(t.shape) for k, t in Layer(16, 4).state_dict().items()} == OFFICIAL
+def test_the_layer_has_the_arguments_of_the_official_one_in_its_order_with_its_defaults():
     sizes = dict(d_state=4, d_conv=3, expand=1.5, dt_rank=2, conv_bias=False, bias=True)
     layer = Layer(16, **sizes, use_fast_path=False, layer_idx=3, device="cpu", dtype=torch.bfloat16)
     for name, parameter in layer.named_parameters():  # as in the official layer
@@ -131,7 +115,6 @@ def test_the_layer_has_the_arguments_names_and_shapes_of_the_official_one():
 
 
 def host_and_ours(**changes) -> tuple:
-    """Twice the same model of transformers, the second one with our blocks."""
     sizes = {"hidden_size": 12, "num_hidden_layers": 2, "vocab_size": 20, "state_size": 3}
     host = transformers.MambaForCausalLM(transformers.MambaConfig(**sizes | changes)).eval()
     for parameter in host.parameters():
@@ -198,7 +181,6 @@ def test_the_host_generates_and_a_cache_goes_on_from_host_to_mixers_and_back(cha
         mixer(u, cache=cache)
 
 
-HALF_A_CACHE = dict.fromkeys(("get_conv_state", "get_recurrent_state", "update_conv_state"))
 FALCON = type("FalconMambaMixer", (torch.nn.Module,), {})()  # the same names, norms in its buffers
 
 
@@ -213,26 +195,18 @@ def mix(**options):
 @pytest.mark.parametrize(("call", "words"), [
     (scan_with("A", 6, 3, dtype=torch.complex64), "complex"),
     (scan_with("A", 5, 3), r"u \(b, d, l\) and A \(d, n\)"),
-    (scan_with("A", 6, 0), "n at least 1"),
-    (scan_with("A", 6, 3, 1), "need u"),
-    (scan_with("u", 2, 6, 7, 1), "need u"),
     (scan_with("u", 2, 6, 7, dtype=torch.int64), "float dtype"),
     (scan_with("u", 2, 6, 0), r"l and n at least 1, got \(2, 6, 0\)"),
-    (scan_with("B", 2, 7, 3), r"B must be .*\(2, 3, 7\).*got \(2, 7, 3\)"),
-    (scan_with("C", 2, 4, 3, 7), r"C must be .*divisor of 6"),
-    (scan_with("C", 2, 0, 3, 7), r"C must be .*divisor of 6"),
+    (scan_with("C", 2, 4, 3, 7), r"C must be .*divisor of 6, got \(2, 4, 3, 7\)"),
     (scan_with("delta", 2, 7, 6), r"delta must be \(2, 6, 7\).*got \(2, 7, 6\)"),
-    (scan_with("z", 2, 6, 6), r"z must be \(2, 6, 7\)"),
     (scan_with("D", 5), r"D must be \(6,\)"),
-    (scan_with("delta_bias", 8), r"delta_bias must be \(6,\)"),
     (lambda: Layer(16)(torch.randn(1, 2, 16), object()), "not inference_params"),
     (lambda: Layer(16)(torch.randn(1, 2, 16), inference_params=1), "not inference_params"),
     (lambda: Mixer(FALCON), "need a MambaMixer of transformers, got FalconMambaMixer"),
     (lambda: host_and_ours(hidden_act="gelu"), "gelu"),
     (lambda: host_and_ours(intermediate_size=23), "23, 2 "),
-    (mix(cache_params=torch.zeros(1)), "no cache_params: .*use_cache=False"),
-    (mix(a=None, b=1, c=2), "no b, c: "),
-    (mix(cache=SimpleNamespace(**HALF_A_CACHE)), "no cache SimpleNamespace: take use_cache=False"),
+    (mix(a=None, b=torch.zeros(1), c=2), "no b, c: .*use_cache=False"),
+    (mix(cache=SimpleNamespace(get_conv_state=1)), "no cache SimpleNamespace: take use_cache"),
     (mix(attention_mask=torch.ones(1, 4)), r"attention_mask must be \(1, 3\)"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(call, words):

@@ -1,18 +1,12 @@
 """Checkpoints from folders and from the Hub: what loads, and what is said of what does not."""
 
-from __future__ import annotations
-
 import functools
 import json
 import pickle
 import re
 import socket
-import subprocess
-import sys
 import tempfile
 import time
-import warnings
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -24,6 +18,7 @@ from safetensors.torch import save_file
 
 import mamba
 from mamba import Mamba, MambaConfig
+from test_mamba import assert_close, random_model, randomise
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "someone/small-mamba"
@@ -41,20 +36,13 @@ D, NORM, EMBEDDING = "backbone.layers.1.mixer.D", "backbone.norm_f.weight", mamb
 IDS = torch.arange(20).view(2, 10)
 
 
-def randomise(model: torch.nn.Module) -> torch.nn.Module:
-    """Norms and D of a new model are 1, biases 0: exchanged or lost, they would not be missed."""
-    with torch.no_grad():
-        for i, parameter in enumerate(model.parameters()):
-            parameter.uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(i))
-    return model.eval()
-
-
 def small(**changes) -> Mamba:
-    return randomise(Mamba(MambaConfig(**{"d_model": 8, "vocab_size": 30, **changes})))
+    torch.manual_seed(0)  # the same numbers each time
+    return random_model(**{"d_model": 8, "d_state": 16, "bias": False} | changes)
 
 
 # The tied matrix is there under both of its names in the originals, under one in the others.
-WEIGHTS = {name: tensor.detach() for name, tensor in small(n_layer=2).state_dict().items()}
+WEIGHTS = {name: tensor.detach() for name, tensor in small().state_dict().items()}
 HF_WEIGHTS = {k.replace("embedding.", "embeddings."): v for k, v in WEIGHTS.items()}
 del HF_WEIGHTS["lm_head.weight"]
 
@@ -99,9 +87,6 @@ def assert_refused(name_or_path: str | Path, kind: type, *words: str, **options)
     return message
 
 
-## What loads --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("layout", [*FORMATS, "old bin", HF, HF_SHARDS, "hf bin shards"])
 def test_every_layout_gives_the_same_model_bit_by_bit_and_its_files_are_mapped(layout, tmp_path):
     write(tmp_path, layout)
@@ -126,30 +111,23 @@ def test_a_folder_that_transformers_wrote_gives_the_logits_of_transformers(chang
     theirs = transformers.MambaForCausalLM(transformers.MambaConfig(**sizes, **changes))
     randomise(theirs).save_pretrained(tmp_path, max_shard_size="4KB" if changes else "1GB")
     assert (tmp_path / INDEX).exists() == bool(changes)
-    expected, actual = theirs(IDS).logits, Mamba.from_pretrained(tmp_path)(IDS)
-    assert actual.shape == expected.shape  # no rows were added
-    error = (actual - expected).norm() / expected.norm()
-    assert error < 1e-5, error
+    assert_close("logits", Mamba.from_pretrained(tmp_path)(IDS), theirs(IDS).logits, 1e-5)
 
 
 def test_an_absent_field_means_what_it_means_in_transformers(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     config, theirs = mamba.read_config(tmp_path / "config.json"), transformers.MambaConfig()
-    names = {name: ours for name, ours in mamba.HF_FIELDS.items() if isinstance(ours, str)}
-    assert {ours: getattr(config, ours) for ours in names.values()} == {
-        ours: getattr(theirs, name) for name, ours in names.items()
-    }
+    for name, ours in mamba.HF_FIELDS.items():
+        assert type(ours) is list or getattr(config, ours) == getattr(theirs, name), name
     assert config.d_inner == theirs.intermediate_size
     assert config.padded_vocab_size == theirs.vocab_size
 
 
-OFFICIAL = {"architectures": ["MambaLMHeadModel"], "torch_dtype": "float16", "layer": "Mamba1"}
-OFFICIAL |= {"eos_token_id": 0, "bos_token_id": [0, 1], "event_time": False, "attn_cfg": {}}
-OFFICIAL |= {"d_intermediate": 0, "attn_layer_idx": [], "pad_token_id": 2, "use_fast_path": True}
+OFFICIAL = {"torch_dtype": "float16", "layer": "Mamba1", "event_time": False, "attn_cfg": {}}
+OFFICIAL |= {"eos_token_id": 0, "d_intermediate": 0, "attn_layer_idx": [], "use_fast_path": True}
 NULL = dict.fromkeys(("norm_eps", "rule", "event_time", "residual_in_fp32", "d_stat", "ssm_cfg"))
-STALE = {"d_model": 2048, "n_layer": 7, "rms_norm": False, "ssm_cfg": 3, "event_time": False}
-STALE |= {"no_repeat_ngram_size": 0, "chunk_size_feed_forward": 0, "pad_vocab_size_multiple": 8}
-STALE |= {"d_inner": 32, "max_length": 20, "hidden_act": "swish"}
+STALE = {"d_model": 2048, "n_layer": 7, "rms_norm": False, "ssm_cfg": 3, "hidden_act": "swish"}
+STALE |= {"no_repeat_ngram_size": 0, "pad_vocab_size_multiple": 8, "event_time": False}
 HF_NULL = dict.fromkeys(("time_step_rank", "layer_norm_epsilon", "hidden_act", "norm_eps"))
 
 
@@ -174,22 +152,9 @@ def test_of_several_formats_the_first_is_read_and_what_is_saved_beside_them_coun
         for file in files:  # nobody may read these any more
             (tmp_path / file).write_bytes(b"stale")
         assert_refused(tmp_path, RuntimeError, files[0])
-    small(n_layer=2).save_pretrained(tmp_path)
+    small().save_pretrained(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert_loads("~")
-
-
-def test_loading_in_bfloat16_takes_half_the_file_beside_its_pages(tmp_path, monkeypatch):
-    """1.5 files, as README says: the tied matrix, nine tenths of this one, is cast once."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    from cpu import peak_of_tensors
-
-    small(d_model=64, vocab_size=4096).save_pretrained(tmp_path)
-    peak = peak_of_tensors(lambda: Mamba.from_pretrained(tmp_path, dtype=torch.bfloat16))
-    assert peak == pytest.approx(1.5 * (tmp_path / SAFE).stat().st_size, rel=0.02)
-
-
-## What is saved -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flag", [True, False])
@@ -215,7 +180,7 @@ def test_what_is_not_the_default_is_saved_too_and_what_is_ours_alone_only_then(t
     changes = {"rule": "zoh", "norm_eps": 1e-3, "tokenizer": "bytes", "d_state": 3, "expand": 1.5}
     changes |= {"d_conv": 2, "dt_rank": 5, "bias": True, "conv_bias": False, "dt_init": "constant"}
     changes |= {"dt_min": 0.1, "dt_max": 0.2, "dt_init_floor": 0.01, "dt_scale": 2.0}
-    model = small(**changes, n_layer=2, residual_in_fp32=False, pad_vocab_size_multiple=7)
+    model = small(**changes, residual_in_fp32=False, pad_vocab_size_multiple=7)
     model.save_pretrained(tmp_path / "new" / "folder")
     assert Mamba.from_pretrained(tmp_path / "new" / "folder").config == model.config
     small(scan="sequential").save_pretrained(tmp_path)  # how to run it, not what it is
@@ -229,80 +194,59 @@ def test_what_is_not_the_default_is_saved_too_and_what_is_ours_alone_only_then(t
 def test_adapters_are_saved_merged_with_their_own_head_and_peft_warns_of_tied_matrices(tmp_path):
     peft = pytest.importorskip("peft")
 
-    def adapted(names: list[str], more: list[str] | None = None, tied: bool = True):
-        options = peft.LoraConfig(
-            target_modules=names, modules_to_save=more, init_lora_weights=False
-        )
-        return peft.get_peft_model(small(tie_embeddings=tied), options)
+    def adapted(**options):
+        return peft.get_peft_model(small(), peft.LoraConfig(init_lora_weights=False, **options))
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        adapted(["lm_head"], tied=False).merge_and_unload()
     with pytest.warns(UserWarning, match="tied layer is part of the adapter"):
-        adapted(["lm_head"])
+        adapted(target_modules=["lm_head"])
     with pytest.warns(UserWarning, match="no longer tied after merging"):
-        model = adapted(["in_proj"], ["lm_head"])
+        model = adapted(target_modules=["in_proj"], modules_to_save=["lm_head"])
         torch.nn.init.normal_(model.base_model.model.lm_head.modules_to_save["default"].weight)
         with pytest.raises(RuntimeError, match="lora_A"):
             model.base_model.model.save_pretrained(tmp_path / "model")
-        assert not (tmp_path / "model").exists()
         expected, merged = model(IDS), model.merge_and_unload()
+    assert not (tmp_path / "model").exists()
     merged.save_pretrained(tmp_path)
     loaded = Mamba.from_pretrained(tmp_path)
-    assert not torch.allclose(loaded(IDS), small()(IDS), atol=1e-2)
-    assert torch.allclose(loaded(IDS), expected, rtol=1e-5, atol=1e-5)
+    assert_close("logits", loaded(IDS), expected, 1e-5)
     assert merged.config.tie_embeddings is loaded.config.tie_embeddings is False
 
-
-## Folders that are wrong --------------------------------------------------------------------------
 
 WRONG = {"model_type": "t5", "layer": "Mamba2", "attn_layer_idx": [1], "d_intermediate": 64}
 WRONG |= {"rms_norm": False, "d_stat": 16, "scan": "chunked", "ssm_cfg": 3, "n_layer": None}
 WRONG |= {"d_model": 2**40, "vocab_size": 10**19, "rule": ["zoh"], "event_time": True}
 HF_WRONG = {"model_type": "mamba2", "hidden_act": "gelu", "quantization_config": {}}
 HF_WRONG |= {"norm_eps": 1e-6, "rms_norm_epsilon": 1e-6, "state_dim": 32, "d_state": 16}
-HF_WRONG |= {"hidden_size": 1.5, "num_hidden_layers": 10**9, "layer_norm_epsilon": 0}
-HF_WRONG |= {"event_time": True}
+HF_WRONG |= {"hidden_size": 1.5, "num_hidden_layers": 10**9, "event_time": True}
 
 
-@pytest.mark.parametrize(
-    ("layout", "field", "value"),
-    [("bin", *wrong) for wrong in WRONG.items()] + [(HF, *wrong) for wrong in HF_WRONG.items()],
-)
-def test_a_config_of_another_model_is_refused_by_its_field(layout, field, value, tmp_path):
-    """By the name that it has in the file."""
-    write(tmp_path, layout, **{field: value})
-    named = str(value) if type(value) is int and value > 10**8 else field
-    message = assert_refused(tmp_path, ValueError, f"{tmp_path / 'config.json'}: ", named)
-    assert field != "event_time" or "examples/event_time.py" in message
-    if layout == "bin" and field in ("layer", "d_stat", "d_model"):
-        write(tmp_path, layout, ssm_cfg={field: value})
-        assert_refused(tmp_path, ValueError, "ssm_cfg" if field == "d_model" else field)
+def test_a_config_of_another_model_is_refused_by_the_name_of_its_field_in_the_file(tmp_path):
+    wrong = [("bin", *field) for field in WRONG.items()] + [(HF, *f) for f in HF_WRONG.items()]
+    for layout, field, value in wrong:
+        write(tmp_path, layout, **{field: value})
+        named = str(value) if type(value) is int and value > 10**8 else field
+        message = assert_refused(tmp_path, ValueError, f"{tmp_path / 'config.json'}: ", named)
+        assert field != "event_time" or "examples/event_time.py" in message
+    for field, named in (("layer", "layer"), ("d_stat", "d_stat"), ("d_model", "ssm_cfg")):
+        write(tmp_path, ssm_cfg={field: WRONG[field]})
+        assert_refused(tmp_path, ValueError, named)
     write(tmp_path, HF, model_type=None)
     assert_refused(tmp_path, ValueError, "model_type = None is another architecture, not 'm")
 
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 516\n"
-HTML = b"<!DOCTYPE html>"
 LLAMA = b'{"model_type": "llama", "hidden_size": 16, "num_attention_heads": 4}'
-
-
 DAMAGES = [  # no such file, that part of the true content, or this content
     ("bin", "config.json", None, FileNotFoundError, "has no file config.json"),
     ("bin", "config.json", b"[1]", RuntimeError, "a list is no dict"),
-    ("bin", "config.json", b"[" * 10**5, RuntimeError, "config.json"),
-    ("bin", "config.json", LLAMA, ValueError, "llama"),
     ("bin", BIN, None, FileNotFoundError, f"{SAFE} or {INDEX} or {BIN} or {BIN_INDEX}"),
-    ("bin", BIN, b"", RuntimeError, "begins with b''"),
     ("bin", BIN, 0.99, RuntimeError, BIN),
     ("old bin", BIN, 0.5, RuntimeError, BIN),
     ("bin", BIN, bytes(range(256)), RuntimeError, f"{bytes(range(40))!r})"),
     ("bin", BIN, LFS, RuntimeError, "run `git lfs pull`"),
     (HF, SAFE, 0.5, RuntimeError, SAFE),
-    (HF, SAFE, HTML, RuntimeError, "<!DOCTYPE html>"),
     (HF_SHARDS, SHARDS[1], None, FileNotFoundError, SHARDS[1]),
     (HF_SHARDS, INDEX, 0.5, RuntimeError, INDEX),
-    (HF_SHARDS, INDEX, b"{}", ValueError, "weight_map"),
     (HF_SHARDS, INDEX, b'{"weight_map": ["x"]}', ValueError, INDEX),
     (HF_SHARDS, INDEX, b'{"weight_map": {"D": "../up", "A": "a"}}', ValueError, "weight_map"),
 ]
@@ -325,33 +269,30 @@ def test_a_bin_file_of_anything_but_tensors_is_refused_and_nothing_in_it_is_run(
     runs = type("Runs", (), {"__reduce__": lambda self: (Path.touch, (canary,))})()
     for spoil in (
         lambda: path.write_bytes(pickle.dumps(runs)),
-        lambda: path.write_bytes(pickle.dumps([1, 2])),
         lambda: torch.save({"D": runs}, path),
         lambda: torch.save([torch.ones(2)], path),
         lambda: torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path),
-        lambda: zipfile.ZipFile(path, "w").writestr("archive/data.pkl", b"\x80\x02}q\x00."),
     ):
         spoil()
         assert_refused(tmp_path, RuntimeError, str(path), "nothing in it was run")
     assert not canary.exists()
 
 
-BASE = {key.removeprefix("backbone."): tensor for key, tensor in HF_WEIGHTS.items()}
 SEVERAL = {k: v for k, v in WEIGHTS.items() if "layers.0" not in k}
 SEVERAL |= {NORM: torch.ones(2, 8), "head.bias": torch.ones(3)}
-FIRST = "(weights: 10 missing: backbone.layers.0.norm.weight, backbone.layers.0.mixer.A_log, "
-FIRST += "backbone.layers.0.mixer.D;"
+THREE = ", ".join([name for name in WEIGHTS if "layers.0" in name][:3])
 MISFITS = [
     (WEIGHTS | {D: 3}, f"1 misshapen: {D} int"),
-    ({3: WEIGHTS[D]}, "1 unknown: 3"),
     (WEIGHTS | {D: WEIGHTS[D].int()}, "int32"),
     (WEIGHTS | {D: WEIGHTS[D].to("meta")}, D),
-    (WEIGHTS | {D: WEIGHTS[D].to_sparse()}, D),
     (WEIGHTS | {D: WEIGHTS[D][1:]}, f"1 misshapen: {D} (15,), not (16,)"),
     ({k: v for k, v in WEIGHTS.items() if k != EMBEDDING}, f"1 missing: {EMBEDDING})"),
     (HF_WEIGHTS | WEIGHTS, "1 unknown: backbone.embeddings.weight)"),
-    (BASE, f"23 missing: {EMBEDDING}, ", "; 22 unknown: embeddings.weight, "),
-    (SEVERAL, FIRST, f"; 1 unknown: head.bias; 1 misshapen: {NORM} (2, 8), not (8,)"),
+    (
+        SEVERAL,
+        f"(weights: 10 missing: {THREE};",
+        f"; 1 unknown: head.bias; 1 misshapen: {NORM} (2, 8), not (8,)",
+    ),
 ]
 
 
@@ -397,9 +338,6 @@ def test_a_wrong_call_is_refused_before_a_weight_is_looked_for(hub, monkeypatch,
     assert hub.requests == hub.others == []
 
 
-## The Hub -----------------------------------------------------------------------------------------
-
-
 @functools.cache
 def files_of(layout: str) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
@@ -408,7 +346,6 @@ def files_of(layout: str) -> dict[str, bytes]:
 
 @pytest.fixture
 def hub(hub) -> Hub:
-    """With one repository, of one .bin file."""
     hub.repositories[NAME] = dict(files_of("bin"))
     return hub
 
@@ -417,7 +354,7 @@ def downloads(hub: Hub) -> list[str]:
     return sorted(name for method, _, name in hub.requests if method == "GET" and name != LIST)
 
 
-def test_one_of_several_formats_is_downloaded_once_and_of_a_foreign_model_none(hub, capfd):
+def test_one_of_several_formats_is_downloaded_once_and_of_a_foreign_model_none(hub):
     """state-spaces/mamba-2.8b has two, 11 GB each."""
     hub.repositories["someone/foreign"] = files_of("bin") | {"config.json": LLAMA}
     assert_refused("someone/foreign", ValueError, "llama")
@@ -427,34 +364,30 @@ def test_one_of_several_formats_is_downloaded_once_and_of_a_foreign_model_none(h
     assert_loads(NAME)
     assert downloads(hub) == sorted(["config.json", INDEX, *SHARDS])
     hub.requests.clear()
-    capfd.readouterr()
     assert_loads(NAME + "/")
     assert hub.requests[0] == ("GET", NAME, LIST)
     assert {method for method, _, _ in hub.requests[1:]} == {"HEAD"}
-    assert capfd.readouterr() == ("", "")  # no bar where nothing is downloaded
     hub.stop()
     assert_loads(NAME)  # chosen in the cache as on the Hub
 
 
-def test_of_a_new_commit_only_what_differs_is_downloaded_and_the_old_one_stays_there(hub, tmp_path):
+def test_of_a_new_commit_only_what_differs_is_downloaded_and_the_old_one_stays_there(hub):
     assert_loads(NAME)
     hub.push(NAME, hub.repositories[NAME] | {"config.json": json.dumps(HF_CONFIG).encode()})
     hub.requests.clear()
     assert_loads(NAME)
     assert downloads(hub) == ["config.json"]
-    assert_loads(NAME, revision=COMMIT, cache_dir=tmp_path / "elsewhere")
-    (old,) = (tmp_path / "elsewhere").glob("*/snapshots/*/config.json")
-    assert old.read_bytes() == files_of("bin")["config.json"]
-    assert_loads(NAME, revision="main", local_files_only=True)
-    absent = {"revision": "v2", "local_files_only": True}
-    assert_refused(NAME, FileNotFoundError, "not in the cache", **absent)
+    for revision, size in ((COMMIT, 30), ("main", 32)):
+        options = {"revision": revision, "local_files_only": revision == "main"}
+        assert Mamba.from_pretrained(NAME, **options).config.vocab_size == size
+    assert_refused(NAME, FileNotFoundError, "in the cache", revision="v2", local_files_only=True)
 
 
 def test_all_files_come_from_one_commit_though_another_is_pushed_meanwhile(hub, monkeypatch):
-    read_config, later = mamba.read_config, {BIN: b"for another config.json"}
+    read_config = mamba.read_config
 
-    def push(path: Path) -> MambaConfig:
-        hub.push(NAME, hub.repositories[NAME] | later)
+    def push(path):
+        hub.push(NAME, hub.repositories[NAME] | {BIN: b"for another config.json"})
         return read_config(path)
 
     monkeypatch.setattr(mamba, "read_config", push)
@@ -463,12 +396,10 @@ def test_all_files_come_from_one_commit_though_another_is_pushed_meanwhile(hub, 
 
 FAULTS = [
     (LIST, "gated", RuntimeError, "hf auth login"),
-    (LIST, "private", FileNotFoundError, "hf auth login"),
-    (LIST, "500", RuntimeError, "500"),
-    (LIST, "portal", RuntimeError, "config.json could not be downloaded"),
+    (LIST, "500", RuntimeError, "config.json could not be downloaded (Server error '500"),
     (LIST, "slow", FileNotFoundError, "out of reach"),
     (BIN, "gated", RuntimeError, f"https://huggingface.co/{NAME}"),
-    (BIN, "500-body", RuntimeError, "500"),
+    (BIN, "500-body", RuntimeError, f"{BIN} could not be downloaded (Server error '500"),
     (BIN, "cut", FileNotFoundError, f"{BIN} is not in the cache and the Hub is out of reach"),
 ]
 
@@ -491,7 +422,7 @@ def test_a_fault_of_the_hub_is_one_sentence_unless_the_cache_has_what_is_asked_f
 
 
 def test_a_repository_a_revision_or_a_file_that_is_not_there_is_named(hub):
-    assert_refused("someone/else", FileNotFoundError, "someone/else")
+    assert_refused("someone/else", FileNotFoundError, "someone/else", "hf auth login")
     assert_refused(NAME, RuntimeError, NAME, "v9", revision="v9")
     for file, named in ((BIN, f"{SAFE} or"), ("config.json", "config.json")):
         del hub.repositories[NAME][file]
@@ -530,25 +461,6 @@ def test_offline_means_that_nobody_is_asked(hub, monkeypatch):
     assert hub.requests == hub.others == []
 
 
-def test_the_clients_own_command_finds_a_wrong_bit_in_the_second_of_three_shards(hub, tmp_path):
-    """The README names it. A mapped file is not read as a whole: loading cannot find it."""
-    assert "`hf cache verify state-spaces/mamba-130m`" in (ROOT / "README.md").read_text()
-    hub.repositories[NAME] = files_of(HF_SHARDS)
-    assert_loads(NAME)
-    environment = hub.environment(tmp_path, HF_HUB_CACHE=constants.HF_HUB_CACHE)
-    command = [str(Path(sys.executable).with_name("hf")), "cache", "verify", NAME]
-    (shard,) = Path(constants.HF_HUB_CACHE).glob(f"*/snapshots/*/{SHARDS[1]}")
-    *whole, last = shard.read_bytes()
-    for wrong in (0, 1):
-        shard.write_bytes(bytes([*whole, last ^ wrong]))
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        said = result.stdout + result.stderr
-        assert (result.returncode, SHARDS[1] in said) == (wrong, wrong), said
-
-
-## The real Hub: pytest -m hub ---------------------------------------------------------------------
-
-
 @pytest.mark.hub
 @pytest.mark.parametrize("name", ["state-spaces/mamba-130m", "state-spaces/mamba-130m-hf"])
 def test_the_published_weights_give_the_published_numbers(name):
@@ -556,10 +468,9 @@ def test_the_published_weights_give_the_published_numbers(name):
 
     model = Mamba.from_pretrained(name)
     tokenizer, prompt = load_tokenizer(model.config, name), "Hey how are you doing?"
-    expected = [-55.6909, -69.7903, -49.8981, -51.7581, -57.6544]
-    expected += [-57.9368, -56.9591, -57.9033, -54.6787, -55.9261]
+    expected = [-55.6909, -69.7903, -49.8981, -51.7581, -57.6544, -57.9368, -56.9591, -57.9033]
     with torch.no_grad():
-        first = model(torch.tensor([tokenizer.encode(prompt)]))[0, 0, :10]
+        first = model(torch.tensor([tokenizer.encode(prompt)]))[0, 0, :8]
     assert torch.allclose(first, torch.tensor(expected), rtol=0, atol=1e-3), first
     text = generate(model, tokenizer, prompt, max_new_tokens=10, temperature=0)
     assert text == "\n\nI'm so glad you're here."

@@ -94,9 +94,7 @@ def test_a_column_is_what_one_token_leaves_and_the_states_are_those_of_the_scan(
 
 
 class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that is computed."""
-
-    elements = 0
+    elements = 0  # of the largest tensor that is computed
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         result = function(*arguments, **keywords or {})
@@ -135,21 +133,13 @@ def run(monkeypatch, tmp_path):
 
 
 def test_the_picture_shows_what_is_in_the_layer(run, capsys):
-    """Δ, the size of the state and the mean matrix."""
     prompt = "To be,\nü$a$\t\x00\\\x7f"
     run(prompt)
     assert capsys.readouterr() == ("wrote look_inside.png\n", "")
-    assert Path("look_inside.png").stat().st_size > 10_000
     model, ids = Mamba.from_pretrained("model"), torch.tensor([list(prompt.encode())])
     with look.watch(model) as layers, torch.no_grad():
         model(ids)
-    top, bar, middle, bottom, _ = run.figures[0].axes
-    words = ["channels, sorted", "Δ / the channel's mean", "state, ‖h‖"]
-    words += ["t, the token that reads", "|alpha|, mean over channels"]
-    assert [axes.get_ylabel() for axes in run.figures[0].axes] == words
-    assert bottom.get_xlabel() == "s, the token that is read"
-    ticks = dict(zip(bar.get_yticks(), (t.get_text() for t in bar.get_yticklabels()), strict=True))
-    assert ticks == {1 / 4: "1/4", 1 / 2: "1/2", 1: "1", 2: "2", 4: "4"}
+    top, _, middle, bottom, _ = run.figures[0].axes
     assert run.figures[0].get_suptitle() == "Layer 2 of model"
 
     delta = layers[2]["delta"][0]
@@ -158,11 +148,6 @@ def test_the_picture_shows_what_is_in_the_layer(run, capsys):
     order = torch.cdist(drawn, ratio).argmin(1)
     assert sorted(order.tolist()) == list(range(32))
     assert_close("Δ over its mean", drawn, ratio[order], 1e-5)
-    # Side by side as their angles are in the plane of the two leading principal components.
-    leading = torch.linalg.eigh(ratio.log() @ ratio.log().T).eigenvectors[:, -2:]
-    by_angle = torch.atan2(*leading.unbind(1)).argsort()
-    steps = set((by_angle.argsort()[order].diff() % 32).tolist())
-    assert steps in ({1}, {31}), "neither the one way round nor the other"
     norm = look.states(layers[2], rule="zoh")[0].flatten(1).norm(dim=1)
     assert_close("‖h‖", torch.tensor(middle.lines[0].get_ydata()), norm, 1e-6)
     alpha, image = look.mean_attention(layers[2], "zoh")[0], bottom.images[0].get_array()
@@ -175,18 +160,16 @@ def test_the_picture_shows_what_is_in_the_layer(run, capsys):
     assert " ".join(labels) == r"T o ␣ b e , ↵ c3 bc $ a $ \t 00 \ 7f"
     for axis in (top.xaxis, middle.xaxis, bottom.xaxis, bottom.yaxis):
         assert [text.get_text() for text in axis.get_ticklabels()] == labels
-    assert {axes.get_xlim() for axes in (top, middle, bottom)} == {(-0.5, len(labels) - 0.5)}
 
 
 def test_a_text_of_one_token_and_one_too_long_for_labels_are_drawn(run):
     for seqlen in (1, 80, 81):
-        inside, out = random_inside(seqlen, copies=30)[0], Path(f"{seqlen}.png")
-        look.draw(inside, "bilinear", ["$\\a$"] * seqlen, r"$\typo$", out)
+        inside = random_inside(seqlen, copies=30)[0]
+        look.draw(inside, "bilinear", ["$\\a$"] * seqlen, r"$\typo$", Path("out.png"))
         top = run.figures[-1].axes[0]
         assert top.images[0].get_array().shape == (64, seqlen), "bands of like channels"
         labels = [(text.get_text(), text.get_fontsize()) for text in top.get_xticklabels()]
-        expected = [("$\\a$", min(10, 440 / seqlen))] * seqlen
-        assert (labels == expected) == (seqlen <= 80) and out.stat().st_size > 10_000
+        assert (labels == [("$\\a$", min(10, 440 / seqlen))] * seqlen) == (seqlen <= 80)
 
 
 @pytest.mark.parametrize(("options", "code", "words"), [
@@ -195,7 +178,6 @@ def test_a_text_of_one_token_and_one_too_long_for_labels_are_drawn(run):
     ("", 2, "the prompt is empty"),
     ("a --model no/such/folder", 1, "no/such/folder"),
     ("a --out no/such/folder.png", 1, "no/such/folder.png"),
-    ("a --out picture.typo", 1, "'typo' is not supported"),
 ])  # fmt: skip
 def test_what_goes_wrong_is_one_line(options, code, words, run, capsys):
     with pytest.raises(SystemExit) as exit:

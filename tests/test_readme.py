@@ -1,7 +1,5 @@
 """The README keeps its word: its Python runs as printed, and its commands name what is there."""
 
-from __future__ import annotations
-
 import ast
 import re
 import subprocess
@@ -27,12 +25,9 @@ def test_the_python_on_the_page_runs_from_top_to_bottom(tmp_path, monkeypatch, c
         exec(re.sub(f"^{indent}", "", block, flags=re.MULTILINE), names)
     assert len(capsys.readouterr().out) > 100  # the completion
 
-    # The last block says that transformers, and this project, load what it writes.
-    ids = torch.randint(256, (2, 9))
-    expected = names["model"](ids)
-    assert torch.allclose(names["theirs"](ids).logits, expected, rtol=1e-4, atol=1e-5)
-    ours = names["Mamba"].from_pretrained("mine")
-    assert torch.allclose(ours(ids), expected, rtol=1e-4, atol=1e-5)
+    ids, ours = torch.randint(256, (2, 9)), names["Mamba"].from_pretrained("mine")
+    for logits in (names["theirs"](ids).logits, ours(ids)):  # as the last block says
+        assert torch.allclose(logits, names["model"](ids), rtol=1e-4, atol=1e-5)
 
 
 def test_the_command_that_strips_the_teaching_leaves_the_program():
@@ -90,8 +85,6 @@ def run_piece(module, first: str, rules=("mamba", "dirac")) -> list[torch.Tensor
         results += [piece(*inputs, rule=rule) for rule in rules]
         token = (x[:, 0], delta[:, 0], -A, B[:, 0], C[:, 0])
         results += [piece(*token, h0=results[0][1], rule=rule) for rule in rules]
-        with pytest.raises(ValueError, match="x must be real"):
-            piece(x[0, 0], *inputs[1:])
     else:
         results = [piece(*inputs, rule=rule) for rule in rules]
     return [tensor for result in results for tensor in result]

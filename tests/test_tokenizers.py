@@ -1,9 +1,4 @@
-"""The tokenizers of generate.py: the ids and the text of the library that wrote their files, the
-right one for each model, and one sentence for each that is wrong. The tokenizer of the published
-models, gpt-neox-20b, comes from a package that ships the file.
-"""
-
-from __future__ import annotations
+"""The tokenizers of generate.py, judged by the library that wrote their files."""
 
 import functools
 import importlib.util
@@ -42,16 +37,15 @@ def byte_level(model) -> tokenizers.Tokenizer:
 
 
 def trained(*special: str, template: str | None = None) -> tokenizers.Tokenizer:
-    """A BPE of 400 tokens, the first of which is the end of a document, and those added to it."""
+    """A BPE of 400 tokens, the first of which ends a document, and those added to it."""
     tokenizer, alphabet = byte_level(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
     options = {"special_tokens": ["<|endoftext|>"], "initial_alphabet": alphabet}
     trainer = trainers.BpeTrainer(vocab_size=400, show_progress=False, **options)
     tokenizer.train_from_iterator([text for text in TEXTS for _ in range(3)], trainer)
     tokenizer.add_special_tokens(list(special))
     if template is not None:
-        ends = [("<s>", 400), ("</s>", 401)]
-        processor = processors.TemplateProcessing(single=template, special_tokens=ends)
-        tokenizer.post_processor = processor
+        ends = {"special_tokens": [("<s>", 400), ("</s>", 401)]}
+        tokenizer.post_processor = processors.TemplateProcessing(single=template, **ends)
     return tokenizer
 
 
@@ -68,18 +62,13 @@ def config(vocab_size: int, **changes) -> MambaConfig:
 
 
 def load(folder: Path, file: tokenizers.Tokenizer | bytes, size: int, **changes):
-    """The tokenizer of a model in a folder with this tokenizer.json."""
     content = file if isinstance(file, bytes) else file.to_str().encode()
     (folder / "tokenizer.json").write_bytes(content)
     return load_tokenizer(config(size, **changes), folder)
 
 
-## The same as the library -------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module", params=("gpt-neox-20b", "trained here"))
 def both(request, tmp_path_factory) -> tuple[FileTokenizer, tokenizers.Tokenizer]:
-    """Ours, and the library's own for the same file."""
     path = tmp_path_factory.mktemp("trained") / "tokenizer.json"
     trained().save(str(path))
     if request.param == "gpt-neox-20b":
@@ -107,10 +96,8 @@ def test_text_has_the_librarys_ids_and_comes_back_whole_or_token_by_token(both):
 
 
 def test_any_tokens_stream_as_the_text_that_the_library_decodes(both):
-    """Bytes that are no text among them, ids in no order, special tokens and gaps between the ids.
-
-    What does not come is at the end: bytes that might still become a character.
-    """
+    """Bytes that are no text, ids in no order, special tokens and gaps between the ids.
+    What does not come is at the end: bytes that might still become a character."""
     ours, library = both
     size = library.get_vocab_size()
     for seed in range(200):
@@ -127,14 +114,6 @@ def test_bytes_are_their_own_tokens_and_none_of_them_ends_a_text():
     tokenizer = load_tokenizer(Mamba.from_pretrained(name).config, name)
     assert tokenizer.encode("é\n") == [0xC3, 0xA9, 0x0A] and tokenizer.eos_token_ids == ()
     assert tokenizer.decode([0xC3, 0xA9, 0x0A, 0xC3]) == "é\n\ufffd"
-
-
-def test_a_tokenizer_that_is_not_byte_level_streams_its_words_with_their_spaces(tmp_path):
-    words = {"▁": 0, "▁to": 1, "▁be": 2, "▁or": 3}
-    library = tokenizers.Tokenizer(models.WordLevel(words, unk_token="▁"))
-    library.pre_tokenizer, library.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    ours = load(tmp_path, library, 4)
-    assert list(ours.decode_stream(ours.encode("to be or to"))) == ["to", " be", " or", " to"]
 
 
 def test_a_files_truncation_padding_and_added_tokens_do_what_they_should(tmp_path):
@@ -158,45 +137,40 @@ def test_a_template_may_begin_a_prompt_and_does_not_end_it(tmp_path):
         assert tokenizer.encode("") == []
 
 
-## The right one for each model --------------------------------------------------------------------
-
-
 @pytest.fixture
 def hub(hub):
     """With the tokenizer of gpt-neox-20b, and models that have a tokenizer, ends, or neither."""
     neox = {"tokenizer.json": of_size(50277), "config.json": b'{"eos_token_id": 5}'}
     own = {"tokenizer.json": trained().to_str().encode()}
     own["generation_config.json"] = b'{"eos_token_id": [7, 8]}'
-    hub.repositories = {
-        NEOX: neox,
-        "state-spaces/mamba-130m-hf": own,
-        "someone/copy": {"config.json": b'{"eos_token_id": 6}'},
-        "someone/else": {"config.json": b"{}"},
-    }
+    original = "state-spaces/mamba-130m-hf"
+    copy = {"config.json": b'{"eos_token_id": 6}'}
+    hub.repositories = {original: own, "someone/copy": copy, "someone/else": {"config.json": b"{}"}}
+    hub.push(NEOX, neox)  # at COMMIT it was not there yet; and these have no more ends of their own
+    hub.repositories[original] = own | {"generation_config.json": b"{}"}
+    hub.repositories["someone/copy"] = {"config.json": b"{}"}
     return hub
 
 
 CAB = tokenizers.Tokenizer.from_str(of_size(50277).decode()).encode("cab").ids
+MODELS = [
+    ("state-spaces/mamba-2.8b-slimpj", 50277, [5], {NEOX}),
+    ("someone/copy", 50277, [6], {NEOX, "someone/copy"}),
+    ("someone/else", 50532, [5], {NEOX, "someone/else"}),
+    ("", 50280, [5], {NEOX}),  # a folder
+    ("state-spaces/mamba-130m-hf", 400, [7, 8], {"state-spaces/mamba-130m-hf"}),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "size", "ends", "asked"),
-    [
-        ("state-spaces/mamba-2.8b-slimpj", 50277, [5], {NEOX}),
-        ("someone/copy", 50277, [6], {NEOX, "someone/copy"}),
-        ("someone/else", 50532, [5], {NEOX, "someone/else"}),
-        ("", 50280, [5], {NEOX}),  # a folder
-        ("state-spaces/mamba-130m-hf", 400, [7, 8], {"state-spaces/mamba-130m-hf"}),
-    ],
-)
-def test_a_models_own_files_come_before_those_of_gpt_neox_and_are_downloaded_once(
+@pytest.mark.parametrize(("name", "size", "ends", "asked"), MODELS)
+def test_a_models_own_files_of_its_revision_come_before_those_of_gpt_neox_and_once_only(
     name, size, ends, asked, hub, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "0.3")
     expected = CAB if size > 400 else trained().encode("cab").ids
     for local_files_only in (False, False, True, False):
         where = {"local_files_only": local_files_only, "cache_dir": str(tmp_path / "cache")}
-        tokenizer = load_tokenizer(config(size), name or tmp_path, **where)
+        tokenizer = load_tokenizer(config(size), name or tmp_path, revision=COMMIT, **where)
         assert tokenizer.encode("cab") == expected and tokenizer.eos_token_ids == ends
         assert {repository for _, repository, _ in hub.requests} == asked
         got = [file for method, _, file in hub.requests if method == "GET"]
@@ -206,47 +180,22 @@ def test_a_models_own_files_come_before_those_of_gpt_neox_and_are_downloaded_onc
             hub.stop()
 
 
-def test_a_revision_is_the_models_own_and_not_that_of_the_tokenizer_of_gpt_neox(hub):
-    neox = hub.repositories.pop(NEOX)  # not there yet
-    own, copy = hub.repositories["state-spaces/mamba-130m-hf"], hub.repositories["someone/copy"]
-    hub.push("state-spaces/mamba-130m-hf", own | {"generation_config.json": b"{}"})
-    hub.push("someone/copy", copy | {"config.json": b"{}"})
-    hub.repositories[NEOX] = neox
-    for name, size, first, last in (
-        ("state-spaces/mamba-130m-hf", 400, [7, 8], (0,)),
-        ("someone/copy", 50277, [6], [5]),
-        ("state-spaces/mamba-130m", 50277, [5], [5]),
-    ):
-        for revision, ends in ((COMMIT, first), (None, last)):
-            tokenizer = load_tokenizer(config(size), name, revision=revision)
-            assert tokenizer.eos_token_ids == ends
-
-
 def test_no_model_is_given_a_tokenizer_that_it_never_saw(hub, tmp_path, monkeypatch):
-    """Not if its size is another, nor if it is a folder with the name of an original."""
+    """Not if its size is another, its Hub ill, or if it is a folder named as an original."""
+    hub.faults["generation_config.json"] = "500-body"
+    ill = load_tokenizer(config(400), "state-spaces/mamba-130m-hf", revision=COMMIT)
+    assert ill.eos_token_ids == (0,)
+    hub.requests.clear()
     for size in (50276, 50533):
         with pytest.raises(FileNotFoundError, match=r"someone/copy.*tokenizer\.json"):
             load_tokenizer(config(size), "someone/copy")
     monkeypatch.chdir(tmp_path)
-    folder = Path("state-spaces/mamba-130m")
-    folder.mkdir(parents=True)
+    (folder := Path("state-spaces/mamba-130m")).mkdir(parents=True)
     assert load(folder, trained(), 400).encode("cab") == trained().encode("cab").ids
     assert {repository for _, repository, _ in hub.requests} == {"someone/copy"}
 
 
-def test_a_hub_that_is_ill_does_not_stop_a_model_but_one_that_is_gone_does(hub):
-    hub.faults["generation_config.json"] = "500-body"
-    assert load_tokenizer(config(400), "state-spaces/mamba-130m-hf").eos_token_ids == (0,)
-    hub.stop()
-    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json is not in the cache"):
-        load_tokenizer(config(50277), "state-spaces/mamba-130m")
-
-
-## What ends a text --------------------------------------------------------------------------------
-
-
 def ends_of(folder: Path, files: dict[str, object]) -> list[int]:
-    """The end tokens of a model whose files say this."""
     for file, field in generate.END_TOKENS.items():
         said = json.dumps({field: files[file], "other": 1} if file in files else {})
         (folder / file).write_text(said)
@@ -266,9 +215,7 @@ def test_end_tokens_are_what_the_first_file_says_that_says_something(tmp_path):
     assert load_tokenizer(config(256, tokenizer="bytes"), tmp_path).eos_token_ids == [255, 0]
 
 
-def test_end_tokens_that_are_not_the_tokenizers_and_damaged_files_are_errors_that_name_them(
-    tmp_path,
-):
+def test_end_tokens_that_the_tokenizer_has_not_and_damaged_files_are_named(tmp_path):
     for file in ("config.json", "special_tokens_map.json"):
         for wrong in (402, -1, True, 1.0, "nowhere", {"lstrip": True}):
             said = f"{file}: {generate.END_TOKENS[file]} must be of the tokenizer's 402 tokens, got"
@@ -280,12 +227,8 @@ def test_end_tokens_that_are_not_the_tokenizers_and_damaged_files_are_errors_tha
             load(tmp_path, trained(), 400)
 
 
-## Wrong ones --------------------------------------------------------------------------------------
-
 WRONG = [
-    (b"", 400, "not a tokenizer"),
     (b'{"model_type": "mamba"}', 400, "not a tokenizer"),
-    (byte_level(models.BPE()), 400, "0 tokens, the model 400"),
     (of_size(401), 400, "401 tokens, the model 400"),
     (of_size(400), 656, "400 tokens, the model 656"),
     (byte_level(models.BPE({"a": 0, "b": 999}, [])), 400, "1000 tokens, the model 400"),

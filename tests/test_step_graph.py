@@ -11,6 +11,7 @@ The judge of the graphs is `Mamba.step`, token after token: the logits have to b
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import itertools
 import math
@@ -40,11 +41,6 @@ def few_programs(monkeypatch):
         monkeypatch.setattr(triton_scan, "PROCESSORS", 1)
     with torch.no_grad():
         yield
-
-
-## ================================================================================================
-## A step of the model
-## ================================================================================================
 
 
 def random_ids(model: Mamba, *shape: int, seed: int = 0) -> Tensor:
@@ -86,8 +82,8 @@ ODD = {"d_model": 9, "n_layer": 2, "d_state": 5, "dt_rank": 3, "vocab_size": 11,
 SHORT = {"dtype": F16, "residual_in_fp32": False, "tie_embeddings": True, "d_conv": 2}
 # Up to four rows are multiplied one by one, more are a matrix for the tensor cores.
 STEPS = [
-    *((ODD, batch) for batch in (1, 3, 5)),
-    *(({"rule": "dirac", "bias": True, "conv_bias": False}, batch) for batch in (2, 6)),
+    *((ODD, batch) for batch in (3, 5)),
+    ({"rule": "dirac", "bias": True, "conv_bias": False}, 2),
     ({"d_state": 1, "dt_rank": 1, "expand": 1, "d_conv": 1, "norm_eps": 1.0}, 5),
     *((SHORT, batch) for batch in (1, 6)),
     *(({**ODD, "dtype": BF16}, batch) for batch in (1, 6)),
@@ -136,18 +132,15 @@ def test_a_block_steps_on_with_nothing_between_the_steps(batch):
     assert_close("h", state.h, expected.h, 1e-5)
 
 
-@pytest.mark.parametrize("batch", [1, 6])
-@pytest.mark.parametrize("in_fp32", [True, False])
-def test_the_residual_stream_keeps_its_dtype_and_its_digits(batch, in_fp32):
-    """To a float32 stream a block adds, and rounds no more than its own share."""
-    model = small_model(BF16, residual_in_fp32=in_fp32)
-    layer, state = model.backbone.layers[0], model.init_state(batch)[0]
-    u = model.embed(random_ids(model, batch)) * 1000
-    out = triton_scan.block_step(layer, u, state.conv, state.h)
-    assert out.dtype == u.dtype == (F32 if in_fp32 else BF16)
+def test_to_a_float32_stream_a_block_adds_and_rounds_no_more_than_its_own_share():
+    model = small_model(BF16)
+    layer = model.backbone.layers[0]
     exact = copy.deepcopy(layer).double()
-    expected, _ = exact(u.double(), exact.mixer.init_state(batch))
-    assert_rounded("u", out, expected, 1e-4)
+    for batch in (1, 6):
+        u, state = model.embed(random_ids(model, batch)) * 1000, model.init_state(batch)[0]
+        out = triton_scan.block_step(layer, u, state.conv, state.h)
+        assert out.dtype == u.dtype == F32
+        assert_close("u", out, exact(u.double(), exact.mixer.init_state(batch))[0], 1e-4)
 
 
 def test_delta_has_float32_digits_at_every_size():
@@ -160,13 +153,7 @@ def test_delta_has_float32_digits_at_every_size():
     state, ids = model.init_state(1), random_ids(model, 1)
     _, expected = copy.deepcopy(model).double().step(ids, state.map(Tensor.double))
     triton_scan.fused_step(model, ids, state)
-    error = (state.h / expected.h - 1).abs().max()
-    assert error < 2e-5
-
-
-## ================================================================================================
-## Products
-## ================================================================================================
+    assert (state.h / expected.h - 1).abs().max() < 2e-5
 
 
 def product(x, weight, bias=None, *, norm=None, eps=1e-5, conv=None, residual=None):
@@ -189,9 +176,8 @@ ALL = ["bias", "residual", "norm", "conv", "conv_bias"]
 # x where there are several, columns, and the warps of a vector; columns, W and what is given.
 TILES = [(1, None), (3, (8, 8, 4)), (1, (32, 32, 4)), (5, None), (19, (16, 16, 16)),
          (6, (32, 32, 32))]  # fmt: skip
-PRODUCTS = [(*tile, 18, 4, given) for given in ([], ALL) for tile in TILES]
-PRODUCTS += [(batch, None, 1, 1, ["conv", "conv_bias", "norm"]) for batch in (1, 6)]
-PRODUCTS += [(batch, None, 9, 2, ["conv", "bias"]) for batch in (1, 6)]
+PRODUCTS = [(*tile, 18, 4, ALL) for tile in TILES]
+PRODUCTS += [(1, None, 1, 1, ["conv", "conv_bias", "norm"])]
 PRODUCTS += [(batch, None, 3, 3, ["conv", "residual"]) for batch in (1, 6)]
 
 
@@ -224,58 +210,52 @@ def test_a_product_is_one_with_all_that_goes_with_it(batch, tile, columns, W, gi
         assert tensors["window"]._base[[0, -1]].isnan().all(), "something beside it has changed"
 
 
-@pytest.mark.parametrize(("parts", "columns"), [(2, 40), (3, 40), (2, 1)])
-def test_the_parts_of_a_product_sum_up_to_it(parts, columns):
+def test_the_parts_of_a_product_sum_up_to_it():
     """Also where the columns end in the middle of a part, or before it."""
-    x, weight = inside_nan(normal(6, columns)), inside_nan(normal(21, columns, seed=1))
-    with poisoned():
-        actual = triton_scan.linear_step(x, weight, parts=parts)
-    assert actual.shape == (parts, 6, 21)
-    assert_close("out", actual.sum(0), product(x, weight)[0], 1e-6)
+    for parts, columns in ((2, 40), (3, 40), (2, 1)):
+        x, weight = inside_nan(normal(6, columns)), inside_nan(normal(21, columns, seed=1))
+        with poisoned():
+            actual = triton_scan.linear_step(x, weight, parts=parts)
+        assert actual.shape == (parts, 6, 21)
+        assert_close("out", actual.sum(0), product(x, weight)[0], 1e-6)
 
 
-@pytest.mark.parametrize(
-    ("batch", "columns", "dtype"),
-    [(1, 1, F32), (3, sized(16, 2560), F32), (6, 40, BF16), (1, 40, F16)],
-)
-def test_the_first_rung_the_norm_and_a_product_alone_are_rounded_once(batch, columns, dtype):
-    u, norm = inside_nan(normal(batch, columns)), inside_nan(normal(columns, dtype=dtype, seed=3))
-    weight = inside_nan(normal(5, columns, dtype=dtype, seed=1))
-    with poisoned():
-        first = triton_scan.first_step(u, weight, norm, 0.1)
-        normed = triton_scan.norm_step(u, norm, 0.1)
-        out, wide = (triton_scan.linear_step(u.to(dtype), weight, dtype=d) for d in (None, F32))
-    assert first.dtype == normed.dtype == out.dtype == dtype and wide.dtype == F32
-    one = torch.eye(columns, device=DEVICE)
-    assert_rounded("first", first, product(u, weight, norm=norm, eps=0.1)[0], 2e-6)
-    assert_rounded("norm", normed, product(u, one, norm=norm, eps=0.1)[0], 1e-6)
-    for actual in (out, wide):
-        assert_rounded("out", actual, product(u.to(dtype), weight)[0], 2e-6)
+def test_the_first_rung_the_norm_and_a_product_alone_are_rounded_once():
+    cases = (1, 1, F32), (1, 40, F16), (3, sized(16, 2560), F32), (6, 40, BF16)
+    for batch, columns, dtype in cases:
+        u, norm = normal(batch, columns), normal(columns, dtype=dtype, seed=3)
+        weight = normal(5, columns, dtype=dtype, seed=1)
+        u, norm, weight = inside_nan(u), inside_nan(norm), inside_nan(weight)
+        with poisoned():
+            first = triton_scan.first_step(u, weight, norm, 0.1)
+            normed = triton_scan.norm_step(u, norm, 0.1)
+            out, wide = (triton_scan.linear_step(u.to(dtype), weight, dtype=d) for d in (None, F32))
+        assert first.dtype == normed.dtype == out.dtype == dtype and wide.dtype == F32
+        one = torch.eye(columns, device=DEVICE)
+        assert_rounded("first", first, product(u, weight, norm=norm, eps=0.1)[0], 2e-6)
+        assert_rounded("norm", normed, product(u, one, norm=norm, eps=0.1)[0], 1e-6)
+        for actual in (out, wide):
+            assert_rounded("out", actual, product(u.to(dtype), weight)[0], 2e-6)
 
 
-@pytest.mark.parametrize("processors", [1, 132])
-def test_tiles_are_powers_of_two_within_what_a_processor_has(processors, monkeypatch):
-    monkeypatch.setattr(triton_scan, "PROCESSORS", processors)
+def test_tiles_are_powers_of_two_within_what_a_processor_has(monkeypatch):
     every = (1, 3, 16, 17, 48, 80, 264, 768, 1536, 2560, 5120, 50280)
-    for rows, columns, batch in itertools.product(every, every[:-1], (1, 2, 3, 4)):
-        tile = ROWS, BLOCK, warps = triton_scan.vector_tile(rows, columns, batch)
-        assert all(number & (number - 1) == 0 for number in tile), tile
-        assert ROWS <= 16 and 8 <= BLOCK < 2 * max(columns, 8), tile
-        assert ROWS * BLOCK <= 64 * 32 * warps, f"{tile}: more than the registers hold"
-    sizes = every, every[:-1], (5, 16, 17, 64, 65, 1000), (2, 4), (True, False)
-    for rows, columns, batch, size, epilogue in itertools.product(*sizes):
-        tile = ROWS, BATCH, BLOCK = triton_scan.matrix_tile(rows, columns, batch, size, epilogue)
-        assert all(number & (number - 1) == 0 for number in tile), tile
-        assert BLOCK < 2 * max(columns, 16), f"{tile}: columns that are not there"
-        assert min(tile) >= 16, f"{tile}: tensor cores want 16"
-        assert ROWS * BATCH <= (2048 if epilogue else 4096), tile
-        shared = 4 * (ROWS + BATCH) * BLOCK * size  # four stages
-        assert shared <= 227 * 1024, f"{tile}: {shared} bytes"
-
-
-## ================================================================================================
-## What does not fit
-## ================================================================================================
+    tiles = (5, 16, 17, 64, 65, 1000), (2, 4), (True, False)
+    for processors, rows, columns in itertools.product((1, 132), every, every[:-1]):
+        monkeypatch.setattr(triton_scan, "PROCESSORS", processors)
+        for batch in (1, 2, 3, 4):
+            tile = ROWS, BLOCK, warps = triton_scan.vector_tile(rows, columns, batch)
+            assert all(number & (number - 1) == 0 for number in tile), tile
+            assert ROWS <= 16 and 8 <= BLOCK < 2 * max(columns, 8), tile
+            assert ROWS * BLOCK <= 64 * 32 * warps, f"{tile}: more than the registers hold"
+        for batch, size, epilogue in itertools.product(*tiles):
+            tile = ROWS, BATCH, BLOCK = triton_scan.matrix_tile(
+                rows, columns, batch, size, epilogue
+            )
+            assert all(number & (number - 1) == 0 for number in tile), tile
+            assert min(tile) >= 16 and BLOCK < 2 * max(columns, 16), f"{tile}: tensor cores want 16"
+            assert ROWS * BATCH <= (2048 if epilogue else 4096), tile
+            assert 4 * (ROWS + BATCH) * BLOCK * size <= 227 * 1024, f"{tile}: four stages, shared"
 
 
 def linear(x=None, weight=None, **given):
@@ -294,7 +274,6 @@ RESIDUAL, ROWS = "residual must be (6, 21) and contiguous", "need x (b, 9 or mor
 PARTS = "parts are for more than 4 sequences, and a product alone"
 WRONG = [
     (lambda: linear(bias=normal(21), parts=2), PARTS),
-    (lambda: linear(norm=normal(9), parts=2), PARTS),
     (lambda: linear(normal(4, 9), parts=2), PARTS),
     (lambda: linear(residual=normal(6, 20)), RESIDUAL),
     (lambda: linear(residual=normal(21, 6).T), RESIDUAL),
@@ -313,9 +292,9 @@ def test_a_call_that_cannot_be_right_says_what_is_wrong():
             call()
 
 
-def with_other_strides(model: Mamba) -> None:
-    weight = model.backbone.layers[0].mixer.out_proj.weight
-    weight.data = weight.data.T.contiguous().T
+def with_another_order_at_the_same_address(model: Mamba) -> None:
+    embedding = model.backbone.embedding.weight
+    embedding.data = embedding.data.view(embedding.shape[::-1]).T
 
 
 FUSED = [
@@ -326,21 +305,16 @@ FUSED = [
     *((changes, None, False) for changes in ({"d_state": 257}, {"dtype": F64})),
     ({"dtype": BF16}, lambda model: model.backbone.layers.float(), False),  # as some train
     ({"dtype": BF16}, lambda model: model.lm_head.float(), False),
-    ({}, with_other_strides, False),
+    ({}, with_another_order_at_the_same_address, False),
 ]
 
 
-@pytest.mark.parametrize(("changes", "change", "answer"), FUSED)
-def test_a_model_is_fused_if_the_kernels_have_all_of_it(changes, change, answer):
-    model = small_model(**changes)
-    if change is not None:
-        change(model)
-    assert triton_scan.can_fuse(model) is answer
-
-
-## ================================================================================================
-## The graphs of a model
-## ================================================================================================
+def test_a_model_is_fused_if_the_kernels_have_all_of_it():
+    for changes, change, answer in FUSED:
+        model = small_model(**changes)
+        if change is not None:
+            change(model)
+        assert triton_scan.can_fuse(model) is answer, changes
 
 
 class StandIn(triton_scan.StepGraph):
@@ -395,18 +369,18 @@ def read(model: Mamba, ids: Tensor) -> tuple[Tensor, MambaState]:
     return logits[:, -1], state
 
 
-def go_on(step, logits: Tensor, new: int = 6) -> Tensor:
-    """The logits (b, new, vocab_size) of that many tokens, each the most probable one."""
+def go_on(step, logits: Tensor) -> Tensor:
+    """The logits (b, 6, vocab_size) of six tokens, each the most probable one."""
     every = []
-    for _ in range(new):
+    for _ in range(6):
         logits = step(logits.argmax(-1))
         every.append(logits.clone())
     return torch.stack(every, dim=1)
 
 
-def plain(model: Mamba, ids: Tensor, new: int = 6) -> Tensor:
+def plain(model: Mamba, ids: Tensor) -> Tensor:
     logits, state = read(model, ids)
-    return go_on(PlainStep(model, state), logits, new)
+    return go_on(PlainStep(model, state), logits)
 
 
 def recorded(model: Mamba, ids: Tensor) -> Tensor:
@@ -436,29 +410,6 @@ def test_a_graph_is_made_for_each_batch_size_and_keeps_nothing_of_what_it_has_re
         assert [graph() is None for graph in made] == [True] * (count - 1) + [False]
 
 
-@pytest.mark.parametrize("rule", ["zoh", "mamba"])
-def test_the_state_after_any_token_can_be_had_as_a_copy_until_the_step_ends(rule, made):
-    """Before the first token it is the one that was given, which stays as it is. After the end
-    another generation may be using the graph."""
-    model = small_model(rule=rule, n_layer=2)
-    _, start = read(model, random_ids(model, 2, 3))
-    before, judge, states = start.map(torch.clone), PlainStep(model, start), []
-    token_ids = random_ids(model, 2)
-    with triton_scan.step_graph(model, start) as step:
-        for _ in range(3):
-            states.append((step.state(), judge.now))
-            assert_close("logits", step(token_ids), judge(token_ids), 1e-5)
-        states.append((step.state(), judge.now))
-    for actual, expected in [*states, (start, before)]:
-        assert_close("h", actual.h, expected.h, 1e-5)
-        assert_close("conv", actual.conv, expected.conv, 1e-5)
-        assert actual.conv.is_contiguous() and actual.h.is_contiguous()
-    assert states[0][0].h.data_ptr() != start.h.data_ptr(), "not a copy"
-    for use in (lambda: step(token_ids), step.state):
-        with pytest.raises(RuntimeError, match="has ended"):
-            use()
-
-
 def test_ids_or_a_state_of_another_shape_are_refused(made):
     wrong = [(shape, lambda t: t, "token ids (2,), got (") for shape in ((1,), (3,), (2, 1), ())]
     wrong += [((2,), lambda t: t[:1], "a state (2, 2, 16, ")]  # it would fit every layer
@@ -472,38 +423,25 @@ def test_ids_or_a_state_of_another_shape_are_refused(made):
         assert len(made) == count
 
 
-@pytest.mark.parametrize("model_of_each", [(0, 0, 0), (0, 1, 0)])
-def test_generations_at_the_same_time_have_a_graph_each(model_of_each, made):
-    """With one model or two. Those before and after take one that is free."""
-    models = [recorded_model(), recorded_model()]
-    models[1].lm_head.weight.neg_()
-    models = [models[i] for i in model_of_each]
-    prompts = [random_ids(model, 2, 4, seed=seed) for seed, model in enumerate(models)]
-    right = [plain(model, prompt) for model, prompt in zip(models, prompts, strict=True)]
-    assert torch.equal(recorded(models[2], prompts[2]), right[2])
-    (first, state), (second, other_state) = map(read, models[:2], prompts[:2])
-    pairs = []
-    with (
-        triton_scan.step_graph(models[0], state) as step,
-        triton_scan.step_graph(models[1], other_state) as other_step,
-    ):
-        for _ in range(6):
-            first, second = step(first.argmax(-1)).clone(), other_step(second.argmax(-1)).clone()
-            pairs.append((first, second))
-    actual = [torch.stack(logits, dim=1) for logits in zip(*pairs, strict=True)]
-    assert torch.equal(actual[0], right[0]) and torch.equal(actual[1], right[1])
-    assert torch.equal(recorded(models[2], prompts[2]), right[2])
+def test_generations_at_the_same_time_have_a_graph_each(made):
+    """Those before and after take one that is free."""
+    model = recorded_model()
+    assert_right(model, 2, 4)
+    prompts = [random_ids(model, 2, 4, seed=seed) for seed in (0, 1)]
+    right, other_right = (plain(model, prompt) for prompt in prompts)
+    (first, state), (second, other_state) = (read(model, prompt) for prompt in prompts)
+    begin = functools.partial(triton_scan.step_graph, model)
+    with begin(state) as step, begin(other_state) as other_step:
+        for i in range(6):
+            first, second = step(first.argmax(-1)), other_step(second.argmax(-1))
+            assert torch.equal(first, right[:, i]) and torch.equal(second, other_right[:, i])
+    assert_right(model, 2, 4)
     assert len(made) == 2
 
 
 def with_other_numbers(model: Mamba) -> None:
     """A parameter stays what it is, and its numbers lie elsewhere."""
     model.backbone.norm_f.weight.data = -model.backbone.norm_f.weight.data
-
-
-def with_another_order_at_the_same_address(model: Mamba) -> None:
-    embedding = model.backbone.embedding.weight
-    embedding.data = embedding.data.view(embedding.shape[::-1]).T
 
 
 def with_another_dtype_at_the_same_address(model: Mamba) -> None:
@@ -518,17 +456,10 @@ MOVED += [with_another_order_at_the_same_address, with_another_dtype_at_the_same
 
 
 @pytest.mark.parametrize("change", MOVED)
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_model_that_is_no_longer_the_one_recorded_gets_a_new_graph(change, fails, made):
-    """Also if it could not be made at first, as the GPU had no memory left."""
-    model = recorded_model(dtype=torch.bfloat16)
+def test_a_model_that_is_no_longer_the_one_recorded_gets_a_new_graph(change, made):
+    model = recorded_model(dtype=BF16)
     assert_right(model, 1, 4)
     change(model)
-    if fails:
-        full = mock.Mock(side_effect=MemoryError("full"))
-        with mock.patch.object(triton_scan.StepGraph, "__init__", full):
-            with pytest.raises(MemoryError, match="full"):
-                recorded(model, random_ids(model, 1, 4))
     assert_right(model, 1, 4)
     assert len(made) == 2
 
@@ -546,19 +477,19 @@ def test_a_graph_is_made_at_the_first_token_and_given_back_however_a_generation_
                 step(logits.argmax(-1))
             raise error
         assert len(made) == count
+        for use in (lambda step=step: step(ids[:, 0]), step.state):
+            with pytest.raises(RuntimeError, match="has ended"):
+                use()
     assert_right(model, 1, 4)
     assert len(made) == 1
     gone = weakref.ref(model)
-    del model, step
+    del model, step, use
     gc.collect()
     assert gone() is None, "something keeps the model"
     assert made[0]() is None, "something keeps its graph"
 
 
-@pytest.mark.parametrize(
-    ("batch", "rule"),
-    [(2, "zoh"), *(pytest.param(batch, "mamba", marks=needs_gpu) for batch in (3, 6))],
-)
+@pytest.mark.parametrize(("batch", "rule"), [(2, "zoh"), pytest.param(3, "mamba", marks=needs_gpu)])
 def test_a_change_of_any_weight_in_place_counts_from_the_next_token(batch, rule, made):
     model = small_model(rule=rule, n_layer=2)
     ids, state = random_ids(model, batch), random_state(model, batch)
@@ -571,37 +502,41 @@ def test_a_change_of_any_weight_in_place_counts_from_the_next_token(batch, rule,
     assert len(made) == 1
 
 
-## ================================================================================================
-## Graphs of the fused step
-## ================================================================================================
-
-
 def large_model(dtype=torch.float32, **changes) -> Mamba:
     """On a GPU: in both kinds of products there are several tiles, and borders inside them."""
     sizes = {"d_model": 328, "n_layer": 2, "vocab_size": 5003, "d_state": 16, "dt_rank": 21}
     return small_model(dtype, **{**sized({}, sizes), **changes})
 
 
-TEXTS = [(3, F32, "mamba"), (5, F16, "dirac")]
-ON_A_GPU = [(1, BF16, "mamba"), (64, BF16, "mamba"), (64, F32, "mamba"), (64, F32, "zoh")]
-TEXTS += [pytest.param(*text, marks=needs_gpu) for text in ON_A_GPU]
+TEXTS = [(3, F32, "mamba"), (5, F16, "dirac"), (64, F32, "zoh")]
+TEXTS += [pytest.param(batch, BF16, "mamba", marks=needs_gpu) for batch in (1, 64)]
 
 
 @pytest.mark.parametrize(("batch", "dtype", "rule"), TEXTS)
-def test_logits_of_a_given_text_are_those_of_the_step(batch, dtype, rule, made):
-    """Over many tokens, so that an error of the state would grow."""
+def test_logits_and_states_of_a_given_text_are_those_of_the_step(batch, dtype, rule, made):
+    """Over many tokens, so that an error of the state would grow. The state can be had before and
+    after each, as a copy; the one that was given stays as it is."""
     model = large_model(dtype, rule=rule)
     exact, text = copy.deepcopy(model).double(), random_ids(model, batch, sized(4, 25))
     start = random_state(model, batch)
-    exact_state, judge = start.map(Tensor.double), PlainStep(model, start)
+    judge, exact_state = PlainStep(model, start), start.map(Tensor.double)
+    before = start.map(torch.clone)
+    states = [(start, before, before)]
     with triton_scan.step_graph(model, start) as step:
         for i, token_ids in enumerate(text.unbind(1)):
+            states.append((step.state(), judge.now, exact_state))
             right, exact_state = exact.step(token_ids, exact_state)
-            pairs = [("logits", step(token_ids), judge(token_ids), right)]
-            pairs.append(("h", step.state().h, judge.now.h, exact_state.h))
-            for name, actual, other, expected in pairs:
-                allowed = 1e-5 if dtype == F32 else 2 * error_of(other, expected)
-                assert_close(f"{name} of token {i}", actual, expected, allowed)
+            logits, other = step(token_ids), judge(token_ids)
+            allowed = 1e-5 if dtype == F32 else 2 * error_of(other, right)
+            assert_close(f"logits of token {i}", logits, right, allowed)
+        states.append((step.state(), judge.now, exact_state))
+    for i, after in enumerate(states):
+        for name in ("conv", "h"):
+            actual, other, right = (getattr(state, name) for state in after)
+            assert actual.is_contiguous()
+            allowed = 1e-5 if dtype == F32 else 2 * error_of(other, right)
+            assert_close(f"{name} of state {i}", actual, right, allowed)
+    assert states[1][0].h.data_ptr() != start.h.data_ptr(), "not a copy"
 
 
 @needs_gpu

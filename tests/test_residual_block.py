@@ -6,30 +6,21 @@ Without a GPU the kernels run in Triton's interpreter, and a block is told to ta
 from __future__ import annotations
 
 import copy
-import os
+import functools
 from unittest import mock
 
 import pytest
 import torch
-from test_triton_scan import whole_slices  # noqa: F401  a fixture
+from test_triton_scan import DEVICE, GPU, needs_gpu, whole_slices  # noqa: F401  the last: a fixture
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import mamba
+import triton_scan
 from mamba import Mamba, MambaConfig
 from test_mamba import assert_all_close, assert_close, error_of
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
 pytestmark = pytest.mark.gpu
-needs_gpu = pytest.mark.gpu(needed=True)
-
-try:
-    import triton_scan
-except ImportError as error:
-    if os.environ.get("CI"):
-        raise
-    pytest.skip(f'{error}: pip install -e ".[test]"', allow_module_level=True)
 
 
 @pytest.fixture(autouse=True)
@@ -136,64 +127,14 @@ class Doubled(nn.Module):
         return 2 * weight
 
 
-def hook(layer: nn.Module) -> None:
-    layer.mixer.dt_proj.register_forward_hook(lambda *_: None)
-
-
-def subclass(layer: nn.Module) -> None:
-    layer.mixer.__class__ = type("Mine", (mamba.MambaBlock,), {})
-
-
-def forward_of_its_own(layer: nn.Module) -> None:
-    layer.norm.forward = lambda stream: stream
-
-
-def selection_of_its_own(layer: nn.Module) -> None:
-    layer.mixer.select = lambda x: x
+def put(place: str, value):
+    """A change of a layer: a value in this place."""
+    *owners, name = place.split(".")
+    return lambda layer: setattr(functools.reduce(getattr, owners, layer), name, value)
 
 
 def parametrised(layer: nn.Module) -> None:
     parametrize.register_parametrization(layer.mixer.out_proj, "weight", Doubled())
-
-
-def weight_of_another_kind(layer: nn.Module) -> None:
-    layer.mixer.in_proj.weight = type("Quantised", (nn.Parameter,), {})(torch.zeros(2, 2))
-
-
-def projections_of_two_dtypes(layer: nn.Module) -> None:
-    layer.mixer.x_proj.bfloat16()
-
-
-def another_rule(layer: nn.Module) -> None:
-    layer.mixer.config.rule = "zoh"
-
-
-def another_scan(layer: nn.Module) -> None:
-    layer.mixer.config.scan = "chunked"
-
-
-def float64(layer: nn.Module) -> None:
-    layer.double()
-
-
-def another_filter(layer: nn.Module) -> None:
-    layer.mixer.conv1d = nn.Conv1d(24, 24, 3, groups=24)
-
-
-def dilated_filter(layer: nn.Module) -> None:
-    layer.mixer.conv1d = nn.Conv1d(24, 24, 4, groups=24, dilation=2)
-
-
-def delta_by_a_linear(layer: nn.Module) -> None:
-    layer.mixer.dt_proj = nn.Linear(1, 24)
-
-
-def delta_without_a_bias(layer: nn.Module) -> None:
-    layer.mixer.dt_proj.bias = None
-
-
-def selection_with_a_bias(layer: nn.Module) -> None:
-    layer.mixer.x_proj = nn.Linear(24, 33)
 
 
 def wide_filter(layer: nn.Module) -> None:
@@ -201,16 +142,29 @@ def wide_filter(layer: nn.Module) -> None:
     layer.mixer.conv1d.weight = nn.Parameter(torch.zeros(24, 1, 5))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        hook, subclass, forward_of_its_own, selection_of_its_own, parametrised, another_rule,
-        weight_of_another_kind, projections_of_two_dtypes, another_scan, float64, wide_filter,
-        another_filter, dilated_filter, delta_by_a_linear, delta_without_a_bias,
-        selection_with_a_bias,
-    ],
-    ids=lambda change: change.__name__,
-)  # fmt: skip
+NOT_OURS = {
+    "a hook": lambda layer: layer.mixer.dt_proj.register_forward_hook(lambda *_: None),
+    "a subclass": put("mixer.__class__", type("Mine", (mamba.MambaBlock,), {})),
+    "a forward of its own": put("norm.forward", lambda stream: stream),
+    "a selection of its own": put("mixer.select", lambda x: x),
+    "a parametrisation": parametrised,
+    "another rule": put("mixer.config.rule", "zoh"),
+    "another scan": put("mixer.config.scan", "chunked"),
+    "a weight of another kind": put(
+        "mixer.in_proj.weight", type("Quantised", (nn.Parameter,), {})(torch.zeros(2, 2))
+    ),
+    "projections of two dtypes": lambda layer: layer.mixer.x_proj.bfloat16(),
+    "float64": nn.Module.double,
+    "a wide filter": wide_filter,
+    "another filter": put("mixer.conv1d", nn.Conv1d(24, 24, 3, groups=24)),
+    "a dilated filter": put("mixer.conv1d", nn.Conv1d(24, 24, 4, groups=24, dilation=2)),
+    "delta by a Linear": put("mixer.dt_proj", nn.Linear(1, 24)),
+    "delta without a bias": put("mixer.dt_proj.bias", None),
+    "a selection with a bias": put("mixer.x_proj", nn.Linear(24, 33)),
+}
+
+
+@pytest.mark.parametrize("change", NOT_OURS.values(), ids=NOT_OURS)
 def test_a_block_that_is_not_quite_ours_is_computed_by_its_modules(change):
     layer = random_model(scan="auto").backbone.layers[0]
     stream = mock.MagicMock(is_cuda=True, ndim=3, dtype=torch.float32)

@@ -470,14 +470,41 @@ def forward_summary_kernel(
 
 @triton.jit
 def chain(
-    b_h, ends, sums, where, state_step, b_A2, o_h,
+    b_h, ends, sums, where, step, count, state_step, b_A2, o_h,
     M: tl.constexpr, J: tl.constexpr, CHANNELS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """P h + e, with the summary of one segment."""
-    b_e = tl.reshape(tl.load(ends + where * state_step + o_h), [M, J, CHANNELS])
-    b_sum = tl.load(sums + where * CHANNELS + tl.arange(0, CHANNELS))[None, None, :]
+    """P h + e, with the summaries of `count` segments: those at where, where + step, ...
+
+    Four are asked for at a time, so that memory is waited for a quarter as often.
+    """
+    for s in range(0, count, 4):
+        e0, sum0 = load_summary(ends, sums, where, step, s, count, state_step, o_h, CHANNELS)
+        e1, sum1 = load_summary(ends, sums, where, step, s + 1, count, state_step, o_h, CHANNELS)
+        e2, sum2 = load_summary(ends, sums, where, step, s + 2, count, state_step, o_h, CHANNELS)
+        e3, sum3 = load_summary(ends, sums, where, step, s + 3, count, state_step, o_h, CHANNELS)
+        b_h = after_segment(b_h, e0, sum0, b_A2, M, J, CHANNELS, FAST)
+        b_h = after_segment(b_h, e1, sum1, b_A2, M, J, CHANNELS, FAST)
+        b_h = after_segment(b_h, e2, sum2, b_A2, M, J, CHANNELS, FAST)
+        b_h = after_segment(b_h, e3, sum3, b_A2, M, J, CHANNELS, FAST)
+    return b_h
+
+
+@triton.jit
+def load_summary(ends, sums, where, step, s, count, state_step, o_h, CHANNELS: tl.constexpr):
+    """e and ΣΔ of one segment; zeros, which change nothing, from the last one on."""
+    c, where = tl.arange(0, CHANNELS), where + s * step
+    b_e = tl.load(ends + where * state_step + o_h, mask=s + 0 * o_h < count, other=0.0)
+    return b_e, tl.load(sums + where * CHANNELS + c, mask=s + 0 * c < count, other=0.0)
+
+
+@triton.jit
+def after_segment(
+    b_h, b_e, b_sum, b_A2,
+    M: tl.constexpr, J: tl.constexpr, CHANNELS: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    b_sum = b_sum[None, None, :]
     b_P = tl.where(b_sum == float("inf"), 0.0, exp2(b_A2 * b_sum, FAST))
-    return b_P * b_h + b_e
+    return b_P * b_h + tl.reshape(b_e, [M, J, CHANNELS])
 
 
 ## ================================================================================================
@@ -514,9 +541,8 @@ def forward_kernel(
     if HAS_H0:
         offsets, mask_h = state_mask(d, d_inner, d_state, M, J)
         b_h += tl.load(h0 + i_b * d_inner * d_state + offsets, mask=mask_h, other=0.0)
-    for s in range(0, i_s):
-        where = (i_b * segments + s) * blocks + i_d
-        b_h = chain(b_h, ends, sums, where, state_step, b_A2, o_h, M, J, CHANNELS, FAST)
+    where = i_b * segments * blocks + i_d
+    b_h = chain(b_h, ends, sums, where, blocks, i_s, state_step, b_A2, o_h, M, J, CHANNELS, FAST)
 
     start = i_s * segment
     stop = min(seqlen, start + segment)
@@ -724,9 +750,8 @@ def backward_kernel(
 
     p_w = w_after + (i_b * blocks + i_d) * state_step + o_h
     b_w = tl.reshape(tl.load(p_w, mask=o_h < has_w * (N * CHANNELS), other=0.0), [M, J, CHANNELS])
-    for k in range(0, segments - 1 - i_s):
-        where = (i_b * segments + segments - 1 - k) * blocks + i_d
-        b_w = chain(b_w, ends, sums, where, state_step, b_A2, o_h, M, J, CHANNELS, FAST)
+    last, count = ((i_b + 1) * segments - 1) * blocks + i_d, segments - 1 - i_s
+    b_w = chain(b_w, ends, sums, last, -blocks, count, state_step, b_A2, o_h, M, J, CHANNELS, FAST)
 
     x, o_x = start_of(x, i_b, i_d, t, c, x_b, x_l, x_d)
     dt, o_dt = start_of(dt, i_b, i_d, t, c, dt_b, dt_l, dt_d)
@@ -925,7 +950,8 @@ def lane_shape(d_state: int, lanes_of_a_channel: int) -> tuple[int, int, int]:
 ## distributed run computes the same bits. The numbers are an H100's: from so many programs on, a
 ## kernel is as fast without cutting time; below, cut time until there are about so many.
 
-FORWARD_FULL, FORWARD_WANTED = 384, 3072  # programs: enough without cutting time; else this many
+SCHEDULERS = 528
+FORWARD_FULL, FORWARD_WANTED = 384, 960  # programs: enough without cutting time; else this many
 BACKWARD_FULL, BACKWARD_WANTED = 700, 1056
 
 
@@ -933,6 +959,23 @@ def segment_length(seqlen: int, segments: int) -> int:
     """Steps of a segment, a multiple of K."""
     chunks = ceil_div(seqlen, K)
     return ceil_div(chunks, min(chunks, segments)) * K
+
+
+def forward_segment(seqlen: int, programs: int) -> int:
+    """The same for the forward kernel, if that many programs have one segment each.
+
+    The schedulers take turns: one turn of all is as long as its longest segment. Of the lengths
+    with the least time in all the longest, which leaves the fewest summaries.
+    """
+    chunks = ceil_div(seqlen, K)
+    if programs >= FORWARD_FULL:
+        return chunks * K
+
+    def time(length: int) -> int:
+        return ceil_div(ceil_div(chunks, length) * programs, SCHEDULERS) * length
+
+    longest = max(1, chunks * programs // FORWARD_WANTED)
+    return min(range(longest, 0, -1), key=time) * K
 
 
 def pack(h: Tensor, channels: int, M: int, J: int, C: int) -> Tensor:
@@ -1057,8 +1100,7 @@ def scan_forward(
     M, J, channels = lane_shape(d_state, 1)
     states, blocks = M * J, ceil_div(d_inner, channels)
     programs = batch * blocks
-    wanted = 1 if programs >= FORWARD_FULL else ceil_div(FORWARD_WANTED, programs)
-    segment = segment_length(seqlen, wanted)
+    segment = forward_segment(seqlen, programs)
     segments = ceil_div(seqlen, segment)
 
     x, dt, z = within_reach(x), within_reach(dt), within_reach(z)

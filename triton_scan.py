@@ -1712,9 +1712,9 @@ def norm_forward(stream: Tensor, weight: Tensor, eps: float, dtype: torch.dtype)
     """RMSNorm of every row of stream (rows, d_model), in dtype."""
     u = torch.empty_like(stream, dtype=dtype)
     with device_of(stream):
-        fixed, constants = (eps, stream.stride(0)), norm_constants(len(weight))
-        tensors, grid = (stream, weight, u), (len(stream), 1, 1)
-        launch(norm_step_kernel, grid, tensors, (), fixed, **constants, OVERLAP=False)
+        fixed, constants = (len(stream), eps, stream.stride(0)), norm_constants(len(weight))
+        tensors, grid = (stream, weight, stream, stream, u), (len(stream), 1, 1)
+        launch(norm_step_kernel, grid, tensors, (), fixed, **constants, PARTS=0, OVERLAP=False)
     return u
 
 
@@ -1914,7 +1914,7 @@ def first_step_kernel(
 def first_step(u: Tensor, weight: Tensor, norm: Tensor, eps: float = 1e-5) -> Tensor:
     """weight RMSNorm(u): u (b, columns) -> (b, rows), in the weight's dtype. All are contiguous.
 
-    The first rung, for reading and for the tests: the model runs `linear_step`.
+    The first rung, for reading and for the tests: the model runs `vector_step`.
     """
     (rows, columns), out = weight.shape, weight.new_empty(len(u), len(weight))
     sizes = {"COLUMNS": columns, "BLOCK": 1024}
@@ -1942,9 +1942,17 @@ def first_step(u: Tensor, weight: Tensor, norm: Tensor, eps: float = 1e-5) -> Te
 ##    the same time: one reads from memory, the others find it in the cache, where even what may
 ##    leave first still is. For four sequences that nearly halves the time.
 ##
-## For a few sequences the product is a matrix times a vector, lane by lane. From five on the tensor
-## cores have enough to do: `tile_step_kernel`. They read tiles straight from memory, so that the
-## norm cannot be applied on the way and is a fifth kernel.
+## For a few sequences the product is a matrix times a vector, lane by lane. For more the tensor
+## cores have enough to do: `tile_step_kernel`. Then what has to be summed over a row cannot be done
+## on the way, and a layer has seven kernels; each waits for the one before:
+##
+##     1. residual, norm                     5. dt_proj
+##     2. in_proj, convolution, silu         6. the recurrence, the gate
+##     3. x_proj, in parts                   7. out_proj, in parts
+##     4. their sum
+##
+## A product with few rows makes few programs, and a program reads memory only so fast. So the long
+## rows of x_proj and out_proj are cut into parts, and the kernel that follows adds them up.
 
 
 @triton.jit
@@ -2051,16 +2059,27 @@ def vector_step_kernel(
 
 
 @triton.jit
+def multiply(b_x, b_weight, result, FAST: tl.constexpr):
+    """result (b, r) + x (b, k) weight (r, k), in the weight's dtype."""
+    b_x = b_x.to(b_weight.dtype)
+    if not FAST:  # Triton's interpreter has no products of short floats
+        b_x, b_weight = b_x.to(tl.float32), b_weight.to(tl.float32)
+    return tl.dot(b_x, tl.trans(b_weight), result, input_precision="ieee")
+
+
+@triton.jit
 def tile_step_kernel(
-    x, weight, bias, conv, conv_weight, conv_bias, residual, out,
+    x, weight, bias, conv, conv_weight, conv_bias, out,
     batch, rows, d_inner, x_b, conv_b, conv_d, conv_j,
     COLUMNS: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    BATCH: tl.constexpr, W: tl.constexpr, HAS_BIAS: tl.constexpr, CONV: tl.constexpr,
-    HAS_CONV_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, FAST: tl.constexpr, OVERLAP: tl.constexpr,
+    BATCH: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, W: tl.constexpr,
+    HAS_BIAS: tl.constexpr, CONV: tl.constexpr, HAS_CONV_BIAS: tl.constexpr, FAST: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """out (parts, b, rows) = f(weight x + bias) + residual: a tile of ROWS x BATCH numbers.
+    """out (parts, b, rows) = f(weight x + bias): a tile of ROWS x BATCH numbers.
 
-    Each part is the product of PART columns, BLOCK of them at a time.
+    Each part is the product of PART columns, BLOCK of them at a time; the first has the bias.
+    AHEAD: the first BLOCK of the weight is loaded before the wait.
     """
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     b = (tl.program_id(1) * BATCH + tl.arange(0, BATCH)).to(tl.int64)
@@ -2069,8 +2088,11 @@ def tile_step_kernel(
     m_out = m_b[:, None] & m_r[None, :]
     o_out = (tl.program_id(2) * batch + b)[:, None] * rows + r[None, :]
     weight += r.to(tl.int64)[:, None] * COLUMNS + k[None, :]
+    if AHEAD:
+        first_weight = tl.load(weight, mask=m_r[:, None] & (k < COLUMNS)[None, :], other=0.0)
     if HAS_BIAS:
-        b_bias = tl.load(bias + r, mask=m_r, other=0.0).to(tl.float32)
+        end = tl.where(tl.program_id(2) == 0, rows, 0)
+        b_bias = tl.load(bias + r, mask=r < end, other=0.0).to(tl.float32)
     if CONV:
         m_d = r < d_inner
         m_x = m_b[:, None] & m_d[None, :]
@@ -2079,74 +2101,94 @@ def tile_step_kernel(
             window, conv_weight, conv_bias, r, m_d, m_x, conv_j, W, HAS_CONV_BIAS
         )
     wait_for_the_kernel_before(OVERLAP)
-    if RESIDUAL:
-        b_residual = tl.load(residual + o_out, mask=m_out, other=0.0).to(tl.float32)
     x += b[:, None] * x_b + k[None, :]
+    if AHEAD:
+        first_x = tl.load(x, mask=m_b[:, None] & (k < COLUMNS)[None, :], other=0.0)
     result = tl.zeros([BATCH, ROWS], tl.float32)
-    for start in tl.range(0, PART, BLOCK, num_stages=4):
+    for start in tl.range(BLOCK if AHEAD else 0, PART, BLOCK, num_stages=STAGES):
         m_k = start + k < COLUMNS
         b_x = tl.load(x + start, mask=m_b[:, None] & m_k[None, :], other=0.0)
         b_weight = tl.load(weight + start, mask=m_r[:, None] & m_k[None, :], other=0.0)
-        if not FAST:  # Triton's interpreter has no products of short floats
-            b_x, b_weight = b_x.to(tl.float32), b_weight.to(tl.float32)
-        result = tl.dot(b_x, tl.trans(b_weight), result, input_precision="ieee")
+        result = multiply(b_x, b_weight, result, FAST)
+    if AHEAD:
+        result = multiply(first_x, first_weight, result, FAST)
     if HAS_BIAS:
         result += b_bias[None, :]
     if CONV:
         result = convolve(result, pre, last_w, window, m_x, conv_j, W, FAST)
-    if RESIDUAL:
-        result += b_residual
     tl.store(out + o_out, result.to(out.dtype.element_ty), mask=m_out)
 
 
 @triton.jit
 def norm_step_kernel(
-    u, weight, out, eps, u_b, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
-):
-    """RMSNorm of one row."""
+    u, weight, added, stream, out, batch, eps, u_b,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """stream = u + the sum of added (parts, b, columns), if any; out = RMSNorm(stream). One row."""
     row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    b_weight = tl.load(weight + c, mask=c < COLUMNS, other=0.0).to(tl.float32)
+    m = c < COLUMNS
+    b_weight = tl.load(weight + c, mask=m, other=0.0).to(tl.float32)
     wait_for_the_kernel_before(OVERLAP)
-    b_u = tl.load(u + row * u_b + c, mask=c < COLUMNS, other=0.0).to(tl.float32)
+    b_u = tl.load(u + row * u_b + c, mask=m, other=0.0).to(tl.float32)
+    if PARTS > 0:
+        for part in tl.static_range(PARTS):
+            b_u += tl.load(added + (part * batch + row) * COLUMNS + c, mask=m, other=0.0)
+        b_u = b_u.to(stream.dtype.element_ty)
+        tl.store(stream + row * COLUMNS + c, b_u, mask=m)
+        b_u = b_u.to(tl.float32)
     b_out = b_u / tl.sqrt(tl.sum(b_u * b_u, 0) / COLUMNS + eps) * b_weight
-    tl.store(out + row * COLUMNS + c, b_out.to(out.dtype.element_ty), mask=c < COLUMNS)
+    tl.store(out + row * COLUMNS + c, b_out.to(out.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def sum_step_kernel(
+    parts, out, numbers, PARTS: tl.constexpr, SIZE: tl.constexpr, OVERLAP: tl.constexpr
+):
+    """out = the sum of parts (parts, numbers)."""
+    o = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    total = tl.zeros([SIZE], tl.float32)
+    wait_for_the_kernel_before(OVERLAP)
+    for part in tl.static_range(PARTS):
+        total += tl.load(parts + part * numbers + o, mask=o < numbers, other=0.0)
+    tl.store(out + o, total, mask=o < numbers)
 
 
 @triton.jit
 def state_step_kernel(
-    xz, low_rank, dt_weight, dt_bias, A_log, D, h, y, d_inner, d_state, rank,
-    CHANNELS: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr,
-    SMALL: tl.constexpr, DIRAC: tl.constexpr, FAST: tl.constexpr, OVERLAP: tl.constexpr,
+    xz, low_rank, dt, dt_weight, dt_bias, A_log, D, h, y, d_inner, d_state, rank,
+    CHANNELS: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr,
+    HAS_DT: tl.constexpr, DIRAC: tl.constexpr, FAST: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """y (b, d) = the gated output; the next h in the place of h. One row, some channels.
 
-    low_rank (parts, b, rank + 2 n): the sum over parts is x_proj's product.
+    low_rank (b, rank + 2 n): x_proj's product. dt_proj's is dt (b, d), or computed here.
     """
     i_b = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     n, r, m = tl.arange(0, N), tl.arange(0, RANK), c < d_inner
     m_n, m_r = m[:, None] & (n < d_state)[None, :], m[:, None] & (r < rank)[None, :]
     o_n = c[:, None] * d_state + n[None, :]
-    b_weight = tl.load(dt_weight + c[:, None] * rank + r[None, :], mask=m_r, other=0.0)
+    if not HAS_DT:
+        b_weight = tl.load(dt_weight + c[:, None] * rank + r[None, :], mask=m_r, other=0.0)
     b_A2 = tl.load(A_log + o_n, mask=m_n, other=0.0).to(tl.float32)
     b_A2 = exp2(b_A2 * LOG2E, FAST) * -LOG2E
     b_bias = tl.load(dt_bias + c, mask=m, other=0.0).to(tl.float32)
     b_D = tl.load(D + c, mask=m, other=0.0).to(tl.float32)
     h += i_b * d_inner * d_state + o_n
     b_h = tl.load(h, mask=m_n, other=0.0)
-    wait_for_the_kernel_before(OVERLAP, SMALL)
+    wait_for_the_kernel_before(OVERLAP, not HAS_DT)
     xz += i_b * 2 * d_inner + c
     b_x = tl.load(xz, mask=m, other=0.0).to(tl.float32)
     b_z = tl.load(xz + d_inner, mask=m, other=0.0).to(tl.float32)
-    b_low = tl.zeros([RANK], tl.float32)
-    b_B, b_C = tl.zeros([N], tl.float32), tl.zeros([N], tl.float32)
-    for part in tl.static_range(PARTS):
-        low = low_rank + (part * tl.num_programs(1) + i_b) * (rank + 2 * d_state)
-        b_low += tl.load(low + r, mask=r < rank, other=0.0)
-        b_B += tl.load(low + rank + n, mask=n < d_state, other=0.0)
-        b_C += tl.load(low + rank + d_state + n, mask=n < d_state, other=0.0)
-    b_dt = tl.sum(b_weight.to(tl.float32) * b_low[None, :], 1) + b_bias
-    b_delta, _ = softplus(b_dt, True, FAST)
+    low_rank += i_b * (rank + 2 * d_state)
+    b_B = tl.load(low_rank + rank + n, mask=n < d_state, other=0.0)
+    b_C = tl.load(low_rank + rank + d_state + n, mask=n < d_state, other=0.0)
+    if HAS_DT:
+        b_dt = tl.load(dt + i_b * d_inner + c, mask=m, other=0.0)
+    else:
+        b_low = tl.load(low_rank + r, mask=r < rank, other=0.0)
+        b_dt = tl.sum(b_weight.to(tl.float32) * b_low[None, :], 1)
+    b_delta, _ = softplus(b_dt + b_bias, True, FAST)
     b_v = b_x
     if not DIRAC:
         b_v = b_x * b_delta
@@ -2167,8 +2209,12 @@ def overlap_options(device: torch.device, overlap: bool) -> dict:
     return {"OVERLAP": False}
 
 
-SMALL_BATCH = 4  # rows of x up to which a product is done lane by lane
 PROCESSORS = 132  # of an H100
+
+
+def few(batch: int, d_model: int) -> bool:
+    """Whether products are done lane by lane, with every weight read for each row."""
+    return batch <= min(5, 6144 // d_model)
 
 
 def vector_tile(rows: int, columns: int, batch: int) -> tuple[int, int, int]:
@@ -2182,99 +2228,156 @@ def vector_tile(rows: int, columns: int, batch: int) -> tuple[int, int, int]:
     return ROWS, min(max(8, triton.next_power_of_2(columns)), numbers // ROWS), warps
 
 
-def matrix_tile(
-    rows: int, columns: int, batch: int, size: int, epilogue: bool
-) -> tuple[int, int, int]:
-    """For one program of tile_step_kernel: rows of the weight, rows of x, columns at a time.
+def matrix_tile(rows: int, columns: int, batch: int, size: int, split: bool) -> dict[str, Any]:
+    """For one program of tile_step_kernel: its rows, columns and columns at a time, how many of
+    these are in flight, and whether the first is loaded before the wait.
 
-    size: bytes of a number. epilogue: a convolution follows, which needs registers.
+    size: bytes of a number. split: the columns may be split.
     """
-    ROWS, BATCH = 32 if epilogue else 64, min(64, max(16, triton.next_power_of_2(batch)))
-    # One program for a processor if possible.
-    while ROWS > 16 and ceil_div(rows, ROWS) * ceil_div(batch, BATCH) < PROCESSORS:
-        ROWS //= 2
-    BLOCK = 64 if ROWS == 64 else 128 if columns < 1536 else 256
-    return ROWS, BATCH, min(BLOCK * 2 // size, max(16, triton.next_power_of_2(columns)))
+    BATCH, ROWS = min(64, max(16, triton.next_power_of_2(batch))), 32 if batch <= 64 else 64
+    small = rows < 512 or columns <= 256  # x_proj, dt_proj: so little that all may be loaded ahead
+    if small:
+        BLOCK, ROWS, parts, stages = 256, 16 if split else 32, 8, 3
+    elif split:  # out_proj
+        BLOCK, parts, stages = 256 if columns <= 2048 else 128, 2 if columns < 2048 else 4, 3
+    else:
+        BLOCK, parts, stages = 128, 1, 6 if columns <= 1024 else 3
+    BLOCK = min(BLOCK * 2 // size, max(16, triton.next_power_of_2(columns)))
+    PART = BLOCK * ceil_div(columns, BLOCK * (parts if split else 1))
+    tile = {"ROWS": ROWS, "BATCH": BATCH, "BLOCK": BLOCK, "PART": PART}
+    return tile | {"STAGES": stages, "AHEAD": small}
 
 
-def linear_step(
+def linear_arguments(
+    x: Tensor, weight: Tensor, bias: Tensor | None,
+    conv: tuple[Tensor, Tensor, Tensor | None] | None, overlap: bool,
+) -> tuple[tuple, tuple, dict[str, Any]]:  # fmt: skip
+    """Tensors, numbers and constants that the kernels of both products have in common."""
+    rows, columns = weight.shape
+    if x.stride(1) != 1 or x.shape[1] < columns or not weight.is_contiguous():
+        raise ValueError(f"need x (b, {columns} or more) in rows, and a contiguous weight")
+    window, conv_weight, conv_bias = conv or (x.new_empty(0, 0, 0), x, None)
+    tensors = (x, weight, or_else(bias, x), window, conv_weight, or_else(conv_bias, x))
+    flags = {
+        "COLUMNS": columns, "W": window.shape[-1] + 1, "HAS_BIAS": bias is not None,
+        "CONV": conv is not None, "HAS_CONV_BIAS": conv_bias is not None, "FAST": FAST,
+        **overlap_options(x.device, overlap),
+    }  # fmt: skip
+    return tensors, (rows, rows // 2, x.stride(0), *window.stride()), flags
+
+
+def vector_step(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, norm: Tensor | None = None,
     eps: float = 1e-5, conv: tuple[Tensor, Tensor, Tensor | None] | None = None,
-    residual: Tensor | None = None, dtype: torch.dtype | None = None, parts: int = 1,
-    overlap: bool = False,
+    residual: Tensor | None = None, dtype: torch.dtype | None = None, overlap: bool = False,
 ) -> Tensor:  # fmt: skip
     """conv(weight RMSNorm(x) + bias) + residual: x (b, columns or more) -> (b, rows), in dtype.
 
     norm: the weight of the norm, None for no norm. conv: the windows (b, rows / 2, W - 1), which
     move on, and the filters (rows / 2, 1, W) and bias for the first half of the rows, with SiLU.
-    residual: (b, rows). dtype None: the weight's. x has stride 1 along its columns, and the
-    weight's dtype unless there is a norm; weight and residual are contiguous, else ValueError.
-
-    parts: more programs where a weight has few rows. Each takes a part of the columns; the result
-    is the sum of the (parts, b, rows) that are returned. For more than 4 sequences, and without
-    bias, norm, conv and residual; else ValueError.
+    residual: (b, rows). dtype None: the weight's. x has stride 1 along its columns; weight and
+    residual are contiguous, else ValueError.
 
     overlap: it may start while the kernel before runs. That one must not write weight, bias, norm
     or filters, and must have started after the windows' last use had ended.
     """
+    tensors, numbers, flags = linear_arguments(x, weight, bias, conv, overlap)
     batch, (rows, columns) = len(x), weight.shape
-    if x.stride(1) != 1 or x.shape[1] < columns or not weight.is_contiguous():
-        raise ValueError(f"need x (b, {columns} or more) in rows, and a contiguous weight")
     if residual is not None and (residual.shape != (batch, rows) or not residual.is_contiguous()):
         raise ValueError(f"residual must be ({batch}, {rows}) and contiguous")
-    alone = all(argument is None for argument in (bias, norm, conv, residual))
-    if parts > 1 and not (batch > SMALL_BATCH and alone):
-        raise ValueError(f"parts are for more than {SMALL_BATCH} sequences, and a product alone")
-    if batch > SMALL_BATCH and norm is not None:
-        x, norm = norm_step(x, norm, eps, overlap), None
-    out = x.new_empty((parts, batch, rows), dtype=dtype or weight.dtype)
-    window, conv_weight, conv_bias = conv or (x.new_empty(0, 0, 0), x, None)
-    tensors = (
-        x, weight, or_else(bias, x), window, conv_weight, or_else(conv_bias, x),
-        or_else(residual, x), out,
-    )  # fmt: skip
-    numbers = (rows, rows // 2, x.stride(0), *window.stride())
-    flags = {
-        "COLUMNS": columns, "W": window.shape[-1] + 1, "HAS_BIAS": bias is not None,
-        "CONV": conv is not None, "HAS_CONV_BIAS": conv_bias is not None,
-        "RESIDUAL": residual is not None, "FAST": FAST, **overlap_options(x.device, overlap),
-    }  # fmt: skip
+    out = x.new_empty((batch, rows), dtype=dtype or weight.dtype)
+    ROWS, BLOCK, warps = vector_tile(rows, columns, batch)
     with device_of(x):
-        if batch <= SMALL_BATCH:
-            ROWS, BLOCK, warps = vector_tile(rows, columns, batch)
-            vector_step_kernel[(batch, ceil_div(rows, ROWS))](
-                *tensors, or_else(norm, x), *numbers, eps,
-                ROWS=ROWS, BLOCK=BLOCK, NORM=norm is not None, num_warps=warps, **flags,
-            )  # fmt: skip
-        else:
-            part, size = ceil_div(columns, parts), weight.element_size()
-            ROWS, BATCH, BLOCK = matrix_tile(rows, part, batch, size, conv is not None)
-            flags |= {"PART": BLOCK * ceil_div(part, BLOCK), "num_warps": 4}
-            tile_step_kernel[(ceil_div(rows, ROWS), ceil_div(batch, BATCH), parts)](
-                *tensors, batch, *numbers, ROWS=ROWS, BATCH=BATCH, BLOCK=BLOCK, **flags
-            )
-    return out if parts > 1 else out[0]
-
-
-def norm_step(u: Tensor, weight: Tensor, eps: float, overlap: bool = False) -> Tensor:
-    """RMSNorm of the first columns of u, as many as the weight has, in the weight's dtype.
-
-    overlap: as in linear_step.
-    """
-    batch, columns = len(u), len(weight)
-    out = u.new_empty((batch, columns), dtype=weight.dtype)
-    sizes = {"COLUMNS": columns, "BLOCK": triton.next_power_of_2(columns)}
-    with device_of(u):
-        options = overlap_options(u.device, overlap)
-        norm_step_kernel[(batch,)](u, weight, out, eps, u.stride(0), **sizes, **options)
+        vector_step_kernel[(batch, ceil_div(rows, ROWS))](
+            *tensors, or_else(residual, x), out, or_else(norm, x), *numbers, eps,
+            ROWS=ROWS, BLOCK=BLOCK, NORM=norm is not None, RESIDUAL=residual is not None,
+            num_warps=warps, **flags,
+        )  # fmt: skip
     return out
 
 
-def block_step(
-    layer: Any, u: Tensor, conv: Tensor, h: Tensor, *, rule: str = "mamba", overlap: bool = False
-) -> Tensor:
-    """A ResidualBlock of mamba.py for one token: u (b, d_model) -> u (b, d_model), no gradients.
+def tile_step(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *,
+    conv: tuple[Tensor, Tensor, Tensor | None] | None = None, dtype: torch.dtype | None = None,
+    split: bool = False, overlap: bool = False,
+) -> Tensor:  # fmt: skip
+    """conv(weight x + bias), as vector_step has it, for more rows of x.
 
+    split: in parts, (parts, b, rows), whose sum it is. Not with conv, else ValueError.
+    """
+    if split and conv is not None:
+        raise ValueError("a convolution needs the whole product: it cannot be split")
+    tensors, numbers, flags = linear_arguments(x, weight, bias, conv, overlap)
+    batch, (rows, columns) = len(x), weight.shape
+    tile = matrix_tile(rows, columns, batch, weight.element_size(), split)
+    grid = (ceil_div(rows, tile["ROWS"]), ceil_div(batch, tile["BATCH"]))
+    parts = ceil_div(columns, tile["PART"])
+    out = x.new_empty((parts, batch, rows), dtype=dtype or weight.dtype)
+    with device_of(x):
+        tile_step_kernel[(*grid, parts)](*tensors, out, batch, *numbers, **tile, **flags)
+    return out if split else out[0]
+
+
+def norm_step(
+    u: Tensor, weight: Tensor, eps: float, added: Tensor | None = None, overlap: bool = False
+) -> tuple[Tensor, Tensor]:
+    """u (b, columns) and what is still to be added to it, float32 (parts, b, columns) -> their sum,
+    in u's dtype, and its RMSNorm, in the weight's.
+
+    overlap: as in vector_step.
+    """
+    batch, columns = u.shape
+    out = u.new_empty((batch, columns), dtype=weight.dtype)
+    stream = u if added is None else torch.empty_like(u)
+    constants = {
+        "COLUMNS": columns, "BLOCK": triton.next_power_of_2(columns),
+        "PARTS": 0 if added is None else len(added), **overlap_options(u.device, overlap),
+    }  # fmt: skip
+    with device_of(u):
+        tensors = (u, weight, or_else(added, u), stream, out)
+        norm_step_kernel[(batch,)](*tensors, batch, eps, u.stride(0), **constants)
+    return stream, out
+
+
+def sum_step(parts: Tensor) -> Tensor:
+    """parts (p, ...) float32, contiguous -> their sum (...)."""
+    out, SIZE = torch.empty_like(parts[0]), 256
+    constants = {"PARTS": len(parts), "SIZE": SIZE, **overlap_options(parts.device, True)}
+    with device_of(parts):
+        numbers = out.numel()
+        sum_step_kernel[(ceil_div(numbers, SIZE),)](parts, out, numbers, **constants)
+    return out
+
+
+def state_step(
+    block: Any, xz: Tensor, low_rank: Tensor, dt: Tensor | None, h: Tensor, rule: str
+) -> Tensor:
+    """x and z (b, 2 d), x_proj's product and dt_proj's, if it is there -> y (b, d), and the next h
+    in the place of h."""
+    batch, (d_inner, d_state), rank = len(xz), block.A_log.shape, block.dt_proj.weight.shape[1]
+    y, CHANNELS = xz.new_empty(batch, d_inner), 16 if dt is None else 64
+    tensors = (block.dt_proj.weight, block.dt_proj.bias, block.A_log, block.D, h, y)
+    constants = {
+        "CHANNELS": CHANNELS, "N": triton.next_power_of_2(d_state), "HAS_DT": dt is not None,
+        "RANK": triton.next_power_of_2(rank), "DIRAC": rule == "dirac", "FAST": FAST,
+        "num_warps": 2, **overlap_options(xz.device, True),
+    }  # fmt: skip
+    with device_of(xz):
+        state_step_kernel[(ceil_div(d_inner, CHANNELS), batch)](
+            xz, low_rank, or_else(dt, xz), *tensors, d_inner, d_state, rank, **constants
+        )
+    return y
+
+
+def block_step(
+    layer: Any, u: Tensor, conv: Tensor, h: Tensor, added: Tensor | None = None, *,
+    rule: str = "mamba", overlap: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """A ResidualBlock of mamba.py for one token: u (b, d_model) and what is still to be added to it
+    -> the same for the next block. No gradients.
+
+    added: None, or float32 (parts, b, d_model), whose sum it is: for many sequences a block leaves
+    its share to the norm of the next one.
     conv (b, d, W - 1), of any strides, and h (b, d, n) float32 are changed in place. The weights
     are of one dtype; rule "mamba" or "dirac". All but conv are contiguous.
     overlap: conv, h and weights are read, and conv is shifted, while the kernel before may still
@@ -2283,30 +2386,25 @@ def block_step(
     Raises ValueError for another rule and for other strides.
     """
     check_rule(rule)
-    norm, block = layer.norm, layer.mixer
-    in_proj, conv1d, out_proj = block.in_proj, block.conv1d, block.out_proj
-    dt_weight, dt_bias = block.dt_proj.weight, block.dt_proj.bias
+    block, (norm, eps) = layer.mixer, (layer.norm.weight, layer.norm.eps)
+    in_proj, out_proj, dt_weight = block.in_proj, block.out_proj, block.dt_proj.weight
     if not all(tensor.is_contiguous() for tensor in (u, h, dt_weight, block.A_log)):
         raise ValueError("u, h and the weights must be contiguous")
-    batch, (d_inner, d_state), rank = len(u), block.A_log.shape, dt_weight.shape[1]
-    xz = linear_step(
-        u, in_proj.weight, in_proj.bias, norm=norm.weight, eps=norm.eps,
-        conv=(conv, conv1d.weight, conv1d.bias), overlap=overlap,
-    )  # fmt: skip
-    small = batch <= SMALL_BATCH
-    parts = 1 if small else 2
-    low_rank = linear_step(xz, block.x_proj.weight, dtype=torch.float32, parts=parts, overlap=True)
-    y, RANK = xz.new_empty(batch, d_inner), triton.next_power_of_2(rank)
-    CHANNELS = 16 if small or RANK > 64 else 32
-    warps = 2 if small else max(1, CHANNELS * RANK // 2048)
-    with device_of(u):
-        state_step_kernel[(ceil_div(d_inner, CHANNELS), batch)](
-            xz, low_rank, dt_weight, dt_bias, block.A_log, block.D, h, y, d_inner, d_state, rank,
-            CHANNELS=CHANNELS, N=triton.next_power_of_2(d_state), RANK=RANK, PARTS=parts,
-            SMALL=small, DIRAC=rule == "dirac", FAST=FAST, num_warps=warps,
-            **overlap_options(u.device, True),
-        )  # fmt: skip
-    return linear_step(y, out_proj.weight, out_proj.bias, residual=u, dtype=u.dtype, overlap=True)
+    window, options = (conv, block.conv1d.weight, block.conv1d.bias), {"overlap": True}
+    if few(*u.shape):
+        before = {"norm": norm, "eps": eps, "overlap": overlap}
+        xz = vector_step(u, in_proj.weight, in_proj.bias, conv=window, **before)
+        low_rank = vector_step(xz, block.x_proj.weight, dtype=torch.float32, **options)
+        y = state_step(block, xz, low_rank, None, h, rule)
+        options |= {"residual": u, "dtype": u.dtype}
+        return vector_step(y, out_proj.weight, out_proj.bias, **options), None
+    u, normed = norm_step(u, norm, eps, added, overlap)
+    xz = tile_step(normed, in_proj.weight, in_proj.bias, conv=window, **options)
+    options["dtype"] = torch.float32
+    low_rank = sum_step(tile_step(xz, block.x_proj.weight, split=True, **options))
+    dt = tile_step(low_rank, dt_weight, **options)
+    y = state_step(block, xz, low_rank, dt, h, rule)
+    return u, tile_step(y, out_proj.weight, out_proj.bias, split=True, **options)
 
 
 ## ================================================================================================
@@ -2328,12 +2426,15 @@ def block_step(
 
 
 def fused_step(model: Any, token_ids: Tensor, state: Any) -> Tensor:
-    """The logits of `model.step`, in four or five kernels a layer. Changes the state in place."""
-    u = model.embed(token_ids)
+    """The logits of `model.step`, in four or seven kernels a layer. Changes the state in place."""
+    u, added = model.embed(token_ids), None
+    options = {"rule": model.config.rule, "overlap": True}
     for i, layer in enumerate(model.backbone["layers"]):
-        u = block_step(layer, u, state.conv[i], state.h[i], rule=model.config.rule, overlap=True)
-    norm = model.backbone["norm_f"]
-    return linear_step(u, model.lm_head.weight, norm=norm.weight, eps=norm.eps, overlap=True)
+        u, added = block_step(layer, u, state.conv[i], state.h[i], added, **options)
+    norm, head = model.backbone["norm_f"], model.lm_head.weight
+    if few(*u.shape):
+        return vector_step(u, head, norm=norm.weight, eps=norm.eps, overlap=True)
+    return tile_step(norm_step(u, norm.weight, norm.eps, added, True)[1], head, overlap=True)
 
 
 def can_fuse(model: Any) -> bool:

@@ -74,11 +74,11 @@ def among_others(state: MambaState) -> tuple[MambaState, tuple[Tensor, Tensor]]:
 ODD = {"d_model": 9, "n_layer": 2, "d_state": 5, "dt_rank": 3, "vocab_size": 11,
        "pad_vocab_size_multiple": 1}  # fmt: skip
 SHORT = {"dtype": F16, "residual_in_fp32": False, "tie_embeddings": True, "d_conv": 2}
-# Up to four rows are multiplied one by one, more are a matrix for the tensor cores.
+# Up to five rows are multiplied one by one, more are a matrix for the tensor cores.
 STEPS = [
-    *((ODD, batch) for batch in (3, 5)),
+    *((ODD, batch) for batch in (3, 6)),
     ({"rule": "dirac", "bias": True, "conv_bias": False}, 2),
-    ({"bias": True, "d_state": 1, "dt_rank": 1, "expand": 1, "d_conv": 1, "norm_eps": 1.0}, 5),
+    ({"bias": True, "d_state": 1, "dt_rank": 1, "expand": 1, "d_conv": 1, "norm_eps": 1.0}, 6),
     *((SHORT, batch) for batch in (1, 6)),
     *(({**ODD, "dtype": BF16}, batch) for batch in (1, 6)),
 ]
@@ -112,6 +112,12 @@ def test_a_fused_step_is_the_step_of_the_model(changes, batch):
     assert all(t[:, [0, -1]].isnan().all() for t in around), "the state of another row has changed"
 
 
+def block_step(layer, u: Tensor, state: MambaState, added: Tensor | None = None) -> Tensor:
+    """The stream after a block, with what the block has left to be added."""
+    u, added = triton_scan.block_step(layer, u, state.conv, state.h, added)
+    return u if added is None else (u + added.sum(0)).to(u.dtype)
+
+
 @pytest.mark.parametrize("batch", [1, 6])
 def test_a_block_steps_on_with_nothing_between_the_steps(batch):
     """A kernel reads the state before the last one has ended: not if that one writes the state."""
@@ -119,7 +125,7 @@ def test_a_block_steps_on_with_nothing_between_the_steps(batch):
     layer.mixer.dt_proj.bias -= 10  # where log(1 + e^dt) would have lost the digits of Δ and h
     state, expected = (layer.mixer.init_state(batch) for _ in range(2))
     inputs = normal(sized(2, 100), batch, 8)
-    outs = [triton_scan.block_step(layer, u, state.conv, state.h) for u in inputs]
+    outs = [block_step(layer, u, state) for u in inputs]
     for u, out in zip(inputs, outs, strict=True):
         wanted, expected = layer(u, expected)
         assert_close("u", out, wanted, 1e-5)
@@ -132,14 +138,14 @@ def test_to_a_float32_stream_a_block_adds_and_rounds_no_more_than_its_own_share(
     exact = copy.deepcopy(layer).double()
     for batch in (1, 6):
         u, state = model.embed(random_ids(model, batch)) * 1000, model.init_state(batch)[0]
-        out = triton_scan.block_step(layer, u, state.conv, state.h)
+        out = block_step(layer, u, state)
         assert out.dtype == u.dtype == F32
         assert_close("u", out, exact(u.double(), exact.mixer.init_state(batch))[0], 1e-4)
-        assert triton_scan.block_step(layer, u.bfloat16(), state.conv, state.h).dtype == BF16
+        assert block_step(layer, u.bfloat16(), state).dtype == BF16
 
 
 def product(x, weight, bias=None, *, norm=None, eps=1e-5, conv=None, residual=None):
-    """The judge: linear_step in float64, and the windows after it."""
+    """The judge: vector_step in float64, and the windows after it."""
     x, weight = x[:, : weight.shape[1]].double(), weight.double()
     if norm is not None:
         x = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * norm
@@ -153,11 +159,17 @@ def product(x, weight, bias=None, *, norm=None, eps=1e-5, conv=None, residual=No
     return out + (0 if residual is None else residual), window
 
 
+def tile_of(ROWS: int, BATCH: int, BLOCK: int, blocks: int, AHEAD: bool) -> dict:
+    """As matrix_tile gives it, with so many blocks for a program."""
+    tile = {"ROWS": ROWS, "BATCH": BATCH, "BLOCK": BLOCK, "STAGES": 3, "AHEAD": AHEAD}
+    return {**tile, "PART": BLOCK * blocks}
+
+
 ALL = ["bias", "residual", "norm", "conv_bias"]
-# The batch; the tile, None for what vector_tile or matrix_tile chooses: rows of the weight, rows of
-# x where there are several, columns, and the warps of a vector; columns, W and what else is given.
-TILES = [(1, None), (3, (8, 8, 4)), (1, (32, 32, 4)), (5, None), (19, (16, 16, 16)),
-         (6, (32, 32, 32))]  # fmt: skip
+# The batch; the tile, None for what vector_tile or matrix_tile chooses: rows of the weight, columns
+# and warps of a vector, or that of a matrix; columns, W and what else is given.
+TILES = [(1, None), (3, (8, 8, 4)), (1, (32, 32, 4)), (6, None),
+         (19, tile_of(16, 16, 16, 2, False)), (6, tile_of(32, 32, 16, 2, True))]  # fmt: skip
 PRODUCTS = [(*tile, 18, 4, ALL) for tile in TILES]
 PRODUCTS += [(1, None, 1, 1, ["conv_bias", "norm"])]
 PRODUCTS += [(batch, None, 3, 3, ["residual"]) for batch in (1, 6)]
@@ -168,8 +180,9 @@ def test_a_product_is_one_with_all_that_goes_with_it(batch, tile, columns, W, gi
     """Of the first columns of x. The convolution is for the first half of the rows, whose border is
     inside a tile, and its window moves on by one."""
     if tile is not None:
-        name = "vector_tile" if batch <= triton_scan.SMALL_BATCH else "matrix_tile"
+        name = "matrix_tile" if isinstance(tile, dict) else "vector_tile"
         monkeypatch.setattr(triton_scan, name, lambda *sizes: tile)
+    many = batch >= 6
     x = inside_nan(normal(batch, columns + 5))
     x[:, columns:] = math.nan
     shapes = {
@@ -178,26 +191,44 @@ def test_a_product_is_one_with_all_that_goes_with_it(batch, tile, columns, W, gi
     }  # fmt: skip
     tensors = {name: inside_nan(normal(*shape)) for name, shape in shapes.items()}
     weight, window = tensors["weight"], tensors["window"].permute(1, 2, 0)
-    options = {name: tensors[name] for name in {"bias", "residual", "norm"} & set(given)}
+    known = {"bias"} if many else {"bias", "residual", "norm"}
+    options = {name: tensors[name] for name in known & set(given)}
     conv_bias = tensors["conv_bias"] if "conv_bias" in given else None
     options["conv"] = window, tensors["filters"], conv_bias
     expected, expected_window = product(x, weight, eps=0.1, **options)
     with poisoned():
-        actual = triton_scan.linear_step(x, weight, eps=0.1, **options)
+        if many:
+            actual = triton_scan.tile_step(x, weight, **options)
+        else:
+            actual = triton_scan.vector_step(x, weight, eps=0.1, **options)
     assert actual.dtype == F32
     assert_close("out", actual, expected, 2e-6)
     assert_close("window", window, expected_window, 1e-6)
     assert tensors["window"]._base[[0, -1]].isnan().all(), "something beside it has changed"
 
 
-def test_the_parts_of_a_product_sum_up_to_it():
-    """Also where the columns end in the middle of a part, or before it."""
-    for parts, columns in ((2, 40), (3, 40), (2, 1)):
+def test_the_parts_of_a_product_are_summed_by_the_kernel_that_follows(monkeypatch):
+    """Also where the columns end in the middle of a part. The first part has the bias. The norm
+    writes the stream with what is added to it, or leaves it as it is."""
+    stream, norm, eye = normal(6, 21, seed=2), normal(21, seed=3), torch.eye(21, device=DEVICE)
+    for columns, blocks, ahead, count in ((40, 2, False, 2), (40, 1, True, 3), (1, 1, True, 1)):
         x, weight = inside_nan(normal(6, columns)), inside_nan(normal(21, columns, seed=1))
+        tile = tile_of(32, 16, 16, blocks, ahead)
+        monkeypatch.setattr(triton_scan, "matrix_tile", lambda *sizes, tile=tile: tile)
         with poisoned():
-            actual = triton_scan.linear_step(x, weight, parts=parts)
-        assert actual.shape == (parts, 6, 21)
-        assert_close("out", actual.sum(0), product(x, weight)[0], 1e-6)
+            parts = triton_scan.tile_step(x, weight, norm, split=True)
+            total = triton_scan.sum_step(parts)
+            after, normed = triton_scan.norm_step(stream, norm, 0.1, parts)
+            alone, normed_alone = triton_scan.norm_step(stream, norm, 0.1)
+        assert parts.shape == (count, 6, 21) and alone is stream
+        expected = product(x, weight, norm)[0]
+        for name, actual, wanted in (
+            ("total", total, expected),
+            ("stream", after, stream + expected),
+            ("norm", normed, product(stream + expected, eye, norm=norm, eps=0.1)[0]),
+            ("norm alone", normed_alone, product(stream, eye, norm=norm, eps=0.1)[0]),
+        ):
+            assert_close(name, actual, wanted, 1e-6)
 
 
 def test_the_first_rung_the_norm_and_a_product_alone_are_rounded_once():
@@ -208,8 +239,9 @@ def test_the_first_rung_the_norm_and_a_product_alone_are_rounded_once():
         u, norm, weight = inside_nan(u), inside_nan(norm), inside_nan(weight)
         with poisoned():
             first = triton_scan.first_step(u, weight, norm, 0.1)
-            normed = triton_scan.norm_step(u, norm, 0.1)
-            out, wide = (triton_scan.linear_step(u.to(dtype), weight, dtype=d) for d in (None, F32))
+            _, normed = triton_scan.norm_step(u, norm, 0.1)
+            linear = triton_scan.vector_step if batch < 6 else triton_scan.tile_step
+            out, wide = (linear(u.to(dtype), weight, dtype=d) for d in (None, F32))
         assert first.dtype == normed.dtype == out.dtype == dtype and wide.dtype == F32
         one = torch.eye(columns, device=DEVICE)
         assert_rounded("first", first, product(u, weight, norm=norm, eps=0.1)[0], 2e-6)
@@ -220,7 +252,7 @@ def test_the_first_rung_the_norm_and_a_product_alone_are_rounded_once():
 
 def test_tiles_are_powers_of_two_within_what_a_processor_has(monkeypatch):
     every = (1, 3, 16, 17, 48, 80, 264, 768, 1536, 2560, 5120, 50280)
-    tiles = (5, 16, 17, 64, 65, 1000), (2, 4), (True, False)  # batch, bytes, with an epilogue
+    kinds = list(itertools.product((6, 16, 17, 64, 65, 1000), (2, 4), (True, False)))
     for processors, rows, columns in itertools.product((1, 132), every, every[:-1]):
         monkeypatch.setattr(triton_scan, "PROCESSORS", processors)
         for batch in (1, 2, 3, 4):
@@ -228,19 +260,20 @@ def test_tiles_are_powers_of_two_within_what_a_processor_has(monkeypatch):
             assert all(number & (number - 1) == 0 for number in tile), tile
             assert ROWS <= 16 and 8 <= BLOCK < 2 * max(columns, 8), tile
             assert ROWS * BLOCK <= 64 * 32 * warps, f"{tile}: more than the registers hold"
-        for kind in itertools.product(*tiles):
-            tile = ROWS, BATCH, BLOCK = triton_scan.matrix_tile(rows, columns, *kind)
-            assert all(number & (number - 1) == 0 for number in tile), tile
-            assert min(tile) >= 16 and BLOCK < 2 * max(columns, 16), f"{tile}: tensor cores want 16"
-            assert ROWS * BATCH <= (2048 if kind[2] else 4096), tile
-            assert 4 * (ROWS + BATCH) * BLOCK * kind[1] <= 227 * 1024, (
-                f"{tile}: four stages, shared"
-            )
+        for batch, size, split in kinds:
+            tile = triton_scan.matrix_tile(rows, columns, batch, size, split)
+            ROWS, BATCH, BLOCK, PART = (tile[name] for name in ("ROWS", "BATCH", "BLOCK", "PART"))
+            assert all(number & (number - 1) == 0 for number in (ROWS, BATCH, BLOCK)), tile
+            assert min(ROWS, BATCH, BLOCK) >= 16, f"{tile}: tensor cores want 16"
+            assert PART % BLOCK == 0 and (split or PART >= columns), f"{tile}: columns are left out"
+            shared = tile["STAGES"] * (ROWS + BATCH) * BLOCK * size
+            assert shared <= 227 * 1024, f"{tile}: {shared} bytes shared"
+            assert not tile["AHEAD"] or ROWS * BLOCK * size <= 64 * 512, f"{tile}: registers"
 
 
 def linear(x=None, weight=None, **given):
     x, weight = normal(6, 9) if x is None else x, normal(21, 9) if weight is None else weight
-    return triton_scan.linear_step(x, weight, **given)
+    return triton_scan.vector_step(x, weight, **given)
 
 
 def block(u=None, h=None, **options):
@@ -251,10 +284,11 @@ def block(u=None, h=None, **options):
 
 
 RESIDUAL, ROWS = "residual must be (6, 21) and contiguous", "need x (b, 9 or more) in rows"
-PARTS = "parts are for more than 4 sequences, and a product alone"
 WRONG = [
-    (lambda: linear(bias=normal(21), parts=2), PARTS),
-    (lambda: linear(normal(4, 9), parts=2), PARTS),
+    (
+        lambda: triton_scan.tile_step(*[normal(6, 6)] * 2, conv=(normal(6, 3, 3),), split=True),
+        "it cannot be split",
+    ),
     (lambda: linear(residual=normal(6, 20)), RESIDUAL),
     (lambda: linear(residual=normal(21, 6).T), RESIDUAL),
     (lambda: linear(normal(6, 8)), ROWS),

@@ -741,6 +741,12 @@ def sample(
     """
     if temperature == 0:
         return logits.argmax(-1)
+    if logits.is_cuda and top_k == 0 and logits.dtype != torch.float64:
+        with contextlib.suppress(ImportError):  # the same odds, without a sort
+            from triton_scan import sample_triton
+
+            cuts = {"temperature": temperature, "top_p": top_p, "min_p": min_p}
+            return sample_triton(logits, generator=generator, **cuts)
     logits, token_ids = at_least_float32(logits), None
     if top_k > 0:
         logits, token_ids = logits.topk(min(top_k, logits.shape[-1]))  # the most probable first

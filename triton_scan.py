@@ -2408,6 +2408,104 @@ def block_step(
 
 
 ## ================================================================================================
+## The token
+## ================================================================================================
+##
+## Top-p keeps the most probable tokens that make up p, and to find them one sorts: 50,000 numbers,
+## twenty kernels, as long as half a step of mamba-130m. But whether one token is kept is seen
+## without an order: if those that are more probable make up less than p. So draw one from all,
+## look, and if it is not kept, draw again from those that were more probable than it. What the
+## first draw had kept is drawn with the same odds as by a cut; each draw that fails leaves, in the
+## mean, half of the rest; and the best token is always kept. A draw is two walks over one row.
+##
+## To draw: u is uniform in [0, 1), and the token is the last whose predecessors, in the order of
+## the vocabulary, have no more than u of all that may be drawn.
+
+
+@triton.jit
+def weigh(row, start, vocab, top, scale, v_than, i_than, SIZE: tl.constexpr, FAST: tl.constexpr):
+    """The weights of SIZE tokens, but 0 for those that are not better than token i_than, with logit
+    v_than. Of equal ones the first is better."""
+    i = start + tl.arange(0, SIZE)
+    v = tl.load(row + i, mask=i < vocab, other=-float("inf")).to(tl.float32)
+    better = (i < vocab) & ((v > v_than) | ((v == v_than) & (i < i_than)))
+    # The largest becomes 0 first: a tiny temperature would make it inf, and inf - inf is NaN.
+    return tl.where(better, exp2((v - top) * scale, FAST), 0.0)
+
+
+@triton.jit
+def weigh_all(row, vocab, top, scale, v_than, i_than, SIZE: tl.constexpr, FAST: tl.constexpr):
+    """The sum of the weights of all tokens that are better."""
+    total = tl.zeros([SIZE], tl.float32)
+    for start in range(0, vocab, SIZE):
+        total += weigh(row, start, vocab, top, scale, v_than, i_than, SIZE, FAST)
+    return tl.sum(total, 0)
+
+
+@triton.jit(do_not_specialize=["vocab", "scale", "top_p", "min_p"])
+def sample_kernel(
+    logits, seeds, out, vocab, scale, top_p, min_p, logits_b, SIZE: tl.constexpr, FAST: tl.constexpr
+):
+    """One token of one row. scale = log2 e / temperature."""
+    i_b, i = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
+    row, seed = logits + i_b * logits_b, tl.load(seeds + i_b)
+    best = tl.full([SIZE], -float("inf"), tl.float32)
+    for start in range(0, vocab, SIZE):
+        v = tl.load(row + start + i, mask=start + i < vocab, other=-float("inf"))
+        best = tl.maximum(best, v.to(tl.float32))
+    top = tl.max(best, 0)
+    # All are better than a token that is not there.
+    v_than, token = tl.full([], -float("inf"), tl.float32), tl.full([], 2**31 - 1, tl.int32)
+    everything = weigh_all(row, vocab, top, scale, v_than, token, SIZE, FAST)
+    rest, draws, drawing = everything, tl.full([], 0, tl.int32), everything > 0
+    while drawing:
+        wanted = tl.rand(seed, draws) * rest
+        before, place = tl.full([], 0.0, tl.float32), tl.full([], 0, tl.int32)
+        before_place = before
+        for start in range(0, vocab, SIZE):
+            some = tl.sum(weigh(row, start, vocab, top, scale, v_than, token, SIZE, FAST), 0)
+            here = (some > 0) & (before <= wanted)
+            place, before_place = tl.where(here, start, place), tl.where(here, before, before_place)
+            before += some
+        weights = weigh(row, place, vocab, top, scale, v_than, token, SIZE, FAST)
+        before_each = before_place + tl.cumsum(weights, 0) - weights
+        token = place + tl.max(tl.where((weights > 0) & (before_each <= wanted), i, 0), 0)
+        v_than = tl.load(row + token).to(tl.float32)
+        rest = weigh_all(row, vocab, top, scale, v_than, token, SIZE, FAST)
+        beyond_p = (rest > 0) & (rest >= top_p * everything)
+        drawing = beyond_p | (exp2((v_than - top) * scale, FAST) < min_p)
+        draws += 1
+    tl.store(out + i_b, tl.where(everything > 0, token, 0).to(tl.int64))
+
+
+def sample_triton(
+    logits: Tensor, *, temperature: float = 1.0, top_p: float = 1.0, min_p: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:  # fmt: skip
+    """`sample` of generate.py, without top-k: logits (b, vocab) -> token ids (b,), int64.
+
+    The same odds, but the generator's numbers give other tokens than they do there. temperature is
+    above 0. Logits are float32, bfloat16 or float16, of any stride between rows.
+    Raises ValueError for others, RuntimeError off the GPU.
+    """
+    batch, vocab = logits.shape
+    if logits.dtype not in DTYPES or logits.stride(1) != 1:
+        raise ValueError(f"need rows of float32, bfloat16 or float16, got {logits.dtype}")
+    check_device(logits)
+    seeds = torch.randint(2**31, (batch,), generator=generator, device=logits.device)
+    out = torch.empty_like(seeds)
+    SIZE = min(8192, max(32, triton.next_power_of_2(vocab)))
+    # Temperatures beyond float32 would make 0 / 0 and inf / inf.
+    scale = LOG2E.value / min(max(temperature, 1e-30), 1e30)
+    with device_of(logits):
+        free, constants = (vocab, scale, top_p, min_p), {"SIZE": SIZE, "FAST": FAST}
+        constants["num_warps"] = max(1, SIZE // 512)
+        tensors, fixed = (logits, seeds, out), (logits.stride(0),)
+        launch(sample_kernel, (batch, 1, 1), tensors, free, fixed, **constants)
+    return out
+
+
+## ================================================================================================
 ## The step, recorded
 ## ================================================================================================
 ##

@@ -18,9 +18,13 @@ from unittest import mock
 
 import pytest
 import torch
+import triton
+import triton.language as tl
+from test_sampler import judge
 from test_triton_scan import GPU, assert_rounded, needs_gpu, poisoned, sized, small_model
 from torch import Tensor
 
+import generate
 import triton_scan
 from mamba import Mamba, MambaState
 from test_mamba import assert_close, error_of
@@ -269,6 +273,82 @@ def test_tiles_are_powers_of_two_within_what_a_processor_has(monkeypatch):
             shared = tile["STAGES"] * (ROWS + BATCH) * BLOCK * size
             assert shared <= 227 * 1024, f"{tile}: {shared} bytes shared"
             assert not tile["AHEAD"] or ROWS * BLOCK * size <= 64 * 512, f"{tile}: registers"
+
+
+@triton.jit
+def uniform_kernel(seeds, out, N: tl.constexpr):
+    i_b, draws = tl.program_id(0), tl.arange(0, N)
+    tl.store(out + i_b * N + draws, tl.rand(tl.load(seeds + i_b), draws))
+
+
+def draw_until_kept(logits: Tensor, uniform: list[float], options: dict) -> int:
+    """The judge of sample_triton for one row, which it sorts: draw, and look whether it is kept."""
+    temperature, top_p, min_p = (
+        options.get(name, off) for name, off in (("temperature", 1), ("top_p", 1), ("min_p", 0))
+    )
+    weights = ((logits - logits.max()) / temperature).exp()
+    rank = logits.argsort(descending=True, stable=True).argsort()
+    left = weights
+    for u in uniform:
+        reached = (left > 0) & (left.cumsum(0) - left <= u * left.sum())
+        token = reached.nonzero().max()
+        left = weights * (rank < rank[token])
+        if weights[token] >= min_p and not left.sum() >= top_p * weights.sum() > 0:
+            return token.item()
+
+
+SAMPLING = [{}, {"temperature": 0.5}, {"top_p": 0.75}, {"top_p": 0.3, "min_p": 0.4},
+            {"temperature": 2.0, "min_p": 0.6, "top_p": 0.9}]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", SAMPLING, ids=str)
+def test_a_token_is_drawn_until_one_is_kept(options):
+    """Of a vocabulary that takes several walks, with many equal logits; row by row."""
+    rows, vocab = sized((6, 20_000), (64, 50_277))
+    logits = (2 * normal(rows, vocab + 3)).bfloat16()[:, :vocab]
+    tokens = triton_scan.sample_triton(
+        logits, generator=torch.Generator(DEVICE).manual_seed(3), **options
+    )
+    seeds = torch.randint(
+        2**31, (rows,), generator=torch.Generator(DEVICE).manual_seed(3), device=DEVICE
+    )
+    uniform = normal(rows, 32)
+    uniform_kernel[(rows,)](seeds, uniform, 32)
+    exact = zip(logits.cpu().double(), uniform.tolist(), strict=True)
+    expected = [draw_until_kept(row, numbers, options) for row, numbers in exact]
+    # Where a sum in float32 lands on the other side of a border, the neighbour is drawn.
+    wrong = sum(a != b for a, b in zip(tokens.tolist(), expected, strict=True))
+    assert wrong <= sized(0, 2), (tokens.tolist(), expected)
+    assert tokens.dtype == torch.int64
+
+
+@pytest.mark.parametrize("options", SAMPLING, ids=str)
+def test_every_token_is_drawn_as_often_as_by_the_cuts(options):
+    """On a GPU that is so for `sample`, which leaves top-k and float64 to PyTorch."""
+    logits, rows = torch.tensor([[0.1, 0.4, 0.05, 0.3, 0.15, 0.3]]).log() + 7, sized(60, 200_000)
+    calls = [(triton_scan.sample_triton, F32, options)]
+    if GPU:
+        others = [(BF16, options), (F64, options), (F32, options | {"top_k": 3})]
+        calls += [(generate.sample, *other) for other in others]
+    for call, dtype, given in calls:
+        odds = judge(logits.to(dtype), **given).squeeze(0)
+        tokens = call(logits.to(DEVICE, dtype).expand(rows, -1), **given)
+        often = torch.bincount(tokens.cpu(), minlength=6) / rows
+        assert ((often - odds).abs() <= 4.5 * (odds * (1 - odds) / rows).sqrt()).all(), (
+            call,
+            often,
+        )
+
+
+def test_logits_that_are_no_numbers_give_a_token_and_edges_the_best():
+    nothing, one = math.nan, [-math.inf, 0.0, -math.inf]
+    rows = torch.tensor([[nothing] * 3, [0.0, nothing, 1.0], one, [1.0, 3.0, 2.0]], device=DEVICE)
+    assert triton_scan.sample_triton(rows)[:3].tolist() in ([0, 0, 1], [0, 2, 1])
+    for options in ({"top_p": 1e-40}, {"temperature": 1e-40}, {"min_p": 1.0}):
+        assert triton_scan.sample_triton(rows[2:], **options).tolist() == [1, 1]
+    for wrong in (rows.double(), rows.mT):
+        with pytest.raises(ValueError, match="need rows of float32, bfloat16 or float16"):
+            triton_scan.sample_triton(wrong)
 
 
 def linear(x=None, weight=None, **given):

@@ -428,10 +428,11 @@ class MambaBlock(nn.Module):
 
     def init_state(self, batch: int) -> MambaState:
         """The state before the first token: zeros."""
-        config, options = self.config, {"device": self.D.device, "dtype": self.D.dtype}
-        conv = torch.zeros(batch, config.d_inner, config.d_conv - 1, **options)
-        h = torch.zeros(batch, config.d_inner, config.d_state, **options)
-        return MambaState(conv, at_least_float32(h))
+        config, device, dtype = self.config, self.D.device, self.D.dtype
+        conv = torch.zeros(batch, config.d_inner, config.d_conv - 1, device=device, dtype=dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        h = torch.zeros(batch, config.d_inner, config.d_state, device=device, dtype=wide)
+        return MambaState(conv, h)
 
 
 class DeltaProjection(nn.Linear):

@@ -1733,6 +1733,23 @@ def norm_backward(
     return u, dstream, dweight.sum(0).to(weight.dtype)
 
 
+@triton.jit(do_not_specialize=["numbers"])
+def decay_kernel(A_log, A, numbers, SIZE: tl.constexpr):
+    o = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    b_A_log = tl.load(A_log + o, mask=o < numbers, other=0.0).to(tl.float32)
+    tl.store(A + o, -tl.exp(b_A_log), mask=o < numbers)
+
+
+def decay_rates(A_log: Tensor) -> Tensor:
+    """A = -exp(A_log), float32, in one kernel."""
+    A_log = A_log.contiguous()
+    A = torch.empty_like(A_log, dtype=torch.float32)
+    with device_of(A):
+        grid = (ceil_div(A.numel(), 1024), 1, 1)
+        launch(decay_kernel, grid, (A_log, A), (A.numel(),), (), SIZE=1024)
+    return A
+
+
 class Weights(NamedTuple):
     """Of a ResidualBlock of mamba.py; as a tuple, autograd takes them."""
 
@@ -1779,7 +1796,7 @@ def block_forward(
     projected = x.view(-1, d_inner) @ x_proj.T
     dt = (projected[:, :rank] @ dt_proj.T).view_as(x)
     B, C = projected.view(batch, seqlen, -1)[..., rank:].chunk(2, dim=-1)
-    A = -torch.exp(w.A_log.float())
+    A = decay_rates(w.A_log)
     options = (w.D, z, h0, w.dt_bias, reset, True, rule, save)
     y, h_last, *states = scan_forward(x, dt, A, B, C, *options)
     out = add_product(rows, y.view(-1, d_inner), out_proj.T)

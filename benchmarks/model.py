@@ -5,8 +5,9 @@
     python benchmarks/model.py --models 130m --what train --profile
     python benchmarks/model.py --dry-run                         # tiny sizes, no GPU: does it run
 
-Random weights, vocabulary 50280. The tables are markdown; the official numbers, of an H100, are
-those in official_h100.json.
+Random weights, vocabulary 50280. The tables are markdown. Where mamba_ssm can be imported, the
+official model runs in the same process, with the same help and the same loss; elsewhere its numbers
+are those in official_h100.json, of an H100.
 
 train    130m (768 x 24), batch 8, and 370m (1024 x 48), batch 4, 2048 tokens a row: forward,
          cross-entropy and backward, no optimizer, bfloat16 autocast over float32 parameters. Each
@@ -20,8 +21,8 @@ decode   130m at batch 1, 4, 64 and 256, 2.8b at 1, 4 and 64, bfloat16 parameter
          generate.py after a prompt of 100 tokens, the most probable token, and sampled, as the
          command line does by default; and once after 100,000 tokens more. ms a token: five times
          the mean of 256 tokens, the median. first: seconds for the first eight, compiling and
-         recording included. limit: the bytes of the weights over 3.02 TB/s. The official
-         implementation replays a CUDA graph as well; it takes the most probable token.
+         recording included. limit: the bytes of the weights over 3.02 TB/s. The official model's
+         `generate` replays a CUDA graph as well (cg=True), and takes the most probable token.
 
 ms: the median of --runs runs between CUDA events. peak: the most that was allocated, parameters and
 gradients included. --profile adds the ten kernels that take the longest in one run of each case.
@@ -31,6 +32,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import statistics
 import sys
@@ -51,6 +53,8 @@ from train import chunked_cross_entropy
 from generate import stream
 from mamba import Mamba, MambaConfig
 
+OFFICIAL = importlib.util.find_spec("mamba_ssm") is not None
+
 HERE = Path(__file__).resolve().parent
 SIZES = {"130m": (768, 24), "370m": (1024, 48), "2.8b": (2560, 64)}  # d_model, n_layer
 TRAIN = {"130m": 8, "370m": 4}  # batch
@@ -70,11 +74,33 @@ def make_model(name: str, options: argparse.Namespace) -> Mamba:
         return Mamba(MambaConfig(d_model, n_layer, options.vocabulary))
 
 
-def official(kind: str, name: str) -> dict[str, dict[str, Any]]:
-    """The recorded rows of a model, "130m (768 x 24)" for "130m", with the help they got: eager, or
-    graph, the whole replayed from a CUDA graph."""
+def make_official(name: str, options: argparse.Namespace) -> torch.nn.Module:
+    """The official model of the same size; called, it gives logits."""
+    from mamba_ssm.models.config_mamba import MambaConfig as OfficialConfig
+    from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+
+    torch.manual_seed(0)
+    sizes = dict(zip(("d_model", "n_layer"), SIZES[name], strict=True))
+    fused = {"rms_norm": True, "fused_add_norm": True, "residual_in_fp32": True}
+    config = OfficialConfig(**sizes, vocab_size=options.vocabulary, **fused)
+    model = MambaLMHeadModel(config, device=options.device, dtype=torch.float32)
+    call = model.forward
+    model.forward = lambda ids, **keywords: call(ids, **keywords).logits
+    model.logits_and_all = call  # for its own `generate`
+    return model
+
+
+def recorded(kind: str) -> list[dict[str, Any]]:
+    """Rows of the official model, with the help they got: eager, or graph, the whole replayed from
+    a CUDA graph."""
     rows = json.loads((HERE / "official_h100.json").read_text())[kind]
-    return {row["how"]: row for row in rows if row["model"].split()[0] == name}
+    return [row | {"model": row["model"].split()[0], "recorded": True} for row in rows]
+
+
+def official(rows: list[dict[str, Any]], kind: str, name: str) -> dict[str, dict[str, Any]]:
+    """Those of this run, or the recorded ones, by the help they got."""
+    measured = [row for row in rows if row["system"] == "official"]
+    return {row["how"]: row for row in measured or recorded(kind) if row["model"] == name}
 
 
 def milliseconds(
@@ -143,8 +169,10 @@ def longest_kernels(run: Callable[[], Any], options: argparse.Namespace) -> list
     return sorted(rows, key=lambda row: -row["ms"])[:10]
 
 
-def measure_training(name: str, how: str, loss: str, options: argparse.Namespace) -> dict[str, Any]:
-    model = make_model(name, options)
+def measure_training(
+    name: str, how: str, loss: str, options: argparse.Namespace, make: Callable = make_model
+) -> dict[str, Any]:
+    model = make(name, options)
     batch = TRAIN[name]
     generator = torch.Generator(options.device).manual_seed(0)
     ids = torch.randint(
@@ -217,21 +245,25 @@ def capture(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
 
 
 @torch.inference_mode()
-def measure_prefill(name: str, graph: bool, options: argparse.Namespace) -> dict[str, Any]:
-    model = make_model(name, options).to(torch.bfloat16)
+def measure_prefill(
+    name: str, how: str, options: argparse.Namespace, make: Callable = make_model
+) -> dict[str, Any]:
+    model = make(name, options).to(torch.bfloat16)
     ids = torch.randint(options.vocabulary, (1, options.seqlen), device=options.device)
 
     def prefill() -> Tensor:
+        if make is make_official:
+            return model(ids, num_last_tokens=1)
         return model(ids, head=lambda hidden: model.lm_head(hidden[:, -1]))
 
     run: Callable[[], Any] = prefill
     reset_peak(options)
     expected = prefill()
     row: dict[str, Any] = {
-        "model": name, "graph": graph, "batch": 1, "seqlen": options.seqlen,
+        "model": name, "how": how, "batch": 1, "seqlen": options.seqlen,
         "peak_GiB": peak_GiB(options),
     }  # fmt: skip
-    if graph and options.device.type == "cuda":
+    if how == "graph" and options.device.type == "cuda":
         logits = expected
 
         def keep() -> None:
@@ -248,6 +280,27 @@ def measure_prefill(name: str, graph: bool, options: argparse.Namespace) -> dict
     if options.profile:
         row["kernels"] = longest_kernels(run, options)
     return row
+
+
+def measure_official_decoding(
+    name: str, batch: int, how: str, skipped: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Its `generate` for 264 tokens less that for 8, by 256: the median of three."""
+    model = make_official(name, options).to(torch.bfloat16)
+    model.forward = model.logits_and_all
+    prompt = torch.randint(options.vocabulary, (batch, 100), device=options.device)
+
+    def clock(tokens: int) -> float:
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        model.generate(input_ids=prompt, max_length=100 + tokens, cg=True, top_k=1)
+        torch.cuda.synchronize()
+        return time.perf_counter() - begun
+
+    first = clock(264)
+    ms = statistics.median(1000 * (clock(264) - clock(8)) / 256 for _ in range(3))
+    row = {"model": name, "batch": batch, "how": how, "after": 100 + skipped}
+    return row | {"ms": ms, "first_s": first}
 
 
 def measure_decoding(
@@ -295,12 +348,13 @@ def training_table(rows: list[dict[str, Any]]) -> str:
     titles = ["forward and backward", "tokens/s", "peak GiB", "ours / official", "loss value"]
     lines = []
     for name in dict.fromkeys(row["model"] for row in rows):
-        theirs = official("train_fwd_bwd", name)
+        theirs = official(rows, "train_fwd_bwd", name)
         for how, row in theirs.items():
+            whose = "official, recorded" if "recorded" in row else "official"
             numbers = [f"{row['tokens_per_s']:,}", f"{row['peak_GiB']:.1f}", "", ""]
-            lines.append([f"{name}, official, {how}, plain loss", *numbers])
+            lines.append([f"{name}, {whose}, {how}, plain loss", *numbers])
         for row in rows:
-            if row["model"] != name:
+            if row["model"] != name or row["system"] == "official":
                 continue
             numbers = [f"{row['tokens_per_s']:,}", f"{row['peak_GiB']:.1f}", ""]
             if row["how"] in theirs and row["loss"] == "plain":
@@ -315,18 +369,23 @@ def training_table(rows: list[dict[str, Any]]) -> str:
 def prefill_table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
-        how = "graph" if row["graph"] else "eager"
-        theirs = official("prefill_ms", row["model"])[how]["ms"]
-        times = [f"{theirs:.2f}", f"{row['ms']:.2f}", f"{theirs / row['ms']:.2f}"]
-        lines.append([f"{row['model']}, {how}", *times, f"{row['peak_GiB']:.1f}"])
+        if row["system"] == "ours":
+            theirs = official(rows, "prefill_ms", row["model"])[row["how"]]
+            whose = " (official recorded)" if "recorded" in theirs else ""
+            times = [theirs["ms"], row["ms"], theirs["ms"] / row["ms"]]
+            times = [f"{time:.2f}" for time in times]
+            lines.append([f"{row['model']}, {row['how']}{whose}", *times, f"{row['peak_GiB']:.1f}"])
     return table(["prefill", "official, ms", "ours", "official / ours", "peak GiB"], lines)
 
 
 def decoding_table(rows: list[dict[str, Any]]) -> str:
-    recorded = json.loads((HERE / "official_h100.json").read_text())["decode_ms_per_token"]
-    official = {(r["model"], r["batch"]): r["ms"] for r in recorded if r["cuda_graph"]}
+    measured = [row for row in rows if row["system"] == "official"]
+    kept = [row for row in recorded("decode_ms_per_token") if row["cuda_graph"]]
+    official = {(row["model"], row["batch"]): row["ms"] for row in measured or kept}
     lines = []
     for row in rows:
+        if row["system"] == "official":
+            continue
         theirs = official.get((row["model"], row["batch"])) if row["how"] == "greedy" else None
         lines.append(
             [f"{row['model']}, batch {row['batch']}, {row['how']}, after {row['after']:,} tokens",
@@ -334,18 +393,21 @@ def decoding_table(rows: list[dict[str, Any]]) -> str:
              f"{theirs / row['ms']:.2f}" if theirs else "", f"{row['limit_ms']:.3f}",
              f"{row['ms'] / row['limit_ms']:.2f}", f"{row['first_s']:.1f}"]
         )  # fmt: skip
-    titles = ["decode", "ms a token", "official", "official / ours", "limit", "of it", "first s"]
+    whose = "official" if measured else "official, recorded"
+    titles = ["decode", "ms a token", whose, "official / ours", "limit", "of it", "first s"]
     return table(titles, lines)
 
 
 def kernels_table(row: dict[str, Any]) -> str:
-    how = (row["how"], row["loss"]) if "loss" in row else ("graph" if row["graph"] else "eager",)
+    how = (row["how"], row["loss"]) if "loss" in row else (row["how"],)
     lines = [
         [kernel["kernel"][:70].replace("|", "/"), f"{kernel['ms']:.2f}",
          f"{100 * kernel['share']:.0f} %", str(kernel["launches"])]
         for kernel in row["kernels"]
     ]  # fmt: skip
-    return table([", ".join((row["model"], *how)), "ms", "of all kernels", "launches"], lines)
+    return table(
+        [", ".join((row["system"], row["model"], *how)), "ms", "of all kernels", "launches"], lines
+    )
 
 
 def parse() -> argparse.Namespace:
@@ -389,10 +451,10 @@ def main() -> None:
             for loss in ("plain", "chunked")
         ],
         "prefill": [
-            (measure_prefill, name, graph)
+            (measure_prefill, name, how)
             for name in options.models
             if name in PREFILL
-            for graph in (False, True)
+            for how in ("eager", "graph")
         ],
         "decode": [
             (measure_decoding, name, batch, how, skipped)
@@ -405,13 +467,22 @@ def main() -> None:
             )
         ],
     }
+    if OFFICIAL and not options.dry_run:
+        for what, plain in (("train", "plain"), ("prefill", None)):
+            same = [case for case in cases[what] if plain in (None, case[-1])]
+            cases[what] += [(*case, make_official) for case in same if "compiled" not in case]
+        same = [case for case in cases["decode"] if case[-2:] == ("greedy", 0)]
+        cases["decode"] += [(measure_official_decoding, *case[1:]) for case in same]
     for what in options.what:
         measured[what] = []
         for run, *case in cases[what]:
-            row = run(*case, options)
+            theirs = run is measure_official_decoding or case[-1] is make_official
+            make = [case.pop()] if case[-1] is make_official else []
+            row = {"system": "official" if theirs else "ours"} | run(*case, options, *make)
             torch.compiler.reset()  # what a model has compiled is of no use to the next one
             reset_peak(options)
-            print(f"{what}, {', '.join(map(str, case))}: {row['ms']:.1f} ms", file=sys.stderr)
+            said = ", ".join(map(str, (what, row["system"], *case)))
+            print(f"{said}: {row['ms']:.1f} ms", file=sys.stderr)
             measured[what].append(
                 {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
             )

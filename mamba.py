@@ -881,9 +881,10 @@ def companion(scan: str, x: Tensor, *others: Tensor | None, **needs: Any) -> Mod
 
 def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether it is of one of these very types, with no hook, and no other forward of its own."""
-    hooks = module._forward_hooks, module._forward_pre_hooks
-    hooks += module._backward_hooks, module._backward_pre_hooks
-    return type(module) in kinds and not any(hooks) and "forward" not in vars(module)
+    own = vars(module)
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"]
+    hooks = hooks or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return type(module) in kinds and not hooks and "forward" not in own
 
 
 def are_our_own(*modules: nn.Module) -> bool:
@@ -892,14 +893,15 @@ def are_our_own(*modules: nn.Module) -> bool:
     pass it by. (Hooks on all modules at once, as those that count operations, are not looked for.)
     """
     own = Mamba, ResidualBlock, MambaBlock, RMSNorm, DeltaProjection
-    own += nn.ModuleDict, nn.ModuleList, nn.Embedding, nn.Conv1d, nn.Linear
-    replaced = {"step", "select", "embed"}
-    return all(
-        is_plain(m, *own)
-        and not replaced & vars(m).keys()
-        and all(p is None or type(p) is nn.Parameter for p in m._parameters.values())
-        for m in modules
-    )
+    own += nn.Linear, nn.Conv1d, nn.Embedding, nn.ModuleDict, nn.ModuleList
+    # Asked of every block in every prompt: plain loops, and no attributes of modules.
+    for module in modules:
+        mine = vars(module)
+        if not is_plain(module, *own) or not {"step", "select", "embed"}.isdisjoint(mine):
+            return False
+        if not all([p is None or type(p) is nn.Parameter for p in mine["_parameters"].values()]):
+            return False
+    return True
 
 
 def is_our_own(model: nn.Module) -> bool:
@@ -913,23 +915,28 @@ def kernels_for(layer: nn.Module, stream: Tensor) -> ModuleType | None:
     called one by one, and the scan and the convolution may still be kernels."""
     if not stream.is_cuda or stream.ndim != 3 or torch.compiler.is_compiling():
         return None
-    block = layer.mixer
-    if not are_our_own(layer, layer.norm, block, *block.children()):
+    block, parts = layer.mixer, layer.mixer._modules
+    if not are_our_own(layer, layer.norm, block, *parts.values()):
         return None
-    projections = block.in_proj, block.x_proj, block.dt_proj, block.out_proj
-    filters, dilation = block.conv1d.weight.shape[1:], block.conv1d.dilation
+    of = {name: module._parameters for name, module in parts.items()}
+    if not all(["weight" in own for own in of.values()]):
+        return None
+    filters, dilation = of["conv1d"]["weight"].shape[1:], parts["conv1d"].dilation
     if (
-        len({projection.weight.dtype for projection in projections}) > 1
-        or type(block.dt_proj) is not DeltaProjection  # a Linear adds its bias itself
-        or block.dt_proj.bias is None
-        or block.x_proj.bias is not None
+        len({of[f"{name}_proj"]["weight"].dtype for name in ("in", "x", "dt", "out")}) > 1
+        or type(parts["dt_proj"]) is not DeltaProjection  # a Linear adds its bias itself
+        or of["dt_proj"]["bias"] is None
+        or of["x_proj"]["bias"] is not None
         or (filters, dilation) != ((1, block.config.d_conv), (1,))
     ):
         return None
-    weights = [weight for m in (block, *block.children()) for weight in m._parameters.values()]
-    needs = {"rule": block.config.rule, "d_state": block.A_log.shape[1], "d_conv": filters[-1]}
-    kernels = companion(block.config.scan, stream, *weights, **needs)
-    return kernels if kernels and kernels.takes(stream, *weights, **needs) else None
+    weights = [w for own in (block._parameters, *of.values()) for w in own.values()]
+    scan, d_state = block.config.scan, block._parameters["A_log"].shape[1]
+    needs = {"rule": block.config.rule, "d_state": d_state, "d_conv": filters[-1]}
+    kernels = companion(scan, stream, *weights, **needs)
+    # If "triton" is asked for, what the kernels take is not.
+    asked = scan == "triton" and kernels is not None
+    return None if asked and not kernels.takes(stream, *weights, **needs) else kernels
 
 
 def fused_block(

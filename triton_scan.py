@@ -1001,9 +1001,10 @@ variants: dict = {}
 
 def launch(kernel, grid, tensors: tuple, free: tuple, fixed: tuple, **constants) -> None:
     """kernel[grid](*tensors, *free, *fixed, **constants)."""
-    layout = tuple((tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors)
-    traits = tuple((n == 1, n % 16 == 0, n < 2**31) for n in fixed)
-    key = (kernel, tensors[0].device, layout, traits, *constants.values())
+    # Lists, which are faster than generators, and the function, whose hash is its address.
+    layout = [(tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors]
+    traits = [(n == 1, n % 16 == 0, n < 2**31) for n in fixed]
+    key = (kernel.fn, tensors[0].device, *layout, *traits, *constants.values())
     if key in variants:
         variant, values = variants[key]
         variant[grid](*tensors, *free, *fixed, *values)
@@ -1768,12 +1769,15 @@ class Weights(NamedTuple):
 
     @classmethod
     def of(cls, layer: Any) -> Weights:
-        block = layer.mixer
-        return cls(
-            layer.norm.weight, block.in_proj.weight, block.in_proj.bias, block.conv1d.weight,
-            block.conv1d.bias, block.x_proj.weight, block.dt_proj.weight, block.dt_proj.bias,
-            block.A_log, block.D, block.out_proj.weight, block.out_proj.bias,
-        )  # fmt: skip
+        block = layer.mixer  # Module.__getattr__ is slow, for twelve weights of every layer
+        of = {name: module._parameters for name, module in block._modules.items()}
+        in_proj, conv, dt_proj, out_proj = (
+            (of[name]["weight"], of[name]["bias"])
+            for name in ("in_proj", "conv1d", "dt_proj", "out_proj")
+        )
+        x_proj, own = of["x_proj"]["weight"], block._parameters
+        rest = *dt_proj, own["A_log"], own["D"], *out_proj
+        return cls(layer.norm.weight, *in_proj, *conv, x_proj, *rest)
 
 
 def block_forward(

@@ -24,8 +24,9 @@ decode   130m at batch 1, 4, 64 and 256, 2.8b at 1, 4 and 64, bfloat16 parameter
          recording included. limit: the bytes of the weights over 3.02 TB/s. The official model's
          `generate` replays a CUDA graph as well (cg=True), and takes the most probable token.
 
-ms: the median of --runs runs between CUDA events. peak: the most that was allocated, parameters and
-gradients included. --profile adds the ten kernels that take the longest in one run of each case.
+ms: the median of --runs runs between CUDA events; the official model and ours take turns. peak: the
+most that was allocated, parameters and gradients included. --profile adds the ten kernels that take
+the longest in one run of each case.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -103,29 +105,45 @@ def official(rows: list[dict[str, Any]], kind: str, name: str) -> dict[str, dict
     return {row["how"]: row for row in measured or recorded(kind) if row["model"] == name}
 
 
-def milliseconds(
-    run: Callable[[], Any], options: argparse.Namespace, after: Callable[[], None] | None = None
-) -> float:
-    """The median of options.runs runs; after, which is not timed, follows each of them."""
-    times = []
+@dataclass
+class Case:
+    """A computation that can be timed: row, what is known of it; after, what follows each run and
+    is not timed."""
+
+    row: dict[str, Any]
+    run: Callable[[], Any]
+    after: Callable[[], None] = lambda: None
+
+
+def time_together(cases: list[Case], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Their rows with ms, the median of options.runs runs. They take turns, since the speed of a
+    machine changes; eager, more than anything else that of its processor."""
+    times: list[list[float]] = [[] for _ in cases]
     for i in range(options.runs + 3):
-        if options.device.type == "cuda":
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()
-            start.record()
-            run()
-            stop.record()
-            torch.cuda.synchronize()
-            elapsed = start.elapsed_time(stop)
-        else:
-            begun = time.perf_counter()
-            run()
-            elapsed = 1000 * (time.perf_counter() - begun)
-        if after is not None:
-            after()
-        if i >= 3:  # the first are slower: memory is asked for, kernels are compiled
-            times.append(elapsed)
-    return statistics.median(times)
+        for case, found in zip(cases, times, strict=True):
+            if options.device.type == "cuda":
+                start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                torch.cuda.synchronize()
+                start.record()
+                case.run()
+                stop.record()
+                torch.cuda.synchronize()
+                elapsed = start.elapsed_time(stop)
+            else:
+                begun = time.perf_counter()
+                case.run()
+                elapsed = 1000 * (time.perf_counter() - begun)
+            case.after()
+            if i >= 3:  # the first are slower: memory is asked for, kernels are compiled
+                found.append(elapsed)
+    for case, found in zip(cases, times, strict=True):
+        case.row["ms"] = statistics.median(found)
+        if "seqlen" in case.row and "loss" in case.row:
+            tokens = case.row["batch"] * case.row["seqlen"]
+            case.row["tokens_per_s"] = round(1000 * tokens / case.row["ms"])
+        if options.profile:
+            case.row["kernels"] = longest_kernels(case.run, options)
+    return [case.row for case in cases]
 
 
 def reset_peak(options: argparse.Namespace) -> None:
@@ -136,8 +154,15 @@ def reset_peak(options: argparse.Namespace) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def peak_GiB(options: argparse.Namespace) -> float:
-    return torch.cuda.max_memory_allocated() / 2**30 if options.device.type == "cuda" else 0.0
+def allocated(options: argparse.Namespace) -> int:
+    """Bytes, by others that are there already."""
+    return torch.cuda.memory_allocated() if options.device.type == "cuda" else 0
+
+
+def peak_GiB(options: argparse.Namespace, before: int = 0) -> float:
+    if options.device.type != "cuda":
+        return 0.0
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
 def longest_kernels(run: Callable[[], Any], options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -169,9 +194,10 @@ def longest_kernels(run: Callable[[], Any], options: argparse.Namespace) -> list
     return sorted(rows, key=lambda row: -row["ms"])[:10]
 
 
-def measure_training(
+def prepare_training(
     name: str, how: str, loss: str, options: argparse.Namespace, make: Callable = make_model
-) -> dict[str, Any]:
+) -> Case:
+    before = allocated(options)
     model = make(name, options)
     batch = TRAIN[name]
     generator = torch.Generator(options.device).manual_seed(0)
@@ -211,23 +237,16 @@ def measure_training(
     step()
     clear()
     row: dict[str, Any] = {
-        "model": name, "how": how, "loss": loss, "batch": batch,
-        "seqlen": options.seqlen, "peak_GiB": peak_GiB(options),
+        "model": name, "how": how, "loss": loss, "batch": batch, "seqlen": options.seqlen,
+        "peak_GiB": peak_GiB(options, before), "value": value.item(),  # the same in all cases
     }  # fmt: skip
-    run, after = step, clear
-    if how == "graph" and options.device.type == "cuda":
-        expected = value.item()
-        captured = capture(step)
-        captured.replay()
-        if abs(value.item() - expected) > 1e-3:
-            raise RuntimeError(f"{name}: the replayed graph gives another loss")
-        run, after = captured.replay, None
-    row["ms"] = milliseconds(run, options, after=after)
-    row["tokens_per_s"] = round(1000 * batch * options.seqlen / row["ms"])
-    row["value"] = value.item()  # the four cases of a model must agree on it
-    if options.profile:
-        row["kernels"] = longest_kernels(run, options)
-    return row
+    if how != "graph" or options.device.type != "cuda":
+        return Case(row, step, clear)
+    captured = capture(step)
+    captured.replay()
+    if abs(value.item() - row["value"]) > 1e-3:
+        raise RuntimeError(f"{name}: the replayed graph gives another loss")
+    return Case(row, captured.replay)
 
 
 def capture(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
@@ -245,9 +264,10 @@ def capture(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
 
 
 @torch.inference_mode()
-def measure_prefill(
+def prepare_prefill(
     name: str, how: str, options: argparse.Namespace, make: Callable = make_model
-) -> dict[str, Any]:
+) -> Case:
+    before = allocated(options)
     model = make(name, options).to(torch.bfloat16)
     ids = torch.randint(options.vocabulary, (1, options.seqlen), device=options.device)
 
@@ -256,30 +276,25 @@ def measure_prefill(
             return model(ids, num_last_tokens=1)
         return model(ids, head=lambda hidden: model.lm_head(hidden[:, -1]))
 
-    run: Callable[[], Any] = prefill
     reset_peak(options)
-    expected = prefill()
+    logits = expected = prefill()
     row: dict[str, Any] = {
         "model": name, "how": how, "batch": 1, "seqlen": options.seqlen,
-        "peak_GiB": peak_GiB(options),
+        "peak_GiB": peak_GiB(options, before),
     }  # fmt: skip
-    if how == "graph" and options.device.type == "cuda":
-        logits = expected
+    if how != "graph" or options.device.type != "cuda":
+        return Case(row, torch.inference_mode()(prefill))
 
-        def keep() -> None:
-            nonlocal logits
-            logits = prefill()
+    def keep() -> None:
+        nonlocal logits
+        logits = prefill()
 
-        captured = capture(keep)
-        captured.replay()
-        torch.cuda.synchronize()
-        if not torch.allclose(logits, expected, rtol=1e-2, atol=1e-2):
-            raise RuntimeError(f"{name}: the replayed graph gives other logits than the eager run")
-        run = captured.replay
-    row["ms"] = milliseconds(run, options)
-    if options.profile:
-        row["kernels"] = longest_kernels(run, options)
-    return row
+    captured = capture(keep)
+    captured.replay()
+    torch.cuda.synchronize()
+    if not torch.allclose(logits, expected, rtol=1e-2, atol=1e-2):
+        raise RuntimeError(f"{name}: the replayed graph gives other logits than the eager run")
+    return Case(row, captured.replay)
 
 
 def measure_official_decoding(
@@ -444,14 +459,14 @@ def main() -> None:
     far = 4 if options.dry_run else 100_000
     cases: dict[str, list[tuple]] = {
         "train": [
-            (measure_training, name, how, loss)
+            (prepare_training, name, how, loss)
             for name in options.models
             if name in TRAIN
             for how in ("eager", "compiled", "graph")
             for loss in ("plain", "chunked")
         ],
         "prefill": [
-            (measure_prefill, name, how)
+            (prepare_prefill, name, how)
             for name in options.models
             if name in PREFILL
             for how in ("eager", "graph")
@@ -467,25 +482,33 @@ def main() -> None:
             )
         ],
     }
-    if OFFICIAL and not options.dry_run:
-        for what, plain in (("train", "plain"), ("prefill", None)):
-            same = [case for case in cases[what] if plain in (None, case[-1])]
-            cases[what] += [(*case, make_official) for case in same if "compiled" not in case]
-        same = [case for case in cases["decode"] if case[-2:] == ("greedy", 0)]
-        cases["decode"] += [(measure_official_decoding, *case[1:]) for case in same]
+    official = OFFICIAL and not options.dry_run
     for what in options.what:
         measured[what] = []
         for run, *case in cases[what]:
-            theirs = run is measure_official_decoding or case[-1] is make_official
-            make = [case.pop()] if case[-1] is make_official else []
-            row = {"system": "official" if theirs else "ours"} | run(*case, options, *make)
+            rows = []
+            if what == "decode":
+                rows.append({"system": "ours"} | run(*case, options))
+                if official and case[-2:] == ["greedy", 0]:
+                    rows.append({"system": "official"} | measure_official_decoding(*case, options))
+            else:
+                makers = {"ours": make_model}
+                if official and "chunked" not in case and "compiled" not in case:
+                    makers["official"] = make_official
+                prepared = []
+                for system, make in makers.items():
+                    prepared.append(run(*case, options, make))
+                    prepared[-1].row = {"system": system} | prepared[-1].row
+                rows = time_together(prepared, options)
+                del prepared
             torch.compiler.reset()  # what a model has compiled is of no use to the next one
             reset_peak(options)
-            said = ", ".join(map(str, (what, row["system"], *case)))
-            print(f"{said}: {row['ms']:.1f} ms", file=sys.stderr)
-            measured[what].append(
-                {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
-            )
+            for row in rows:
+                said = ", ".join(map(str, (what, row["system"], *case)))
+                print(f"{said}: {row['ms']:.1f} ms", file=sys.stderr)
+                measured[what].append(
+                    {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
+                )
     versions = ", ".join(f"{k} {measured[k]}" for k in ("torch", "triton") if k in measured)
     print(f"{measured['device']}, {versions}\n")
     if measured.get("train"):

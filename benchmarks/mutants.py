@@ -71,7 +71,8 @@ BELONGING = {
 
 # Keyword arguments, or keys of a dictionary, that are no part of what is computed: the speed of a
 # kernel, and lengths that are equal by construction.
-UNJUDGED = ("num_warps", "num_stages", "maxnreg", "eviction_policy", "launch_pdl", "strict")
+UNJUDGED = ("num_warps", "num_stages", "maxnreg", "eviction_policy", "launch_pdl", "overlap",
+            "strict")  # fmt: skip
 
 # Whole kinds of equivalent mutants: file, function, what the line has and its mutant has not.
 KINDS = [

@@ -192,6 +192,9 @@ def mix(**options):
     return lambda: host_and_ours()[1].backbone.layers[0].mixer(torch.randn(1, 3, 12), **options)
 
 
+HALF_A_CACHE = dict.fromkeys(("get_conv_state", "get_recurrent_state", "update_conv_state"))
+
+
 @pytest.mark.parametrize(("call", "words"), [
     (scan_with("A", 6, 3, dtype=torch.complex64), "complex"),
     (scan_with("A", 5, 3), r"u \(b, d, l\) and A \(d, n\)"),
@@ -199,14 +202,16 @@ def mix(**options):
     (scan_with("u", 2, 6, 0), r"l and n at least 1, got \(2, 6, 0\)"),
     (scan_with("C", 2, 4, 3, 7), r"C must be .*divisor of 6, got \(2, 4, 3, 7\)"),
     (scan_with("delta", 2, 7, 6), r"delta must be \(2, 6, 7\).*got \(2, 7, 6\)"),
+    (scan_with("z", 2, 6, 6), r"z must be \(2, 6, 7\)"),
     (scan_with("D", 5), r"D must be \(6,\)"),
+    (scan_with("delta_bias", 8), r"delta_bias must be \(6,\)"),
     (lambda: Layer(16)(torch.randn(1, 2, 16), object()), "not inference_params"),
     (lambda: Layer(16)(torch.randn(1, 2, 16), inference_params=1), "not inference_params"),
     (lambda: Mixer(FALCON), "need a MambaMixer of transformers, got FalconMambaMixer"),
     (lambda: host_and_ours(hidden_act="gelu"), "gelu"),
     (lambda: host_and_ours(intermediate_size=23), "23, 2 "),
     (mix(a=None, b=torch.zeros(1), c=2), "no b, c: .*use_cache=False"),
-    (mix(cache=SimpleNamespace(get_conv_state=1)), "no cache SimpleNamespace: take use_cache"),
+    (mix(cache=SimpleNamespace(**HALF_A_CACHE)), "no cache SimpleNamespace: take use_cache"),
     (mix(attention_mask=torch.ones(1, 4)), r"attention_mask must be \(1, 3\)"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(call, words):

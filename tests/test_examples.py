@@ -138,6 +138,19 @@ def test_the_loss_in_chunks_of_short_floats_rounds_the_gradient_of_the_logits_on
     assert all(1e-4 < error < (4e-3 if autocast else 6e-3) for error in errors[1:]), errors
 
 
+def test_the_defaults_are_those_that_made_the_shipped_model(monkeypatch):
+    monkeypatch.setattr(train, "train", lambda options: made.append(vars(options)))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", "text"])
+    made = []
+    train.main()
+    config = Mamba.from_pretrained(ROOT / "checkpoints" / "shakespeare").config
+    assert made[0].items() >= {
+        "d_model": config.d_model, "n_layer": config.n_layer, "batch": 64, "seqlen": 512,
+        "steps": 1800, "warmup": 100, "dropout": 0.25, "lr": 2e-3, "evaluate_every": 300,
+        "seed": 0, "minutes": None, "compile": False,
+    }.items()  # fmt: skip
+
+
 def test_evaluation_reads_each_text_once_and_carries_the_state_from_window_to_window():
     model, texts = random_model(vocab_size=256), [VERSE[:30], b"x", VERSE[50:67]]
     ids = [torch.frombuffer(bytearray(text), dtype=torch.uint8) for text in texts]
@@ -190,6 +203,8 @@ def test_training_is_this_loop_and_one_that_was_interrupted_ends_with_the_same_m
     optimizer = torch.optim.AdamW(model.param_groups(weight_decay=0.1), betas=(0.9, 0.95))
     state, losses = model.init_state(3), []
     factors = [0.5, 1, *(0.01 + 0.99 * (1 + math.cos(math.pi * i / 4)) / 2 for i in range(4))]
+    least = train.read_texts([Path("kept.txt")], [], len(VERSE) - 2, torch.device("cpu"))[0]
+    assert bytes(least.tolist()) == VERSE[::-1], "long enough for one place"
     assert run.text == VERSE.upper() + b"\n\n" + VERSE, "hold-outs apart, in the order of the names"
     assert 0 < sum(jumped.sum() for _, jumped in run.windows[1:]) < 15
     for factor, (ids, jumped) in zip(factors, run.windows, strict=True):

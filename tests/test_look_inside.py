@@ -148,6 +148,11 @@ def test_the_picture_shows_what_is_in_the_layer(run, capsys):
     order = torch.cdist(drawn, ratio).argmin(1)
     assert sorted(order.tolist()) == list(range(32))
     assert_close("Δ over its mean", drawn, ratio[order], 1e-5)
+    # Side by side as their angles are in the plane of the two leading principal components.
+    leading = torch.linalg.eigh(ratio.log() @ ratio.log().T).eigenvectors[:, -2:]
+    by_angle = torch.atan2(*leading.unbind(1)).argsort()
+    steps = set((by_angle.argsort()[order].diff() % 32).tolist())
+    assert steps in ({1}, {31}), "neither the one way round nor the other"
     norm = look.states(layers[2], rule="zoh")[0].flatten(1).norm(dim=1)
     assert_close("‖h‖", torch.tensor(middle.lines[0].get_ydata()), norm, 1e-6)
     alpha, image = look.mean_attention(layers[2], "zoh")[0], bottom.images[0].get_array()

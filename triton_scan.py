@@ -1244,7 +1244,11 @@ def scan_backward(
 
 def device_of(x: Tensor):
     """Triton launches on the current device, which need not be that of x."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    there = not x.is_cuda or x.device.index == torch.cuda.current_device()
+    return NOTHING if there else torch.cuda.device(x.device)
+
+
+NOTHING = contextlib.nullcontext()
 
 
 def refuse_second_derivatives() -> None:
@@ -1786,7 +1790,8 @@ def block_forward(
 ) -> tuple[Tensor, Tensor, Tensor, tuple]:  # fmt: skip
     """The next stream, what goes into the convolution, h_last, and what the backward pass needs."""
     w = weights
-    rounded = [m.to(dtype) for m in (w.in_proj, w.x_proj, w.dt_proj, w.out_proj)]
+    matrices = w.in_proj, w.x_proj, w.dt_proj, w.out_proj
+    rounded = [m if m.dtype == dtype else m.to(dtype) for m in matrices]
     in_proj, x_proj, dt_proj, out_proj = rounded
     (batch, seqlen, width), (d_inner, rank) = stream.shape, dt_proj.shape
     rows = stream.view(-1, width)
@@ -1889,7 +1894,7 @@ def residual_block_triton(
     dtype = torch.get_autocast_dtype(device) if autocast else layer.mixer.in_proj.weight.dtype
     options = layer.norm.eps, layer.mixer.config.rule, dtype
     tensors = (stream.contiguous(), past.to(dtype), h0, reset)
-    with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+    with torch.autocast(device, enabled=False) if autocast else NOTHING:
         if wants_gradient(stream, past, h0, *weights):
             return Block.apply(*tensors, *options, *weights)
         return block_forward(*tensors, weights, *options, False)[:3]

@@ -412,7 +412,8 @@ def widen_kernel(
 ##
 ##     1. a summary of every segment: e, and Σ Δ, since P = exp(A ΣΔ) needs no product;
 ##     2. every segment chains the summaries before it, h <- P h + e, and then runs in full.
-##        (A few dozen steps of the combine, each program for itself: nothing beside the scan.)
+##        (A few dozen steps of the combine, each program for itself: little beside the scan, if
+##        memory is not waited for at each. See `chain`.)
 ##
 ## The summary is the recurrence from the zero state without its outputs: no C, no gate, nothing
 ## written but the end. It still takes all exponentials. That is the price of cutting time, and why
@@ -491,7 +492,7 @@ def chain(
 
 @triton.jit
 def load_summary(ends, sums, where, step, s, count, state_step, o_h, CHANNELS: tl.constexpr):
-    """e and ΣΔ of one segment; zeros, which change nothing, from the last one on."""
+    """e and ΣΔ of one segment; zeros, P = 1 and e = 0, which change nothing, past the last one."""
     c, where = tl.arange(0, CHANNELS), where + s * step
     b_e = tl.load(ends + where * state_step + o_h, mask=s + 0 * o_h < count, other=0.0)
     return b_e, tl.load(sums + where * CHANNELS + c, mask=s + 0 * c < count, other=0.0)
@@ -962,10 +963,11 @@ def segment_length(seqlen: int, segments: int) -> int:
 
 
 def forward_segment(seqlen: int, programs: int) -> int:
-    """The same for the forward kernel, if that many programs have one segment each.
+    """Steps of a segment of the forward kernel, a multiple of K, if one segment is that many
+    programs.
 
-    The schedulers take turns: one turn of all is as long as its longest segment. Of the lengths
-    with the least time in all the longest, which leaves the fewest summaries.
+    One program to a scheduler is a turn, as long as a segment, and 33 for 32 schedulers are two.
+    Of the lengths with the least turns x length the longest, which leaves the fewest summaries.
     """
     chunks = ceil_div(seqlen, K)
     if programs >= FORWARD_FULL:
@@ -993,8 +995,8 @@ def unpack(packed: Tensor, d_inner: int, d_state: int) -> Tensor:
 ## Which compiled variant of a kernel fits, Triton finds out at every launch from every argument: in
 ## Python, and longer than a short sequence takes on the GPU. `launch` remembers it. A variant
 ## depends on the dtypes, on whether addresses and `fixed` numbers are multiples of 16 (and on
-## numbers that are 1, or need 64 bits), and on the constants; not on the `free` numbers
-## (do_not_specialize).
+## numbers that are 1, or need 64 bits), and on the constants; not on the values of the `free`
+## numbers (do_not_specialize), whose types must stay the same.
 
 variants: dict = {}
 
@@ -1651,20 +1653,21 @@ def causal_conv_triton(
 ## ================================================================================================
 ##
 ## For a prompt and in training a block is about 25 operators of PyTorch, twice that backward, and
-## starting one takes Python longer than many of them take the GPU. Here it is nine kernels, and its
-## backward pass is written out, so that it keeps less: what is cheap is computed again.
+## starting one takes Python longer than many of them take the GPU. Here it is nine or ten kernels,
+## and its backward pass is written out, so that it keeps less: what is cheap is computed again.
 ##
 ##     norm                  stream -> u             computed again
 ##     in_proj               u -> x before the convolution, z               kept: 2 b l d
 ##     convolution, silu     -> x                    computed again
 ##     x_proj                x -> low_rank, B, C     kept: b l (R + 2 n)
 ##     dt_proj               low_rank -> dt          computed again
-##     scan, in two or three -> y, states            kept: b l d, and b l d n / 64 in float32
+##     decay                 A_log -> A              kept: d n
+##     scan, in two or three -> y, states            kept: b l d; float32 b l d n / 64, and 2 b l n
 ##     out_proj              stream + y W -> stream  the sum is the end of the product, in float32
 ##
-## The products are those of cuBLAS. It reads x and z where in_proj has left them, side by side, and
+## The products are those of cuBLAS. It reads low_rank where x_proj has left it, beside B and C, and
 ## writes what it has summed in float32 as float32 where that is wanted: the stream, and gradients
-## of float32 weights. Under autocast they are rounded to its dtype once for both passes.
+## of float32 weights. Under autocast the weights are rounded to its dtype once for both passes.
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -1717,7 +1720,7 @@ def norm_forward(stream: Tensor, weight: Tensor, eps: float, dtype: torch.dtype)
     """RMSNorm of every row of stream (rows, d_model), in dtype."""
     u = torch.empty_like(stream, dtype=dtype)
     with device_of(stream):
-        fixed, constants = (len(stream), eps, stream.stride(0)), norm_constants(len(weight))
+        fixed, constants = (len(stream), eps), norm_constants(len(weight))
         tensors, grid = (stream, weight, stream, stream, u), (len(stream), 1, 1)
         launch(norm_step_kernel, grid, tensors, (), fixed, **constants, PARTS=0, OVERLAP=False)
     return u
@@ -1740,13 +1743,14 @@ def norm_backward(
 
 @triton.jit(do_not_specialize=["numbers"])
 def decay_kernel(A_log, A, numbers, SIZE: tl.constexpr):
+    """A = -exp(A_log): as operators of PyTorch three kernels."""
     o = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     b_A_log = tl.load(A_log + o, mask=o < numbers, other=0.0).to(tl.float32)
     tl.store(A + o, -tl.exp(b_A_log), mask=o < numbers)
 
 
 def decay_rates(A_log: Tensor) -> Tensor:
-    """A = -exp(A_log), float32, in one kernel."""
+    """A_log of any dtype -> A, float32."""
     A_log = A_log.contiguous()
     A = torch.empty_like(A_log, dtype=torch.float32)
     with device_of(A):
@@ -1954,13 +1958,14 @@ def first_step(u: Tensor, weight: Tensor, norm: Tensor, eps: float = 1e-5) -> Te
 ## 2. What comes after a product and needs only its own channel, such as the convolution, is done
 ##    where the row is.
 ## 3. A kernel need not wait for the one before with everything. From Hopper on a GPU can start a
-##    kernel while the last one runs (programmatic dependent launch). Ours load what no other kernel
-##    of this token writes, weights, window and state, shift the window, and then wait: a third of
-##    the time goes. One wait is enough: it lasts until the kernel before has ended, and that one
-##    has waited too. The token before has ended as well: the lookup of the embedding, an ordinary
-##    kernel, starts after everything else. Programs that wait take up room, though. With more
-##    sequences the kernel of the state, which has most of them, lets the next one start only after
-##    its own wait: up to a third faster.
+##    kernel while the last one runs (programmatic dependent launch). What an earlier kernel of this
+##    token writes is touched only after a wait; but ours load before it what none of them writes,
+##    weights, window and state, and shift the window. That saves a third of the time. One wait is
+##    enough: it lasts until the kernel before has ended, and that one has waited too. The token
+##    before has ended as well: the lookup of the embedding, an ordinary kernel, starts after
+##    everything else. Programs that wait take up room, though. With more sequences the kernel of
+##    the state, which has most of them, lets the next one start only after its own wait: up to a
+##    third faster.
 ## 4. The weights are read again and again, in the same order. A cache that throws out what it has
 ##    not used for longest has thrown out every weight by the time it is wanted again. "evict_first"
 ##    says of each that it may go at once: then others stay, of 130m's about a fifth.
@@ -1969,8 +1974,10 @@ def first_step(u: Tensor, weight: Tensor, norm: Tensor, eps: float = 1e-5) -> Te
 ##    leave first still is. For four sequences that nearly halves the time.
 ##
 ## For a few sequences the product is a matrix times a vector, lane by lane. For more the tensor
-## cores have enough to do: `tile_step_kernel`. Then what has to be summed over a row cannot be done
-## on the way, and a layer has seven kernels; each waits for the one before:
+## cores have enough to do: `tile_step_kernel`. Then a layer has seven kernels, each of which waits
+## for the one before. The norm is one of its own: inside the product the tile would go through
+## registers, and every program would add up out_proj's parts again. And dt_proj, a matrix product
+## too, no longer fits into the kernel of the state.
 ##
 ##     1. residual, norm                     5. dt_proj
 ##     2. in_proj, convolution, silu         6. the recurrence, the gate
@@ -2147,7 +2154,7 @@ def tile_step_kernel(
 
 @triton.jit
 def norm_step_kernel(
-    u, weight, added, stream, out, batch, eps, u_b,
+    u, weight, added, stream, out, batch, eps,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """stream = u + the sum of added (parts, b, columns), if any; out = RMSNorm(stream). One row."""
@@ -2155,7 +2162,7 @@ def norm_step_kernel(
     m = c < COLUMNS
     b_weight = tl.load(weight + c, mask=m, other=0.0).to(tl.float32)
     wait_for_the_kernel_before(OVERLAP)
-    b_u = tl.load(u + row * u_b + c, mask=m, other=0.0).to(tl.float32)
+    b_u = tl.load(u + row * COLUMNS + c, mask=m, other=0.0).to(tl.float32)
     if PARTS > 0:
         for part in tl.static_range(PARTS):
             b_u += tl.load(added + (part * batch + row) * COLUMNS + c, mask=m, other=0.0)
@@ -2261,7 +2268,7 @@ def matrix_tile(rows: int, columns: int, batch: int, size: int, split: bool) -> 
     size: bytes of a number. split: the columns may be split.
     """
     BATCH, ROWS = min(64, max(16, triton.next_power_of_2(batch))), 32 if batch <= 64 else 64
-    small = rows < 512 or columns <= 256  # x_proj, dt_proj: so little that all may be loaded ahead
+    small = rows < 512 or columns <= 256  # x_proj, dt_proj: the first block is loaded ahead
     if small:
         BLOCK, ROWS, parts, stages = 256, 16 if split else 32, 8, 3
     elif split:  # out_proj
@@ -2283,7 +2290,11 @@ def linear_arguments(
     if x.stride(1) != 1 or x.shape[1] < columns or not weight.is_contiguous():
         raise ValueError(f"need x (b, {columns} or more) in rows, and a contiguous weight")
     window, conv_weight, conv_bias = conv or (x.new_empty(0, 0, 0), x, None)
-    tensors = (x, weight, or_else(bias, x), window, conv_weight, or_else(conv_bias, x))
+    shapes = (len(x), rows // 2, conv_weight.shape[-1] - 1), (rows // 2, 1, conv_weight.shape[-1])
+    if conv is not None and (window.shape, conv_weight.shape) != shapes:
+        raise ValueError(f"need windows {shapes[0]} and filters {shapes[1]}")
+    filters = conv_weight if conv is None else conv_weight.contiguous()
+    tensors = (x, weight, or_else(bias, x), window, filters, or_else(conv_bias, x))
     flags = {
         "COLUMNS": columns, "W": window.shape[-1] + 1, "HAS_BIAS": bias is not None,
         "CONV": conv is not None, "HAS_CONV_BIAS": conv_bias is not None, "FAST": FAST,
@@ -2304,8 +2315,8 @@ def vector_step(
     residual: (b, rows). dtype None: the weight's. x has stride 1 along its columns; weight and
     residual are contiguous, else ValueError.
 
-    overlap: it may start while the kernel before runs. That one must not write weight, bias, norm
-    or filters, and must have started after the windows' last use had ended.
+    overlap: it may start while kernels before it run. None of them may write weight, bias, norm or
+    filters, and all must have started after the windows' last use had ended.
     """
     tensors, numbers, flags = linear_arguments(x, weight, bias, conv, overlap)
     batch, (rows, columns) = len(x), weight.shape
@@ -2353,15 +2364,18 @@ def norm_step(
     overlap: as in vector_step.
     """
     batch, columns = u.shape
+    parts = 0 if added is None else len(added)
+    if not u.is_contiguous() or (parts and added.shape != (parts, batch, columns)):
+        raise ValueError("need u (b, columns), contiguous, and added (parts, b, columns) or None")
     out = u.new_empty((batch, columns), dtype=weight.dtype)
     stream = u if added is None else torch.empty_like(u)
     constants = {
         "COLUMNS": columns, "BLOCK": triton.next_power_of_2(columns),
-        "PARTS": 0 if added is None else len(added), **overlap_options(u.device, overlap),
+        "PARTS": parts, **overlap_options(u.device, overlap),
     }  # fmt: skip
     with device_of(u):
-        tensors = (u, weight, or_else(added, u), stream, out)
-        norm_step_kernel[(batch,)](*tensors, batch, eps, u.stride(0), **constants)
+        tensors = (u, weight.contiguous(), or_else(added, u), stream, out)
+        norm_step_kernel[(batch,)](*tensors, batch, eps, **constants)
     return stream, out
 
 
@@ -2414,8 +2428,10 @@ def block_step(
     check_rule(rule)
     block, (norm, eps) = layer.mixer, (layer.norm.weight, layer.norm.eps)
     in_proj, out_proj, dt_weight = block.in_proj, block.out_proj, block.dt_proj.weight
-    if not all(tensor.is_contiguous() for tensor in (u, h, dt_weight, block.A_log)):
+    if not all(tensor.is_contiguous() for tensor in (u, h, dt_weight, block.A_log, block.D)):
         raise ValueError("u, h and the weights must be contiguous")
+    if h.shape != (len(u), *block.A_log.shape):
+        raise ValueError(f"need h {(len(u), *block.A_log.shape)}, got {tuple(h.shape)}")
     window, options = (conv, block.conv1d.weight, block.conv1d.bias), {"overlap": True}
     if few(*u.shape):
         before = {"norm": norm, "eps": eps, "overlap": overlap}
@@ -2440,9 +2456,13 @@ def block_step(
 ## Top-p keeps the most probable tokens that make up p, and to find them one sorts: 50,000 numbers,
 ## twenty kernels, as long as half a step of mamba-130m. But whether one token is kept is seen
 ## without an order: if those that are more probable make up less than p. So draw one from all,
-## look, and if it is not kept, draw again from those that were more probable than it. What the
-## first draw had kept is drawn with the same odds as by a cut; each draw that fails leaves, in the
-## mean, half of the rest; and the best token is always kept. A draw is two walks over one row.
+## look, and if it is not kept, draw again from those that were more probable than it.
+##
+## Every token that is kept is better than every one that is not. So all of them stay among the
+## candidates, and in each draw their odds to each other are those of the cut. (min-p keeps the best
+## too.) A token that fails leaves with all that are no better, so the draws end, at the latest with
+## the best: in the mean 1 + ln(1/p) of them, 1.1 for p = 0.9. Two walks over the row come first,
+## and each draw takes two and a bit.
 ##
 ## To draw: u is uniform in [0, 1), and the token is the last whose predecessors, in the order of
 ## the vocabulary, have no more than u of all that may be drawn.
@@ -2450,8 +2470,8 @@ def block_step(
 
 @triton.jit
 def weigh(row, start, vocab, top, scale, v_than, i_than, SIZE: tl.constexpr, FAST: tl.constexpr):
-    """The weights of SIZE tokens, but 0 for those that are not better than token i_than, with logit
-    v_than. Of equal ones the first is better."""
+    """The weights of SIZE tokens, e^((logit - top) / temperature), a probability up to a factor; 0
+    for those that are not better than token i_than, with logit v_than. Of equals the first is."""
     i = start + tl.arange(0, SIZE)
     v = tl.load(row + i, mask=i < vocab, other=-float("inf")).to(tl.float32)
     better = (i < vocab) & ((v > v_than) | ((v == v_than) & (i < i_than)))
@@ -2498,8 +2518,9 @@ def sample_kernel(
         token = place + tl.max(tl.where((weights > 0) & (before_each <= wanted), i, 0), 0)
         v_than = tl.load(row + token).to(tl.float32)
         rest = weigh_all(row, vocab, top, scale, v_than, token, SIZE, FAST)
-        beyond_p = (rest > 0) & (rest >= top_p * everything)
-        drawing = beyond_p | (exp2((v_than - top) * scale, FAST) < min_p)
+        # The best one, which has nothing before it, is kept whatever its weight.
+        cut = (rest >= top_p * everything) | (exp2((v_than - top) * scale, FAST) < min_p)
+        drawing = (rest > 0) & cut
         draws += 1
     tl.store(out + i_b, tl.where(everything > 0, token, 0).to(tl.int64))
 
@@ -2516,7 +2537,8 @@ def sample_triton(
     """
     batch, vocab = logits.shape
     if logits.dtype not in DTYPES or logits.stride(1) != 1:
-        raise ValueError(f"need rows of float32, bfloat16 or float16, got {logits.dtype}")
+        found = f"{logits.dtype} with strides {logits.stride()}"
+        raise ValueError(f"need rows of float32, bfloat16 or float16, with stride 1, got {found}")
     check_device(logits)
     seeds = torch.randint(2**31, (batch,), generator=generator, device=logits.device)
     out = torch.empty_like(seeds)
@@ -2524,7 +2546,9 @@ def sample_triton(
     # Temperatures beyond float32 would make 0 / 0 and inf / inf.
     scale = LOG2E.value / min(max(temperature, 1e-30), 1e30)
     with device_of(logits):
-        free, constants = (vocab, scale, top_p, min_p), {"SIZE": SIZE, "FAST": FAST}
+        # Floats: a variant that was compiled for an integer takes no other.
+        free = vocab, scale, float(top_p), float(min_p)
+        constants = {"SIZE": SIZE, "FAST": FAST}
         constants["num_warps"] = max(1, SIZE // 512)
         tensors, fixed = (logits, seeds, out), (logits.stride(0),)
         launch(sample_kernel, (batch, 1, 1), tensors, free, fixed, **constants)

@@ -32,6 +32,7 @@ SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
 FORMATS = {"safetensors": [SAFE], "shards": [INDEX, *SHARDS], "bin": [BIN]}  # in this order
 FORMATS["bin shards"] = [BIN_INDEX, *(f"pytorch_model-0000{i}-of-00003.bin" for i in (1, 2, 3))]
 HF, HF_SHARDS = "hf safetensors", "hf shards"
+OUT = "backbone.layers.0.mixer.out_proj.weight"
 D, NORM, EMBEDDING = "backbone.layers.1.mixer.D", "backbone.norm_f.weight", mamba.EMBEDDING
 IDS = torch.arange(20).view(2, 10)
 
@@ -152,6 +153,8 @@ def test_of_several_formats_the_first_is_read_and_what_is_saved_beside_them_coun
         for file in files:  # nobody may read these any more
             (tmp_path / file).write_bytes(b"stale")
         assert_refused(tmp_path, RuntimeError, files[0])
+    by_columns = WEIGHTS | {OUT: WEIGHTS[OUT].mT.contiguous().mT}  # only such files can hold it
+    assert_loads(write(tmp_path / "by columns", "bin", by_columns))
     small().save_pretrained(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert_loads("~")

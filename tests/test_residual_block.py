@@ -66,7 +66,7 @@ def results(model: Mamba, *, fused: bool, autocast: bool = False) -> dict[str, T
 @pytest.mark.parametrize(
     "changes",
     [
-        {"bias": True, "d_state": 3, "d_conv": 2},
+        {"bias": True, "d_state": 3, "d_conv": 2, "dt_rank": 3},
         {"rule": "dirac", "conv_bias": False, "residual_in_fp32": False, "expand": 1.5},
     ],
 )
@@ -112,6 +112,19 @@ def test_a_short_stream_between_float32_weights_is_promoted_as_by_the_modules():
         actual, _ = layer(stream, state)
     assert_close("stream", actual, expected, 1e-5)
     assert actual.dtype == expected.dtype == torch.float32
+
+
+def test_decay_rates_take_several_programs():
+    A_log = torch.randn(16, 70, device=DEVICE).T
+    assert_close("A", triton_scan.decay_rates(A_log), -A_log.double().exp(), 1e-6)
+
+
+def test_the_norm_of_a_short_stream_is_computed_in_float32():
+    stream, du, dout = torch.randn(3, 10, 12, device=DEVICE).bfloat16()
+    weight, v, g = torch.randn(12, device=DEVICE), stream.double(), du.double()
+    _, _, dweight = triton_scan.norm_backward(du, dout, stream, weight, 0.1)
+    expected = (g * v / (v.square().mean(-1, keepdim=True) + 0.1).sqrt()).sum(0)
+    assert_close("dweight", dweight, expected, 1e-5)
 
 
 def test_second_derivatives_are_refused():

@@ -226,7 +226,11 @@ def test_the_parts_of_a_product_are_summed_by_the_kernel_that_follows(monkeypatc
             alone, normed_alone = triton_scan.norm_step(stream, norm, 0.1)
         assert parts.shape == (count, 6, 21) and alone is stream
         expected = product(x, weight, norm)[0]
+        # What is normed is the stream as it is kept.
+        short, of_short = triton_scan.norm_step(stream.bfloat16(), norm, 0.1, 100 * parts)
+        assert short.dtype == torch.bfloat16
         for name, actual, wanted in (
+            ("norm of a short stream", of_short, product(short, eye, norm=norm, eps=0.1)[0]),
             ("total", total, expected),
             ("stream", after, stream + expected),
             ("norm", normed, product(stream + expected, eye, norm=norm, eps=0.1)[0]),
@@ -235,8 +239,13 @@ def test_the_parts_of_a_product_are_summed_by_the_kernel_that_follows(monkeypatc
             assert_close(name, actual, wanted, 1e-6)
 
 
+def test_a_sum_of_parts_takes_several_programs():
+    parts = normal(3, 5, 77)
+    assert_close("sum", triton_scan.sum_step(parts), parts.sum(0), 1e-6)
+
+
 def test_the_first_rung_the_norm_and_a_product_alone_are_rounded_once():
-    cases = (1, 1, F32), (1, 40, F16), (3, sized(16, 2560), F32), (6, 40, BF16)
+    cases = (1, 1, F32), (1, 40, F16), (3, sized(1030, 2560), F32), (6, 40, BF16)
     for batch, columns, dtype in cases:
         u, norm = normal(batch, columns), normal(columns, dtype=dtype, seed=3)
         weight = normal(5, columns, dtype=dtype, seed=1)
@@ -344,10 +353,12 @@ def test_logits_that_are_no_numbers_give_a_token_and_edges_the_best():
     nothing, one = math.nan, [-math.inf, 0.0, -math.inf]
     rows = torch.tensor([[nothing] * 3, [0.0, nothing, 1.0], one, [1.0, 3.0, 2.0]], device=DEVICE)
     assert triton_scan.sample_triton(rows)[:3].tolist() in ([0, 0, 1], [0, 2, 1])
-    for options in ({"top_p": 1e-40}, {"temperature": 1e-40}, {"min_p": 1.0}):
+    for options in ({"top_p": 1e-40}, {"temperature": 1e-40}, {"min_p": 1}, {"min_p": 1.5}):
         assert triton_scan.sample_triton(rows[2:], **options).tolist() == [1, 1]
+    equal = torch.zeros(sized(40, 1000), 4, device=DEVICE)  # before the third are exactly 0.5
+    assert triton_scan.sample_triton(equal, top_p=0.5).unique().tolist() == [0, 1]
     for wrong in (rows.double(), rows.mT):
-        with pytest.raises(ValueError, match="need rows of float32, bfloat16 or float16"):
+        with pytest.raises(ValueError, match="need rows of float32, bfloat16 or float16, with st"):
             triton_scan.sample_triton(wrong)
 
 
@@ -377,6 +388,13 @@ WRONG = [
     (lambda: block(u=normal(1, 16)[:, ::2]), "the weights must be contiguous"),
     (lambda: block(h=normal(1, 4, 16).mT), "the weights must be contiguous"),
     (lambda: block(rule="zoh"), "got 'zoh'"),
+    (
+        lambda: linear(weight=normal(8, 9), conv=(normal(2, 4, 3), normal(4, 1, 4), None)),
+        "need windows (6, 4, 3) and filters (4, 1, 4)",
+    ),
+    (lambda: triton_scan.norm_step(normal(9, 6).T, normal(9), 0.1), "need u (b, columns), contig"),
+    (lambda: triton_scan.norm_step(normal(6, 9), normal(9), 0.1, normal(6, 9)), "and added (parts"),
+    (lambda: block(u=normal(2, 8)), "need h (2, 16, 4)"),
 ]
 
 

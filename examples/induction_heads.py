@@ -149,7 +149,7 @@ def table(results: dict[tuple[str, int], list[float]], sizes: dict) -> str:
 def draw(results: dict[tuple[str, int], list[float]], sizes: dict, file: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
+    figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
     axes = figure.subplots()
     colors = {"selective": "royalblue", "fixed": "darkorange"}
     labels = {"selective": "Δ, B, C from the token (Mamba)", "fixed": "Δ, B, C fixed (as in S4)"}
@@ -162,7 +162,7 @@ def draw(results: dict[tuple[str, int], list[float]], sizes: dict, file: Path) -
     axes.set_xlabel("tokens in the sequence")
     axes.set_ylabel("share answered")
     axes.set_title("Induction heads: each line a seed")
-    axes.legend(loc="center right")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(file)
 
 

@@ -171,7 +171,7 @@ def main() -> None:
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--small", action="store_true", help="sizes for a CPU")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="S")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="S", help="all")
     parser.add_argument("--steps", type=int, help="of training, in place of the sizes' own")
     parser.add_argument("--out", type=Path, default=Path("induction_heads.png"), help="picture")
     options = parser.parse_args()

@@ -2247,7 +2247,7 @@ PROCESSORS = 132  # of an H100
 
 def few(batch: int, d_model: int) -> bool:
     """Whether products are done lane by lane, with every weight read for each row."""
-    return batch <= min(5, 6144 // d_model)
+    return batch <= min(5, max(1, 6144 // d_model))
 
 
 def vector_tile(rows: int, columns: int, batch: int) -> tuple[int, int, int]:
@@ -2433,7 +2433,7 @@ def block_step(
     if h.shape != (len(u), *block.A_log.shape):
         raise ValueError(f"need h {(len(u), *block.A_log.shape)}, got {tuple(h.shape)}")
     window, options = (conv, block.conv1d.weight, block.conv1d.bias), {"overlap": True}
-    if few(*u.shape):
+    if added is None and few(*u.shape):
         before = {"norm": norm, "eps": eps, "overlap": overlap}
         xz = vector_step(u, in_proj.weight, in_proj.bias, conv=window, **before)
         low_rank = vector_step(xz, block.x_proj.weight, dtype=torch.float32, **options)

@@ -117,7 +117,7 @@ def test_a_fused_step_is_the_step_of_the_model(changes, batch):
 
 
 def block_step(layer, u: Tensor, state: MambaState, added: Tensor | None = None) -> Tensor:
-    """The stream after a block, with what the block has left to be added."""
+    """The stream after a block, with what it has left to be added."""
     u, added = triton_scan.block_step(layer, u, state.conv, state.h, added)
     return u if added is None else (u + added.sum(0)).to(u.dtype)
 
@@ -134,6 +134,9 @@ def test_a_block_steps_on_with_nothing_between_the_steps(batch):
         wanted, expected = layer(u, expected)
         assert_close("u", out, wanted, 1e-5)
     assert_close("h", state.h, expected.h, 1e-5)
+    added = normal(2, batch, 8, seed=5)  # as a block of many sequences leaves it
+    wanted, _ = layer(u + added.sum(0), expected)
+    assert_close("u", block_step(layer, u, state, added), wanted, 1e-5)
 
 
 def test_to_a_float32_stream_a_block_adds_and_rounds_no_more_than_its_own_share():

@@ -915,35 +915,22 @@ def kernels_for(layer: nn.Module, stream: Tensor) -> ModuleType | None:
     called one by one, and the scan and the convolution may still be kernels."""
     if not stream.is_cuda or stream.ndim != 3 or torch.compiler.is_compiling():
         return None
-    block, parts = layer.mixer, layer.mixer._modules
+    block = layer.mixer
+    parts = block._modules
     if not are_our_own(layer, layer.norm, block, *parts.values()):
         return None
-    of = {name: module._parameters for name, module in parts.items()}
-    if not all(["weight" in own for own in of.values()]):
+    if type(parts["dt_proj"]) is not DeltaProjection:  # a Linear adds its bias itself
         return None
-    filters, dilation = of["conv1d"]["weight"].shape[1:], parts["conv1d"].dilation
-    if (
-        len({of[f"{name}_proj"]["weight"].dtype for name in ("in", "x", "dt", "out")}) > 1
-        or type(parts["dt_proj"]) is not DeltaProjection  # a Linear adds its bias itself
-        or of["dt_proj"]["bias"] is None
-        or of["x_proj"]["bias"] is not None
-        or (filters, dilation) != ((1, block.config.d_conv), (1,))
-    ):
-        return None
-    weights = [w for own in (block._parameters, *of.values()) for w in own.values()]
-    scan, d_state = block.config.scan, block._parameters["A_log"].shape[1]
-    needs = {"rule": block.config.rule, "d_state": d_state, "d_conv": filters[-1]}
-    kernels = companion(scan, stream, *weights, **needs)
-    # If "triton" is asked for, what the kernels take is not.
-    asked = scan == "triton" and kernels is not None
-    return None if asked and not kernels.takes(stream, *weights, **needs) else kernels
+    scan = "auto" if block.config.scan == "triton" else block.config.scan  # who asked hears later
+    kernels = companion(scan, stream, rule=block.config.rule)
+    return kernels if kernels and kernels.takes_block(layer, stream) else None
 
 
 def fused_block(
     kernels: ModuleType, layer: nn.Module, stream: Tensor, state: MambaState,
     *, reset: Tensor | None = None,
 ) -> tuple[Tensor, MambaState]:  # fmt: skip
-    """`ResidualBlock.forward` by triton_scan.py's nine kernels. Shapes and errors are the same."""
+    """`ResidualBlock.forward` by triton_scan.py. Shapes and errors are the same."""
     check_block(layer.mixer.config, stream, state, reset)
     stream, raw, h = kernels.residual_block_triton(layer, stream, state.conv, state.h, reset)
     return stream, MambaState(window_after(raw, state.conv.to(raw.dtype), reset)[0], h)

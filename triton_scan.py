@@ -503,6 +503,7 @@ def after_segment(
     b_h, b_e, b_sum, b_A2,
     M: tl.constexpr, J: tl.constexpr, CHANNELS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
+    """P h + e, with P = exp(A ΣΔ)."""
     b_sum = b_sum[None, None, :]
     b_P = tl.where(b_sum == float("inf"), 0.0, exp2(b_A2 * b_sum, FAST))
     return b_P * b_h + tl.reshape(b_e, [M, J, CHANNELS])
@@ -1417,7 +1418,6 @@ def selective_scan_triton(
 ## direction: p_t is added to W sums that are under way, and the oldest of them is then complete.
 ## At the start of a document no term reaches back: f_k is 1 if steps t and t - k belong together.
 
-NORM_ROWS = 16  # of a program of the norm's backward pass
 CONV_C, CONV_STEPS = 128, 8  # channels and, at least, steps of a program
 
 
@@ -1670,6 +1670,9 @@ def causal_conv_triton(
 ## of float32 weights. Under autocast the weights are rounded to its dtype once for both passes.
 
 
+NORM_ROWS = 16  # of a program of the norm's backward pass
+
+
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a @ b, summed in float32 and, where cuBLAS can, rounded once, to dtype."""
     if a.is_cuda and dtype == torch.float32 != a.dtype:
@@ -1882,6 +1885,22 @@ class Block(torch.autograd.Function):
         )  # fmt: skip
         dh0 = None if h0 is None else dh0
         return dstream.view_as(stream), dpast, dh0, None, None, None, None, *gradients
+
+
+def takes_block(layer: Any, stream: Tensor) -> bool:
+    """Whether residual_block_triton can run this layer, of mamba.py's modules, and should."""
+    config, parts = layer.mixer.config, layer.mixer._modules
+    if not all(["weight" in part._parameters for part in parts.values()]):
+        return False
+    w = Weights.of(layer)
+    filters, dilation = w.conv.shape[1:], parts["conv1d"].dilation
+    return (
+        w.in_proj.dtype == w.x_proj.dtype == w.dt_proj.dtype == w.out_proj.dtype
+        and w.dt_bias is not None
+        and parts["x_proj"]._parameters["bias"] is None
+        and (filters, dilation) == ((1, config.d_conv), (1,))
+        and takes(stream, *w, rule=config.rule, d_state=w.A_log.shape[1], d_conv=filters[-1])
+    )
 
 
 def residual_block_triton(

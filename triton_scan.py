@@ -154,7 +154,8 @@ def first_scan(
 ## 3. One channel, one lane. A lane keeps all n states of its channel in registers: the sum C h
 ##    over n is then a chain of multiply-adds within a lane and not an exchange between lanes. B
 ##    and C, the same for all channels, are read from shared memory, where 32 lanes that read the
-##    same word are served at once.
+##    same word are served at once. (Two lanes a channel do the work of a channel twice and that of
+##    its states once. While a scheduler has few programs they are faster: see `forward_shape`.)
 ## 4. B and C are widened to float32 once, by a kernel of their own: 32 conversions a step less.
 ## 5. Cheap exponentials. A is multiplied by log2 e beforehand, and ex2.approx.ftz is one
 ##    instruction where exp2 takes four to be right for results below 2^-126, which are noise here.
@@ -353,10 +354,17 @@ def state_mask(d, d_inner, d_state, M: tl.constexpr, J: tl.constexpr):
 
 
 @triton.jit
-def load_A(A, d, d_inner, d_state, M: tl.constexpr, J: tl.constexpr):
-    """A log2 e as (m, j, c); 0 for channels and states that only fill up the tile."""
+def load_A(A, d, d_inner, d_state, M: tl.constexpr, J: tl.constexpr, LOG: tl.constexpr):
+    """A log2 e as (m, j, c); 0 for channels and states that only fill up the tile.
+
+    LOG: what is stored is log(-A), as a block of mamba.py has it.
+    """
     offsets, mask = state_mask(d, d_inner, d_state, M, J)
-    return tl.load(A + offsets, mask=mask, other=0.0).to(tl.float32) * LOG2E
+    if LOG:
+        b_A = -tl.exp(tl.load(A + offsets, mask=mask, other=float("-inf")).to(tl.float32))
+    else:
+        b_A = tl.load(A + offsets, mask=mask, other=0.0).to(tl.float32)
+    return b_A * LOG2E
 
 
 @triton.jit
@@ -428,7 +436,7 @@ def forward_summary_kernel(
     M: tl.constexpr, J: tl.constexpr, CHANNELS: tl.constexpr,
     GROUP_J: tl.constexpr, GROUP_C: tl.constexpr, T: tl.constexpr, STAGES: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESET: tl.constexpr, SOFTPLUS: tl.constexpr,
-    DIRAC: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
+    DIRAC: tl.constexpr, LOG: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """e (m, j, c) and ΣΔ (c) of one segment, but not of the last, which nobody asks for.
 
@@ -437,7 +445,7 @@ def forward_summary_kernel(
     i_d, i_s, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     N: tl.constexpr = M * J
     t, c, n, d = axes(i_d, M, J, CHANNELS, T)
-    b_A2 = load_A(A, d, d_inner, d_state, M, J)
+    b_A2 = load_A(A, d, d_inner, d_state, M, J, LOG)
     b_bias = load_channels(dt_bias, d, d_inner, HAS_BIAS)
     x, o_x = start_of(x, i_b, i_d, t, c, x_b, x_l, x_d)
     dt, o_dt = start_of(dt, i_b, i_d, t, c, dt_b, dt_l, dt_d)
@@ -524,14 +532,14 @@ def forward_kernel(
     T: tl.constexpr, STAGES: tl.constexpr, K: tl.constexpr,
     HAS_Z: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESET: tl.constexpr,
     HAS_H0: tl.constexpr, SAVE: tl.constexpr, SOFTPLUS: tl.constexpr, DIRAC: tl.constexpr,
-    EVEN: tl.constexpr, FAST: tl.constexpr,
+    LOG: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """y of one segment of C channels; h at the start of every K-th step; h after the last."""
     i_d, i_s, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     blocks, segments = tl.num_programs(0), tl.num_programs(1)
     N: tl.constexpr = M * J
     t, c, n, d = axes(i_d, M, J, CHANNELS, T)
-    b_A2 = load_A(A, d, d_inner, d_state, M, J)
+    b_A2 = load_A(A, d, d_inner, d_state, M, J, LOG)
     b_bias = load_channels(dt_bias, d, d_inner, HAS_BIAS)
     b_D = load_channels(D, d, d_inner, HAS_D)
     o_h = state_offsets(M, J, CHANNELS, GROUP_J, GROUP_C)
@@ -672,7 +680,7 @@ def backward_summary_kernel(
     dt_b, dt_l, dt_d, z_b, z_l, z_d, dy_b, dy_l, dy_d,
     M: tl.constexpr, J: tl.constexpr, CHANNELS: tl.constexpr, T: tl.constexpr, STAGES: tl.constexpr,
     HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESET: tl.constexpr,
-    SOFTPLUS: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
+    SOFTPLUS: tl.constexpr, LOG: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """What the gradients g of a segment's own steps add to w at its start, but for the first.
 
@@ -682,7 +690,7 @@ def backward_summary_kernel(
     i_d, i_s, i_b = tl.program_id(0), tl.program_id(1) + 1, tl.program_id(2).to(tl.int64)
     N: tl.constexpr = M * J
     t, c, n, d = axes(i_d, M, J, CHANNELS, T)
-    b_A2 = load_A(A, d, d_inner, d_state, M, J)
+    b_A2 = load_A(A, d, d_inner, d_state, M, J, LOG)
     b_bias = load_channels(dt_bias, d, d_inner, HAS_BIAS)
     dt, o_dt = start_of(dt, i_b, i_d, t, c, dt_b, dt_l, dt_d)
     z, o_z = start_of(z, i_b, i_d, t, c, z_b, z_l, z_d)
@@ -737,7 +745,8 @@ def backward_kernel(
     M: tl.constexpr, J: tl.constexpr, CHANNELS: tl.constexpr,
     T: tl.constexpr, STAGES: tl.constexpr, K: tl.constexpr,
     HAS_Z: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESET: tl.constexpr,
-    SOFTPLUS: tl.constexpr, DIRAC: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
+    SOFTPLUS: tl.constexpr, DIRAC: tl.constexpr, LOG: tl.constexpr, EVEN: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one segment of C channels, inside one slice of time."""
     i_d, i_s, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -745,7 +754,7 @@ def backward_kernel(
     N: tl.constexpr = M * J
     t, c, n, d = axes(i_d, M, J, CHANNELS, T)
     t4 = t[:, None, None, None]
-    b_A2 = load_A(A, d, d_inner, d_state, M, J)
+    b_A2 = load_A(A, d, d_inner, d_state, M, J, LOG)
     b_bias = load_channels(dt_bias, d, d_inner, HAS_BIAS)
     b_D = load_channels(D, d, d_inner, HAS_D)
     o_h = state_offsets(M, J, CHANNELS, J, CHANNELS)
@@ -894,11 +903,12 @@ def sum_blocks_kernel(
 
 @triton.jit(do_not_specialize=["rows", "blocks"])
 def sum_totals_kernel(
-    totals, dA, dD, dbias, rows, blocks, d_inner, d_state,
-    M: tl.constexpr, J: tl.constexpr, CHANNELS: tl.constexpr,
+    totals, A, dA, dD, dbias, rows, blocks, d_inner, d_state,
+    M: tl.constexpr, J: tl.constexpr, CHANNELS: tl.constexpr, LOG: tl.constexpr,
     HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """dA (d, n), dD and dbias (d): the rows of totals added up, and put in the order of A."""
+    """dA (d, n), dD and dbias (d): the rows of totals added up, and put in the order of A. LOG:
+    that of log(-A), which is A dA."""
     i_d, o = tl.program_id(1), tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     STATES: tl.constexpr = M * J * CHANNELS
     step = tl.cast(blocks, tl.int64) * (STATES + 2 * CHANNELS)
@@ -908,7 +918,10 @@ def sum_totals_kernel(
     n = (o // CHANNELS) % J * M + o // (J * CHANNELS)
     mask = d < d_inner
     m_dA = mask & (o < STATES) & (n < d_state)
-    tl.store(dA + d * d_state + n, total.to(dA.dtype.element_ty), mask=m_dA)
+    b_dA = total
+    if LOG:
+        b_dA *= -tl.exp(tl.load(A + d * d_state + n, mask=m_dA, other=0.0).to(tl.float32))
+    tl.store(dA + d * d_state + n, b_dA.to(dA.dtype.element_ty), mask=m_dA)
     if HAS_D:
         m_dD = mask & (o // CHANNELS == M * J)
         tl.store(dD + d, total.to(dD.dtype.element_ty), mask=m_dD)
@@ -953,7 +966,8 @@ def lane_shape(d_state: int, lanes_of_a_channel: int) -> tuple[int, int, int]:
 ## kernel is as fast without cutting time; below, cut time until there are about so many.
 
 SCHEDULERS = 528
-FORWARD_FULL, FORWARD_WANTED = 384, 960  # programs: enough without cutting time; else this many
+FORWARD_FULL, FORWARD_WANTED = 448, 960  # programs: enough without cutting time; else this many
+FORWARD_CROWDED = 4096  # programs of two lanes a channel, from which on one lane is enough
 BACKWARD_FULL, BACKWARD_WANTED = 700, 1056
 
 
@@ -963,22 +977,26 @@ def segment_length(seqlen: int, segments: int) -> int:
     return ceil_div(chunks, min(chunks, segments)) * K
 
 
-def forward_segment(seqlen: int, programs: int) -> int:
-    """Steps of a segment of the forward kernel, a multiple of K, if one segment is that many
-    programs.
+def forward_shape(
+    batch: int, seqlen: int, d_inner: int, d_state: int
+) -> tuple[tuple[int, int, int], int]:
+    """(M, J, C) of the forward kernel, and the steps of a segment, a multiple of K.
 
-    One program to a scheduler is a turn, as long as a segment, and 33 for 32 schedulers are two.
-    Of the lengths with the least turns x length the longest, which leaves the fewest summaries.
+    Where two lanes a channel are programs enough, time is not cut. Else a channel has one lane, and
+    one program to a scheduler is a turn, as long as a segment: 33 for 32 schedulers are two. Of the
+    lengths with the least turns x length the longest, which leaves the fewest summaries.
     """
-    chunks = ceil_div(seqlen, K)
+    one, two = lane_shape(d_state, 1), lane_shape(d_state, 2)
+    chunks, programs = ceil_div(seqlen, K), batch * ceil_div(d_inner, two[2])
     if programs >= FORWARD_FULL:
-        return chunks * K
+        return two if programs < FORWARD_CROWDED else one, chunks * K
+    programs = batch * ceil_div(d_inner, one[2])
 
     def time(length: int) -> int:
         return ceil_div(ceil_div(chunks, length) * programs, SCHEDULERS) * length
 
     longest = max(1, chunks * programs // FORWARD_WANTED)
-    return min(range(longest, 0, -1), key=time) * K
+    return one, min(range(longest, 0, -1), key=time) * K
 
 
 def pack(h: Tensor, channels: int, M: int, J: int, C: int) -> Tensor:
@@ -1089,33 +1107,31 @@ def empty_like_each(x: Tensor, *tensors: Tensor | None) -> list[Tensor]:
     return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors]
 
 
-@operator(lambda x, dt, A, *others: forward_results(x, A, others[-1]))
+@operator(lambda x, dt, A, *others: forward_results(x, A, others[9]))
 def scan_forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     h0: Tensor | None, dt_bias: Tensor | None, reset: Tensor | None,
-    dt_softplus: bool, rule: str, save: bool,
+    dt_softplus: bool, rule: str, save: bool, log: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """y, h_last, and for the backward pass `borders` and `wide`.
+    """y, h_last, and for the backward pass `borders` and `wide`. log: A is given as log(-A).
 
     borders: the states at every K-th step (none unless save), in the kernels' order; wide (2, b, l,
     N): B and C as the kernels read them.
     """
     (batch, seqlen, d_inner), d_state = x.shape, A.shape[1]
-    M, J, channels = lane_shape(d_state, 1)
-    states, blocks = M * J, ceil_div(d_inner, channels)
-    programs = batch * blocks
-    segment = forward_segment(seqlen, programs)
-    segments = ceil_div(seqlen, segment)
+    (M, J, channels), segment = forward_shape(batch, seqlen, d_inner, d_state)
+    states, segments = M * J, ceil_div(seqlen, segment)
 
     x, dt, z = within_reach(x), within_reach(dt), within_reach(z)
     y, h_last, borders, wide = forward_results(x, A, save)
     group = borders.shape[2:]
+    blocks = group[0] * group[3] // channels
     A = A.contiguous()
     flags = {
         "M": M, "J": J, "CHANNELS": channels, "GROUP_J": group[2], "GROUP_C": group[3],
         "T": FORWARD_T, "STAGES": FORWARD_STAGES,
         "HAS_BIAS": dt_bias is not None, "HAS_RESET": reset is not None,
-        "SOFTPLUS": dt_softplus, "DIRAC": rule == "dirac", "FAST": FAST,
+        "SOFTPLUS": dt_softplus, "DIRAC": rule == "dirac", "LOG": log, "FAST": FAST,
         "EVEN": d_inner == blocks * channels and seqlen % FORWARD_T == 0, "num_warps": 1,
     }  # fmt: skip
     bias, document = or_else(dt_bias, x), document_starts(reset, x)
@@ -1158,8 +1174,10 @@ def scan_backward(
     dy: Tensor, dh_last: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, z: Tensor | None, h0: Tensor | None, dt_bias: Tensor | None,
     reset: Tensor | None, borders: Tensor, wide: Tensor, dt_softplus: bool, rule: str,
+    log: bool = False,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of x, dt, A, B, C, D, z, h0, dt_bias; an empty tensor for what was None."""
+    """Gradients of x, dt, A (with log, of log(-A)), B, C, D, z, h0, dt_bias; an empty tensor for
+    what was None."""
     (batch, seqlen, d_inner), d_state = x.shape, A.shape[1]
     M, J, channels = lane_shape(d_state, 2)
     states, blocks = M * J, borders.shape[2]
@@ -1201,7 +1219,7 @@ def scan_backward(
     flags = {
         "M": M, "J": J, "CHANNELS": channels, "T": BACKWARD_T, "STAGES": stages,
         "HAS_Z": z is not None, "HAS_BIAS": dt_bias is not None, "HAS_RESET": reset is not None,
-        "SOFTPLUS": dt_softplus, "FAST": FAST,
+        "SOFTPLUS": dt_softplus, "LOG": log, "FAST": FAST,
         "EVEN": d_inner == blocks * channels and seqlen % BACKWARD_T == 0, "num_warps": 1,
     }  # fmt: skip
     gate = x if z is None else z
@@ -1232,12 +1250,12 @@ def scan_backward(
             launch(sum_blocks_kernel, grid, (parts, dB, dC), free, (d_state,), **constants)
             w_after, w_before = w_before, w_after
         constants = {
-            "M": M, "J": J, "CHANNELS": channels, "HAS_D": D is not None,
+            "M": M, "J": J, "CHANNELS": channels, "LOG": log, "HAS_D": D is not None,
             "HAS_BIAS": dt_bias is not None, "ROWS": 16, "SIZE": 64, "num_warps": 4,
         }  # fmt: skip
         launch(
             sum_totals_kernel, (ceil_div((states + 2) * channels, 64), blocks, 1),
-            (totals, dA, dD if D is not None else dA, dbias if dt_bias is not None else dA),
+            (totals, A, dA, dD if D is not None else dA, dbias if dt_bias is not None else dA),
             (len(totals), blocks), (d_inner, d_state), **constants,
         )  # fmt: skip
     if h0 is not None:
@@ -1661,7 +1679,6 @@ def causal_conv_triton(
 ##     convolution, silu     -> x                    computed again
 ##     x_proj                x -> low_rank, B, C     kept: b l (R + 2 n)
 ##     dt_proj               low_rank -> dt          computed again
-##     decay                 A_log -> A              kept: d n
 ##     scan, in two or three -> y, states            kept: b l d; float32 b l d n / 64, and 2 b l n
 ##     out_proj              stream + y W -> stream  the sum is the end of the product, in float32
 ##
@@ -1744,24 +1761,6 @@ def norm_backward(
     return u, dstream, dweight.sum(0).to(weight.dtype)
 
 
-@triton.jit(do_not_specialize=["numbers"])
-def decay_kernel(A_log, A, numbers, SIZE: tl.constexpr):
-    """A = -exp(A_log): as operators of PyTorch three kernels."""
-    o = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    b_A_log = tl.load(A_log + o, mask=o < numbers, other=0.0).to(tl.float32)
-    tl.store(A + o, -tl.exp(b_A_log), mask=o < numbers)
-
-
-def decay_rates(A_log: Tensor) -> Tensor:
-    """A_log of any dtype -> A, float32."""
-    A_log = A_log.contiguous()
-    A = torch.empty_like(A_log, dtype=torch.float32)
-    with device_of(A):
-        grid = (ceil_div(A.numel(), 1024), 1, 1)
-        launch(decay_kernel, grid, (A_log, A), (A.numel(),), (), SIZE=1024)
-    return A
-
-
 class Weights(NamedTuple):
     """Of a ResidualBlock of mamba.py; as a tuple, autograd takes them."""
 
@@ -1812,13 +1811,12 @@ def block_forward(
     projected = x.view(-1, d_inner) @ x_proj.T
     dt = (projected[:, :rank] @ dt_proj.T).view_as(x)
     B, C = projected.view(batch, seqlen, -1)[..., rank:].chunk(2, dim=-1)
-    A = decay_rates(w.A_log)
-    options = (w.D, z, h0, w.dt_bias, reset, True, rule, save)
-    y, h_last, *states = scan_forward(x, dt, A, B, C, *options)
+    options = (w.D, z, h0, w.dt_bias, reset, True, rule, save, True)
+    y, h_last, *states = scan_forward(x, dt, w.A_log, B, C, *options)
     out = add_product(rows, y.view(-1, d_inner), out_proj.T)
     if w.out_bias is not None:
         out += w.out_bias
-    return out.view_as(stream), raw, h_last, (raw, z, projected, y, A, *states, *rounded)
+    return out.view_as(stream), raw, h_last, (raw, z, projected, y, *states, *rounded)
 
 
 class Block(torch.autograd.Function):
@@ -1838,8 +1836,8 @@ class Block(torch.autograd.Function):
         stream, past, h0, reset, *others = ctx.saved_tensors
         count, (eps, rule) = len(Weights._fields), ctx.options
         w, wants = Weights(*others[:count]), Weights(*ctx.needs_input_grad[-count:])
-        raw, z, projected, y, A, borders, wide, in_proj, x_proj, dt_proj, out_proj = others[count:]
-        (d_inner, n), rank = A.shape, dt_proj.shape[1]
+        raw, z, projected, y, borders, wide, in_proj, x_proj, dt_proj, out_proj = others[count:]
+        (d_inner, n), rank = w.A_log.shape, dt_proj.shape[1]
 
         def of_matrix(wanted: bool, weight: Tensor, d_result: Tensor, u: Tensor) -> Tensor | None:
             return product(d_result.T, u, weight.dtype) if wanted else None
@@ -1857,8 +1855,9 @@ class Block(torch.autograd.Function):
         low_rank, rows = projected[:, :rank], x.view(-1, d_inner)
         dt = (low_rank @ dt_proj.T).view_as(x)
         B, C = projected.view(*x.shape[:2], -1)[..., rank:].chunk(2, dim=-1)
-        inputs = (x, dt, A, B, C, w.D, z, h0, w.dt_bias, reset, borders, wide, True, rule)
-        dx, ddt, dA, dB, dC, dD, dz, dh0, d_dt_bias = scan_backward(dy, dh_last, *inputs)
+        inputs = (x, dt, w.A_log, B, C, w.D, z, h0, w.dt_bias, reset, borders, wide, True, rule)
+        gradients = scan_backward(dy, dh_last, *inputs, True)
+        dx, ddt, d_A_log, dB, dC, dD, dz, dh0, d_dt_bias = gradients
         dx, ddt, dz = dx.view(-1, d_inner), ddt.view(-1, d_inner), dz.view(-1, d_inner)
 
         d_dt_proj = of_matrix(wants.dt_proj, w.dt_proj, ddt, low_rank)
@@ -1880,8 +1879,7 @@ class Block(torch.autograd.Function):
 
         gradients = Weights(
             d_norm, d_in_proj, d_in_bias, d_conv, None if w.conv_bias is None else d_conv_bias,
-            d_x_proj, d_dt_proj, d_dt_bias, (dA * A).to(w.A_log.dtype), dD, d_out_proj,
-            of_bias(w.out_bias, d_added),
+            d_x_proj, d_dt_proj, d_dt_bias, d_A_log, dD, d_out_proj, of_bias(w.out_bias, d_added),
         )  # fmt: skip
         dh0 = None if h0 is None else dh0
         return dstream.view_as(stream), dpast, dh0, None, None, None, None, *gradients

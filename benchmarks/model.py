@@ -108,11 +108,12 @@ def official(rows: list[dict[str, Any]], kind: str, name: str) -> dict[str, dict
 @dataclass
 class Case:
     """A computation that can be timed: row, what is known of it; after, what follows each run and
-    is not timed."""
+    is not timed; alive, what a graph reads and does not keep in memory."""
 
     row: dict[str, Any]
     run: Callable[[], Any]
     after: Callable[[], None] = lambda: None
+    alive: Any = None
 
 
 def time_together(cases: list[Case], options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -246,7 +247,7 @@ def prepare_training(
     captured.replay()
     if abs(value.item() - row["value"]) > 1e-3:
         raise RuntimeError(f"{name}: the replayed graph gives another loss")
-    return Case(row, captured.replay)
+    return Case(row, captured.replay, alive=(model, inputs, targets))
 
 
 def capture(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
@@ -294,7 +295,7 @@ def prepare_prefill(
     torch.cuda.synchronize()
     if not torch.allclose(logits, expected, rtol=1e-2, atol=1e-2):
         raise RuntimeError(f"{name}: the replayed graph gives other logits than the eager run")
-    return Case(row, captured.replay)
+    return Case(row, captured.replay, alive=(model, ids))
 
 
 def measure_official_decoding(

@@ -114,9 +114,20 @@ def test_a_short_stream_between_float32_weights_is_promoted_as_by_the_modules():
     assert actual.dtype == expected.dtype == torch.float32
 
 
-def test_decay_rates_take_several_programs():
-    A_log = torch.randn(16, 70, device=DEVICE).T
-    assert_close("A", triton_scan.decay_rates(A_log), -A_log.double().exp(), 1e-6)
+def test_A_may_be_given_as_the_logarithm_of_minus_A(monkeypatch):
+    """In every kernel that reads A, in channels and states that fill no tile, of any strides."""
+    monkeypatch.setattr(triton_scan, "K", 8)
+    x, dt, A, B, C, D, z, bias = triton_scan.random_inputs(1, 9, 3, 3, torch.float32, DEVICE)
+    rest = (B, C, D, z, None, bias, None)
+    y, h_last, *kept = triton_scan.scan_forward(x, dt, A, *rest, True, "mamba", True)
+    gradients = triton_scan.scan_backward(y, h_last, x, dt, A, *rest, *kept, True, "mamba")
+    gradients[2] *= A
+
+    A_log = (-A).log().mT.contiguous().mT
+    logs = triton_scan.scan_forward(x, dt, A_log, *rest, True, "mamba", True, True)
+    others = (x, dt, A_log, *rest, *logs[2:], True, "mamba", True)
+    for i, tensor in enumerate((*logs[:2], *triton_scan.scan_backward(y, h_last, *others))):
+        assert_close(f"result {i}", tensor, [y, h_last, *gradients][i], 1e-5)
 
 
 def test_the_norm_of_a_short_stream_is_computed_in_float32():

@@ -272,9 +272,9 @@ def load_delta(
     dt, mask, b_bias,
     SOFTPLUS: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Δ of a tile (t, c), and dΔ/d(dt)."""
+    """Δ of a tile, and dΔ/d(dt)."""
     PRECISE: tl.constexpr = dt.dtype.element_ty != tl.bfloat16
-    v = load(dt, mask, EVEN) + b_bias[None, :]
+    v = load(dt, mask, EVEN) + b_bias
     slope = tl.full(v.shape, 1.0, tl.float32)
     delta = v
     if SOFTPLUS:
@@ -287,40 +287,46 @@ def load_delta(
 
 
 @triton.jit
+def load_resets(reset, here, HAS_RESET: tl.constexpr):
+    """Whether a document starts at a step (t)."""
+    if HAS_RESET:
+        return tl.load(reset, mask=here, other=0) != 0
+    else:
+        return tl.zeros(here.shape, tl.int1)
+
+
+@triton.jit
 def load_tile(
     x, dt, B, reset, here, mask, b_bias,
     SOFTPLUS: tl.constexpr, HAS_RESET: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """What the recurrence reads: x, Δ, dΔ/d(dt) (t, c), B (t, m, j), document starts (t)."""
+    """What the recurrence reads: x, Δ (t, c), B (t, m, j), document starts (t)."""
     b_x = load(x, mask, EVEN)
-    b_delta, b_slope = load_delta(dt, mask, b_bias, SOFTPLUS, EVEN, FAST)
+    b_delta, _ = load_delta(dt, mask, b_bias[None, :], SOFTPLUS, EVEN, FAST)
     b_B = load(B, here[:, None, None], EVEN)
-    b_r = tl.zeros(here.shape, tl.int1)
-    if HAS_RESET:
-        b_r = tl.load(reset, mask=here, other=0) != 0
-    return b_x, b_delta, b_slope, b_B, b_r
+    return b_x, b_delta, b_B, load_resets(reset, here, HAS_RESET)
 
 
 @triton.jit
-def recur(
-    b_x, b_delta, b_A2, b_B, b_h, b_r,
-    HAS_RESET: tl.constexpr, DIRAC: tl.constexpr, FAST: tl.constexpr,
-):  # fmt: skip
-    """Through a tile, from the state before it: Ā, h (t, m, j, c) and Δ x (t, c).
+def delta_x(b_delta, b_x, DIRAC: tl.constexpr):
+    return b_x if DIRAC else b_x * b_delta
 
-    b_A2 is A log2 e. The state before the tile, b_h, enters through the input of the first step.
+
+@triton.jit
+def recur(b_delta, b_v, b_A2, b_B, b_h, b_r, HAS_RESET: tl.constexpr, FAST: tl.constexpr):
+    """Through a tile, from the state before it: Ā and h (t, m, j, c).
+
+    Δ and Δ x (t, 1, 1 or j, c), B (t, m, j, 1 or c); b_A2 is A log2 e. The state before the tile,
+    b_h, enters through the input of the first step.
     """
-    a = exp2(b_delta[:, None, None, :] * b_A2[None, :, :, :], FAST)
+    a = exp2(b_delta * b_A2[None, :, :, :], FAST)
     if HAS_RESET:
         a = tl.where(b_r[:, None, None, None], 0.0, a)
-    b_v = b_x
-    if not DIRAC:
-        b_v = b_x * b_delta
-    v = b_v[:, None, None, :] * b_B[:, :, :, None]
+    v = b_v * b_B
     first = (tl.arange(0, v.shape[0]) == 0)[:, None, None, None]
     v = tl.where(first, v + a * b_h[None, :, :, :], v)
     _, h = tl.associative_scan((a, v), 0, combine)
-    return a, h, b_v
+    return a, h
 
 
 ## A segment hands its state on as it is, (m, j, c), 32 lanes side by side for every m. Backward, a
@@ -347,19 +353,18 @@ def state_offsets(
 
 
 @triton.jit
-def state_mask(d, d_inner, d_state, M: tl.constexpr, J: tl.constexpr):
-    """Offsets and mask (m, j, c) in a tensor (d, n)."""
-    n = tl.arange(0, M)[:, None, None] + tl.arange(0, J)[None, :, None] * M
+def state_mask(d, n, d_inner, d_state):
+    """Offsets and mask (m, j, c) in a tensor (d, n), of the states n (m, j, 1 or c)."""
     return d[None, None, :] * d_state + n, (n < d_state) & (d < d_inner)[None, None, :]
 
 
 @triton.jit
-def load_A(A, d, d_inner, d_state, M: tl.constexpr, J: tl.constexpr, LOG: tl.constexpr):
+def load_A(A, d, n, d_inner, d_state, LOG: tl.constexpr):
     """A log2 e as (m, j, c); 0 for channels and states that only fill up the tile.
 
     LOG: what is stored is log(-A), as a block of mamba.py has it.
     """
-    offsets, mask = state_mask(d, d_inner, d_state, M, J)
+    offsets, mask = state_mask(d, n, d_inner, d_state)
     if LOG:
         b_A = -tl.exp(tl.load(A + offsets, mask=mask, other=float("-inf")).to(tl.float32))
     else:
@@ -385,12 +390,13 @@ def axes(i_d, M: tl.constexpr, J: tl.constexpr, CHANNELS: tl.constexpr, T: tl.co
 
 @triton.jit
 def start_of(tensor, i_b, i_d, t, c, step_b, step_l, step_d):
-    """Where a program's channels begin in a tensor (b, l, d), and the offsets (t, c) in a tile.
+    """Where a program's channels begin in a tensor (b, l, d), and the offsets in a tile.
 
-    All that may be far goes into the pointer, so that the offsets need 32 bits.
+    t (t, 1) and c (1, c), or with an axis between them. All that may be far goes into the pointer,
+    so that the offsets need 32 bits.
     """
-    tensor += i_b * step_b + (i_d * c.shape[0]).to(tl.int64) * step_d
-    return tensor, t[:, None] * step_l + c[None, :] * step_d
+    tensor += i_b * step_b + (i_d * c.numel).to(tl.int64) * step_d
+    return tensor, t * step_l + c * step_d
 
 
 @triton.jit(do_not_specialize=["seqlen", "batch"])
@@ -445,10 +451,10 @@ def forward_summary_kernel(
     i_d, i_s, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     N: tl.constexpr = M * J
     t, c, n, d = axes(i_d, M, J, CHANNELS, T)
-    b_A2 = load_A(A, d, d_inner, d_state, M, J, LOG)
+    b_A2 = load_A(A, d, n[:, :, None], d_inner, d_state, LOG)
     b_bias = load_channels(dt_bias, d, d_inner, HAS_BIAS)
-    x, o_x = start_of(x, i_b, i_d, t, c, x_b, x_l, x_d)
-    dt, o_dt = start_of(dt, i_b, i_d, t, c, dt_b, dt_l, dt_d)
+    x, o_x = start_of(x, i_b, i_d, t[:, None], c[None, :], x_b, x_l, x_d)
+    dt, o_dt = start_of(dt, i_b, i_d, t[:, None], c[None, :], dt_b, dt_l, dt_d)
     B, o_B = B + i_b * seqlen * N, t[:, None, None] * N + n[None, :, :]
     reset += i_b * seqlen
 
@@ -459,11 +465,13 @@ def forward_summary_kernel(
     for step in tl.range(start, min(seqlen, start + segment), T, num_stages=STAGES):
         i = tl.cast(step, tl.int64)
         here = i + t < seqlen
-        b_x, b_delta, _, b_B, b_r = load_tile(
+        b_x, b_delta, b_B, b_r = load_tile(
             x + i * x_l + o_x, dt + i * dt_l + o_dt, B + i * N + o_B, reset + i + t, here,
             here[:, None] & (d < d_inner)[None, :], b_bias, SOFTPLUS, HAS_RESET, EVEN, FAST,
         )  # fmt: skip
-        _, h, _ = recur(b_x, b_delta, b_A2, b_B, b_h, b_r, HAS_RESET, DIRAC, FAST)
+        b_v = delta_x(b_delta, b_x, DIRAC)[:, None, None, :]
+        b_B, delta4 = b_B[:, :, :, None], b_delta[:, None, None, :]
+        _, h = recur(delta4, b_v, b_A2, b_B, b_h, b_r, HAS_RESET, FAST)
         b_h = row(h, T - 1)
         b_sum += tl.sum(b_delta, 0)
         if HAS_RESET:
@@ -539,7 +547,7 @@ def forward_kernel(
     blocks, segments = tl.num_programs(0), tl.num_programs(1)
     N: tl.constexpr = M * J
     t, c, n, d = axes(i_d, M, J, CHANNELS, T)
-    b_A2 = load_A(A, d, d_inner, d_state, M, J, LOG)
+    b_A2 = load_A(A, d, n[:, :, None], d_inner, d_state, LOG)
     b_bias = load_channels(dt_bias, d, d_inner, HAS_BIAS)
     b_D = load_channels(D, d, d_inner, HAS_D)
     o_h = state_offsets(M, J, CHANNELS, GROUP_J, GROUP_C)
@@ -549,17 +557,17 @@ def forward_kernel(
     # bytes at once, and since all of b_h has one layout, shuffle the states in every tile.
     b_h = tl.zeros([M, J, CHANNELS], tl.float32)
     if HAS_H0:
-        offsets, mask_h = state_mask(d, d_inner, d_state, M, J)
+        offsets, mask_h = state_mask(d, n[:, :, None], d_inner, d_state)
         b_h += tl.load(h0 + i_b * d_inner * d_state + offsets, mask=mask_h, other=0.0)
     where = i_b * segments * blocks + i_d
     b_h = chain(b_h, ends, sums, where, blocks, i_s, state_step, b_A2, o_h, M, J, CHANNELS, FAST)
 
     start = i_s * segment
     stop = min(seqlen, start + segment)
-    x, o_x = start_of(x, i_b, i_d, t, c, x_b, x_l, x_d)
-    dt, o_dt = start_of(dt, i_b, i_d, t, c, dt_b, dt_l, dt_d)
-    z, o_z = start_of(z, i_b, i_d, t, c, z_b, z_l, z_d)
-    y, o_y = start_of(y, i_b * seqlen, i_d, t, c, d_inner, d_inner, 1)
+    x, o_x = start_of(x, i_b, i_d, t[:, None], c[None, :], x_b, x_l, x_d)
+    dt, o_dt = start_of(dt, i_b, i_d, t[:, None], c[None, :], dt_b, dt_l, dt_d)
+    z, o_z = start_of(z, i_b, i_d, t[:, None], c[None, :], z_b, z_l, z_d)
+    y, o_y = start_of(y, i_b * seqlen, i_d, t[:, None], c[None, :], d_inner, d_inner, 1)
     B, C, o_B = B + i_b * seqlen * N, C + i_b * seqlen * N, t[:, None, None] * N + n[None, :, :]
     reset += i_b * seqlen
     borders += ((i_b * tl.cdiv(seqlen, K) + start // K) * blocks + i_d) * state_step
@@ -572,12 +580,14 @@ def forward_kernel(
         i = tl.cast(step, tl.int64)
         here = i + t < seqlen
         mask = here[:, None] & (d < d_inner)[None, :]
-        b_x, b_delta, _, b_B, b_r = load_tile(
+        b_x, b_delta, b_B, b_r = load_tile(
             x + i * x_l + o_x, dt + i * dt_l + o_dt, B + i * N + o_B, reset + i + t,
             here, mask, b_bias, SOFTPLUS, HAS_RESET, EVEN, FAST,
         )  # fmt: skip
         b_C = load(C + i * N + o_B, here[:, None, None], EVEN)
-        _, h, _ = recur(b_x, b_delta, b_A2, b_B, b_h, b_r, HAS_RESET, DIRAC, FAST)
+        b_v = delta_x(b_delta, b_x, DIRAC)[:, None, None, :]
+        b_B, delta4 = b_B[:, :, :, None], b_delta[:, None, None, :]
+        _, h = recur(delta4, b_v, b_A2, b_B, b_h, b_r, HAS_RESET, FAST)
         b_h = row(h, T - 1)
         b_y = tl.sum(tl.sum(h * b_C[:, :, :, None], 1), 1) + b_D[None, :] * b_x  # (2b), and D x
         if HAS_Z:
@@ -586,7 +596,7 @@ def forward_kernel(
         store(y + i * d_inner + o_y, b_y, mask, EVEN)
 
     if i_s == segments - 1:
-        offsets, mask_h = state_mask(d, d_inner, d_state, M, J)
+        offsets, mask_h = state_mask(d, n[:, :, None], d_inner, d_state)
         tl.store(h_last + i_b * d_inner * d_state + offsets, b_h, mask=mask_h)
 
 
@@ -612,17 +622,28 @@ def forward_kernel(
 ## tile, with h in registers, and backward through the same registers.
 ##
 ## A lane that held 16 states would need more registers than there are (255): here two lanes share a
-## channel, j = 2, and a program has 16 channels.
+## channel, j = 2, and a program has 16 channels. What has no states, Δ, g, dx and so on, would be
+## the same in both lanes. So each computes it for half of the steps of a tile: tiles (s, j, c),
+## where lane j has the steps j S ... j S + S - 1. `spread` gives all of them to all lanes, one
+## exchange between lanes for each number; `sum_states` sums over both lanes and gives each lane the
+## sums of its own steps. Of 665 instructions for a step of 32 channels that saves 44.
 ##
 ## The sums over d, for dB and dC, go across lanes, which is the one expensive thing: a processor
 ## does one exchange between lanes a clock for all of its schedulers. With n = 16 a lane has 8
 ## products for dB and 8 for dC; to sum each over 16 lanes in the usual way takes 16 x 4 exchanges.
 ## `sum_channels` halves the values with each exchange instead. First lanes c and c ^ 8: the one
-## with c < 8 keeps dB and gives dC away, the other the reverse. Then c ^ 4, c ^ 2, c ^ 1, each time
-## the upper or the lower half of the states: 8 + 4 + 2 + 1 = 15 exchanges. The bits of c, from the
-## top, say what is left in a lane: of (dB_0 ... dB_7, dC_0 ... dC_7) lane c has sum number c. Each
+## with c < 8 keeps the lower half of the states and gives the upper half away, the other the
+## reverse. Then c ^ 4: one keeps dB, the other dC. Then c ^ 2, c ^ 1, by halves of states again:
+## 8 + 4 + 2 + 1 = 15 exchanges. The bits of c, from the top, say what is left in a lane. Each
 ## program writes the sums over its own channels, and `sum_blocks_kernel` adds the programs up:
 ## always in the same order, so that two runs agree to the bit, which atomic additions would not.
+##
+## What a lane keeps depends on its number, and to choose it takes two selects for an exchange. The
+## first 8 of the 15 need none: lanes with c >= 8 have the halves of their states swapped from the
+## beginning, A, B, C, h and all, and so every lane keeps what is in its first registers. B and C
+## get an axis u for that, the two orders: (t, m, j, u). Then a product that is kept can be added to
+## what comes in one instruction. The 16 products of a step and their first sums took a lane 48
+## instructions; so they take 24.
 ##
 ## Triton cannot index a tile in registers. But a scan or a reduction along an axis that lies in the
 ## registers of a lane compiles to plain instructions, so that picking out a step (`row`) costs
@@ -630,47 +651,124 @@ def forward_kernel(
 
 
 @triton.jit
-def from_lane(p, bit: tl.constexpr):
-    """p of the lane whose channel differs in one bit."""
-    c = tl.arange(0, p.shape[3]) ^ bit
-    return tl.gather(p, tl.broadcast_to(c[None, None, None, :], p.shape), 3)
+def from_lane(p, lane):
+    """p (., ., j, c) of other lanes, numbered lane = j C + c."""
+    shape: tl.constexpr = [p.shape[0], p.shape[1], 1, lane.shape[0]]
+    lane = tl.broadcast_to(lane[None, None, None, :], shape)
+    return tl.reshape(tl.gather(tl.reshape(p, shape), lane, 3), p.shape)
+
+
+@triton.jit
+def halves(p):
+    """(t, m, j, c) -> two of (t, m / 2, j, c)."""
+    shape: tl.constexpr = [p.shape[0], 2, p.shape[1] // 2, p.shape[2], p.shape[3]]
+    return tl.split(tl.permute(tl.reshape(p, shape), [0, 2, 3, 4, 1]))
 
 
 @triton.jit
 def exchange(low, high, bit: tl.constexpr):
     """low, summed over pairs of lanes, to those without the bit; high to those with it."""
-    has_bit = ((tl.arange(0, low.shape[3]) & bit) != 0)[None, None, None, :]
-    return tl.where(has_bit, high, low) + from_lane(tl.where(has_bit, low, high), bit)
+    lane = tl.arange(0, low.shape[2] * low.shape[3])
+    has_bit = tl.reshape((lane & bit) != 0, [1, 1, low.shape[2], low.shape[3]])
+    return tl.where(has_bit, high, low) + from_lane(tl.where(has_bit, low, high), lane ^ bit)
 
 
 @triton.jit
 def fold(p, bit: tl.constexpr):
     """(t, m, j, c) -> (t, m / 2, j, c): the sum over pairs of lanes, each with half of the m."""
-    T: tl.constexpr = p.shape[0]
-    M: tl.constexpr = p.shape[1]
-    J: tl.constexpr = p.shape[2]
-    CHANNELS: tl.constexpr = p.shape[3]
-    if M == 1:
-        return p + from_lane(p, bit)
+    if p.shape[1] == 1:
+        return p + from_lane(p, tl.arange(0, p.shape[2] * p.shape[3]) ^ bit)
     else:
-        halves = tl.permute(tl.reshape(p, [T, 2, M // 2, J, CHANNELS]), [0, 2, 3, 4, 1])
-        low, high = tl.split(halves)
+        low, high = halves(p)
         return exchange(low, high, bit)
 
 
 @triton.jit
-def sum_channels(p, q):
+def fold_swapped(p, bit: tl.constexpr):
+    """`fold`, where the lanes with the bit have the halves of the m in the other order."""
+    kept, given = halves(p)
+    return kept + from_lane(given, tl.arange(0, p.shape[2] * p.shape[3]) ^ bit)
+
+
+@triton.jit
+def sum_channels(p, q, SWAP: tl.constexpr):
     """Sums over c of two tiles (t, m, j, c): (t, max(1, 2 m / C), j, c).
 
-    Number the 2 m sums of a j, first p's, then q's: lane c has those from number 2 m c / C on. If
-    there are fewer sums than lanes, neighbours have the same one.
+    Number the 2 m sums of a j: first p's, then q's; with SWAP p's lower half, q's lower half, p's
+    upper half, q's upper half. Lane c has those from number 2 m c / C on. If there are fewer sums
+    than lanes, neighbours have the same one.
     """
     CHANNELS: tl.constexpr = p.shape[3]
-    s = exchange(p, q, CHANNELS // 2)
-    for k in tl.static_range(2, 6):
+    if SWAP:
+        p, q = fold_swapped(p, CHANNELS // 2), fold_swapped(q, CHANNELS // 2)
+        s = exchange(p, q, CHANNELS // 4)
+    else:
+        s = exchange(p, q, CHANNELS // 2)
+    for k in tl.static_range(3 if SWAP else 2, 6):
         if CHANNELS >> k > 0:
             s = fold(s, CHANNELS >> k)
     return s
+
+
+@triton.jit
+def sum_states(p):
+    """Sums over m and j of a tile (t, m, j, c), for the steps of each lane: (s, j, c)."""
+    T: tl.constexpr = p.shape[0]
+    J: tl.constexpr = p.shape[2]
+    CHANNELS: tl.constexpr = p.shape[3]
+    s = tl.reshape(tl.sum(p, 1), [1, T, J, CHANNELS])
+    for k in tl.static_range(1, 6):
+        if J >> k > 0:
+            s = fold(s, (J >> k) * CHANNELS)
+    return tl.reshape(s, [T // J if T > J else 1, J, CHANNELS])
+
+
+@triton.jit
+def spread(v, T: tl.constexpr):
+    """A tile (s, j, c), each lane with its own steps -> (t, 1, j, c), all steps in each lane."""
+    J: tl.constexpr = v.shape[1]
+    CHANNELS: tl.constexpr = v.shape[2]
+    t, all_t = tl.arange(0, T)[:, None, None, None], tl.zeros([T, 1, J, CHANNELS], tl.float32)
+    for k in tl.static_range(T // v.shape[0]):  # for each lane that has other steps
+        j = tl.full([J, 1], k * J * v.shape[0] // T, tl.int32)
+        lane = tl.reshape(j * CHANNELS + tl.arange(0, CHANNELS)[None, :], [J * CHANNELS])
+        for s in tl.static_range(v.shape[0]):
+            one = from_lane(row(v[:, None, :, :], s)[None, :, :, :], lane)
+            all_t = tl.where(t == k * v.shape[0] + s, one, all_t)
+    return all_t
+
+
+@triton.jit
+def both_orders(p, CHANNELS: tl.constexpr):
+    """B or C (t, h, m / h, j, u), in the order of each lane: (t, m, j, c)."""
+    shape: tl.constexpr = [p.shape[0], p.shape[1] * p.shape[2], p.shape[3], p.shape[4], 1]
+    wide: tl.constexpr = [shape[0], shape[1], shape[2], shape[3], CHANNELS // shape[3]]
+    p = tl.broadcast_to(tl.reshape(p, shape), wide)
+    return tl.reshape(p, [shape[0], shape[1], shape[2], CHANNELS])
+
+
+## Tiles go to memory in an order in which the compiler gives the lanes what they have already. It
+## would also give a lane neighbouring channels, to move 16 bytes at once, and shuffle all numbers
+## for that, if it knew that addresses are multiples of 16: hence do_not_specialize for pointers.
+
+
+@triton.jit
+def store_own(pointers, value, mask, EVEN: tl.constexpr):
+    """A tile (s, j, c), to pointers (j, s, c)."""
+    value = tl.permute(value, [1, 0, 2])
+    store(pointers, value, mask if EVEN else tl.permute(mask, [1, 0, 2]), EVEN)
+
+
+@triton.jit
+def side_by_side(h, V: tl.constexpr):
+    """(m, j, c) -> (j c, m / v, v): the states of a lane, of which it moves v at once."""
+    shape: tl.constexpr = [h.shape[0] // V, V, h.shape[1] * h.shape[2]]
+    return tl.permute(tl.reshape(h, shape), [2, 0, 1])
+
+
+@triton.jit
+def add_both(a1, b1, a2, b2):
+    return a1 + a2, b1 + b2
 
 
 @triton.jit(do_not_specialize=["seqlen", "segment", "segments", "slice_start", "slice_stop"])
@@ -690,11 +788,11 @@ def backward_summary_kernel(
     i_d, i_s, i_b = tl.program_id(0), tl.program_id(1) + 1, tl.program_id(2).to(tl.int64)
     N: tl.constexpr = M * J
     t, c, n, d = axes(i_d, M, J, CHANNELS, T)
-    b_A2 = load_A(A, d, d_inner, d_state, M, J, LOG)
+    b_A2 = load_A(A, d, n[:, :, None], d_inner, d_state, LOG)
     b_bias = load_channels(dt_bias, d, d_inner, HAS_BIAS)
-    dt, o_dt = start_of(dt, i_b, i_d, t, c, dt_b, dt_l, dt_d)
-    z, o_z = start_of(z, i_b, i_d, t, c, z_b, z_l, z_d)
-    dy, o_dy = start_of(dy, i_b, i_d, t, c, dy_b, dy_l, dy_d)
+    dt, o_dt = start_of(dt, i_b, i_d, t[:, None], c[None, :], dt_b, dt_l, dt_d)
+    z, o_z = start_of(z, i_b, i_d, t[:, None], c[None, :], z_b, z_l, z_d)
+    dy, o_dy = start_of(dy, i_b, i_d, t[:, None], c[None, :], dy_b, dy_l, dy_d)
     C, o_C = C + i_b * seqlen * N, t[:, None, None] * N + n[None, :, :]
     reset += i_b * seqlen
 
@@ -707,7 +805,7 @@ def backward_summary_kernel(
         i = tl.cast(step, tl.int64)
         here = i + t < seqlen
         mask = here[:, None] & (d < d_inner)[None, :]
-        b_delta, _ = load_delta(dt + i * dt_l + o_dt, mask, b_bias, SOFTPLUS, EVEN, FAST)
+        b_delta, _ = load_delta(dt + i * dt_l + o_dt, mask, b_bias[None, :], SOFTPLUS, EVEN, FAST)
         b_g = load(dy + i * dy_l + o_dy, mask, EVEN)
         if HAS_Z:
             b_z = load(z + i * z_l + o_z, mask, EVEN)
@@ -734,7 +832,7 @@ def backward_summary_kernel(
 @triton.jit(
     do_not_specialize=[
         "seqlen", "slice_start", "slice_stop", "segment", "steps", "has_w", "earlier",
-        "state_step",
+        "state_step", "dx", "ddt", "dz", "dBC",
     ]
 )  # fmt: skip
 def backward_kernel(
@@ -742,7 +840,7 @@ def backward_kernel(
     dx, ddt, dz, dBC, totals,
     seqlen, slice_start, slice_stop, segment, steps, has_w, earlier, state_step, d_inner, d_state,
     x_b, x_l, x_d, dt_b, dt_l, dt_d, z_b, z_l, z_d, dy_b, dy_l, dy_d,
-    M: tl.constexpr, J: tl.constexpr, CHANNELS: tl.constexpr,
+    M: tl.constexpr, J: tl.constexpr, CHANNELS: tl.constexpr, SWAP: tl.constexpr,
     T: tl.constexpr, STAGES: tl.constexpr, K: tl.constexpr,
     HAS_Z: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESET: tl.constexpr,
     SOFTPLUS: tl.constexpr, DIRAC: tl.constexpr, LOG: tl.constexpr, EVEN: tl.constexpr,
@@ -753,43 +851,60 @@ def backward_kernel(
     blocks, segments = tl.num_programs(0), tl.num_programs(1)
     N: tl.constexpr = M * J
     t, c, n, d = axes(i_d, M, J, CHANNELS, T)
-    t4 = t[:, None, None, None]
-    b_A2 = load_A(A, d, d_inner, d_state, M, J, LOG)
-    b_bias = load_channels(dt_bias, d, d_inner, HAS_BIAS)
-    b_D = load_channels(D, d, d_inner, HAS_D)
-    o_h = state_offsets(M, J, CHANNELS, J, CHANNELS)
+    t4, c3 = t[:, None, None, None], c[None, None, :]
+    # The steps of each lane (s, j, 1). With more lanes than steps neighbours have the same one.
+    S: tl.constexpr = T // J if T > J else 1
+    t_own = (tl.arange(0, S)[:, None] + (tl.arange(0, J) * T // J)[None, :])[:, :, None]
+    # The states of each lane (m, j, c): swapped halves where c >= C / 2.
+    U: tl.constexpr = 2 if SWAP else 1
+    HALF: tl.constexpr = M // U
+    m = (tl.arange(0, M)[:, None, None] + c3 // (CHANNELS // U) * HALF) % M
+    n = m + tl.arange(0, J)[None, :, None] * M
+    b_A2 = load_A(A, d, n, d_inner, d_state, LOG)
+    b_bias = load_channels(dt_bias, d, d_inner, HAS_BIAS)[None, None, :]
+    b_D = load_channels(D, d, d_inner, HAS_D)[None, None, :]
+    o_h = m * (J * CHANNELS) + tl.arange(0, J)[None, :, None] * CHANNELS + c3
+    o_h = tl.reshape(o_h, [M, J * CHANNELS])
 
     p_w = w_after + (i_b * blocks + i_d) * state_step + o_h
     b_w = tl.reshape(tl.load(p_w, mask=o_h < has_w * (N * CHANNELS), other=0.0), [M, J, CHANNELS])
     last, count = ((i_b + 1) * segments - 1) * blocks + i_d, segments - 1 - i_s
     b_w = chain(b_w, ends, sums, last, -blocks, count, state_step, b_A2, o_h, M, J, CHANNELS, FAST)
 
-    x, o_x = start_of(x, i_b, i_d, t, c, x_b, x_l, x_d)
-    dt, o_dt = start_of(dt, i_b, i_d, t, c, dt_b, dt_l, dt_d)
-    z, o_z = start_of(z, i_b, i_d, t, c, z_b, z_l, z_d)
-    dy, o_dy = start_of(dy, i_b, i_d, t, c, dy_b, dy_l, dy_d)
-    dx, o_dx = start_of(dx, i_b * seqlen, i_d, t, c, d_inner, d_inner, 1)
-    ddt, o_dx = start_of(ddt, i_b * seqlen, i_d, t, c, d_inner, d_inner, 1)
-    dz, o_dx = start_of(dz, i_b * seqlen, i_d, t, c, d_inner, d_inner, 1)
-    B, C, o_B = B + i_b * seqlen * N, C + i_b * seqlen * N, t[:, None, None] * N + n[None, :, :]
+    x, o_x = start_of(x, i_b, i_d, t_own, c3, x_b, x_l, x_d)
+    dt, o_dt = start_of(dt, i_b, i_d, t_own, c3, dt_b, dt_l, dt_d)
+    z, o_z = start_of(z, i_b, i_d, t_own, c3, z_b, z_l, z_d)
+    dy, o_dy = start_of(dy, i_b, i_d, t_own, c3, dy_b, dy_l, dy_d)
+    dx, o_dx = start_of(dx, i_b * seqlen, i_d, t_own, c3, d_inner, d_inner, 1)
+    ddt, o_dx = start_of(ddt, i_b * seqlen, i_d, t_own, c3, d_inner, d_inner, 1)
+    dz, o_dx = start_of(dz, i_b * seqlen, i_d, t_own, c3, d_inner, d_inner, 1)
+    o_dx = tl.permute(o_dx, [1, 0, 2])
+    # B and C as (t, h, m / h, j, u): in the order u half h is number h + u.
+    B, C, u = B + i_b * seqlen * N, C + i_b * seqlen * N, tl.arange(0, U)
+    half = ((u[:, None] + u[None, :]) % U)[:, None, None, :]
+    o_B = tl.arange(0, HALF)[None, :, None, None] + tl.arange(0, J)[None, None, :, None] * M
+    o_B = t[:, None, None, None, None] * N + (half * HALF + o_B)[None, :, :, :, :]
     reset += i_b * seqlen
     borders += (i_b * tl.cdiv(seqlen, K) * blocks + i_d) * state_step
     program = (i_b * segments + i_s) * blocks + i_d
-    scratch += program * state_step  # of tile 0; those of the next tile follow all programs'
-    scratch_step = tl.cast(blocks * segments * tl.num_programs(2), tl.int64) * state_step
-    # dBC (b, blocks, steps, 2, N): the sums over this program's channels. Which of the 2 M sums of
-    # its j a lane has: see sum_channels.
+    scratch += program * (N * CHANNELS)  # of tile 0; those of the next follow all programs'
+    scratch_step = tl.cast(blocks * segments * tl.num_programs(2), tl.int64) * (N * CHANNELS)
+    V: tl.constexpr = 4 if M > 4 else M
+    lane = tl.arange(0, J * CHANNELS)
+    o_scratch = tl.arange(0, M // V)[None, :, None] * (J * CHANNELS * V)
+    o_scratch += lane[:, None, None] * V + tl.arange(0, V)[None, None, :]
+    # dBC (b, blocks, steps, j, 2 m): the sums over this program's channels, in sum_channels' order.
     dBC += (i_b * blocks + i_d) * steps * (2 * N)
     SUMS: tl.constexpr = (2 * M) // CHANNELS if 2 * M > CHANNELS else 1  # of a lane
-    which = (
-        (tl.arange(0, SUMS)[:, None] + tl.arange(0, CHANNELS)[None, :] * SUMS)
-        * (2 * M)
-        // (SUMS * CHANNELS)
-    )  # (r, c)
-    o_sum = (which // M * N + which % M)[:, None, :] + (tl.arange(0, J) * M)[None, :, None]
+    if SUMS * CHANNELS == 2 * M:
+        o_sum = lane * SUMS  # as below, but the compiler sees that lanes are neighbours
+    else:
+        o_sum = lane // CHANNELS * (2 * M) + lane % CHANNELS * (2 * M) // CHANNELS
+    o_sum = t[:, None, None] * (2 * N) + tl.arange(0, SUMS)[None, :, None] + o_sum[None, None, :]
 
     b_dA = tl.zeros([M, J, CHANNELS], tl.float32)
-    b_dD, b_dbias = tl.zeros([CHANNELS], tl.float32), tl.zeros([CHANNELS], tl.float32)
+    b_dD, b_dbias = tl.zeros([J, CHANNELS], tl.float32), tl.zeros([J, CHANNELS], tl.float32)
+    m_d = (d < d_inner)[None, None, :]
     start = slice_start + i_s * segment
     stop = min(min(seqlen, slice_stop), start + segment)
     for k in range(0, tl.cdiv(stop - start, K)):
@@ -798,42 +913,52 @@ def backward_kernel(
         ## Forward through the chunk: the state at the start of each tile, into the scratch buffer.
         border = borders + tl.cast(chunk // K, tl.int64) * (blocks * state_step)
         b_h = tl.reshape(tl.load(border + o_h), [M, J, CHANNELS])
-        tl.store(scratch + o_h, tl.reshape(b_h, [M, J * CHANNELS]))
+        p_scratch, i_0 = scratch + o_scratch, tl.cast(chunk, tl.int64)
+        tl.store(p_scratch, side_by_side(b_h, V))
+        p_x, p_dt, p_B = x + i_0 * x_l + o_x, dt + i_0 * dt_l + o_dt, B + i_0 * N + o_B
         for tile in tl.range(0, tiles - 1, num_stages=STAGES):
-            i = tl.cast(chunk + tile * T, tl.int64)
-            here = i + t < seqlen
-            b_x, b_delta, _, b_B, b_r = load_tile(
-                x + i * x_l + o_x, dt + i * dt_l + o_dt, B + i * N + o_B, reset + i + t, here,
-                here[:, None] & (d < d_inner)[None, :], b_bias, SOFTPLUS, HAS_RESET, EVEN, FAST,
-            )  # fmt: skip
-            _, h, _ = recur(b_x, b_delta, b_A2, b_B, b_h, b_r, HAS_RESET, DIRAC, FAST)
+            i = chunk + tile * T
+            here, mask = i + t < seqlen, (i + t_own < seqlen) & m_d
+            b_x = load(p_x, mask, EVEN)
+            b_delta, _ = load_delta(p_dt, mask, b_bias, SOFTPLUS, EVEN, FAST)
+            b_B = both_orders(load(p_B, here[:, None, None, None, None], EVEN), CHANNELS)
+            b_r = load_resets(reset + i + t, here, HAS_RESET)
+            all_delta, all_v = spread(b_delta, T), spread(delta_x(b_delta, b_x, DIRAC), T)
+            _, h = recur(all_delta, all_v, b_A2, b_B, b_h, b_r, HAS_RESET, FAST)
             b_h = row(h, T - 1)
-            tl.store(scratch + (tile + 1) * scratch_step + o_h, tl.reshape(b_h, [M, J * CHANNELS]))
-        tl.debug_barrier()  # the lanes that load the scratch buffer are not those that stored it
-        ## Backward through its tiles.
+            p_scratch += scratch_step
+            tl.store(p_scratch, side_by_side(b_h, V))
+            p_x, p_dt, p_B = p_x + T * x_l, p_dt + T * dt_l, p_B + T * N
+        tl.debug_barrier()  # the lanes that load the scratch buffer may not be those that stored it
+        ## Backward through its tiles. To move a pointer is cheaper than to find it anew.
+        i_0 = tl.cast(chunk + (tiles - 1) * T, tl.int64)
+        p_x, p_dt, p_z = x + i_0 * x_l + o_x, dt + i_0 * dt_l + o_dt, z + i_0 * z_l + o_z
+        p_dy, p_B, p_C = dy + i_0 * dy_l + o_dy, B + i_0 * N + o_B, C + i_0 * N + o_B
+        p_dx, p_ddt = dx + i_0 * d_inner + o_dx, ddt + i_0 * d_inner + o_dx
+        p_dz, p_sum = dz + i_0 * d_inner + o_dx, dBC + (i_0 - slice_start) * (2 * N) + o_sum
+        p_scratch = scratch + (tiles - 1) * scratch_step + o_scratch
         for tile in tl.range(0, tiles, num_stages=STAGES):
-            b_h = tl.load(scratch + (tiles - 1 - tile) * scratch_step + o_h)
-            b_h = tl.reshape(b_h, [M, J, CHANNELS])
-            i = tl.cast(chunk + (tiles - 1 - tile) * T, tl.int64)
-            here = i + t < seqlen
-            mask = here[:, None] & (d < d_inner)[None, :]
-            b_g = load(dy + i * dy_l + o_dy, mask, EVEN)
-            b_x, b_delta, b_slope, b_B, b_r = load_tile(
-                x + i * x_l + o_x, dt + i * dt_l + o_dt, B + i * N + o_B, reset + i + t,
-                here, mask, b_bias, SOFTPLUS, HAS_RESET, EVEN, FAST,
-            )  # fmt: skip
-            b_C = load(C + i * N + o_B, here[:, None, None], EVEN)
-            a, h, b_v = recur(b_x, b_delta, b_A2, b_B, b_h, b_r, HAS_RESET, DIRAC, FAST)
+            b_h = tl.reshape(tl.permute(tl.load(p_scratch), [1, 2, 0]), [M, J, CHANNELS])
+            i = chunk + (tiles - 1 - tile) * T
+            here, mask = i + t < seqlen, (i + t_own < seqlen) & m_d
+            b_x, b_g = load(p_x, mask, EVEN), load(p_dy, mask, EVEN)
+            b_delta, b_slope = load_delta(p_dt, mask, b_bias, SOFTPLUS, EVEN, FAST)
+            b_B = both_orders(load(p_B, here[:, None, None, None, None], EVEN), CHANNELS)
+            b_C = both_orders(load(p_C, here[:, None, None, None, None], EVEN), CHANNELS)
+            b_r = load_resets(reset + i + t, here, HAS_RESET)
+            all_delta, all_v = spread(b_delta, T), spread(delta_x(b_delta, b_x, DIRAC), T)
+            a, h = recur(all_delta, all_v, b_A2, b_B, b_h, b_r, HAS_RESET, FAST)
             if HAS_Z:
                 ## y' = y silu(z). silu(z) = z σ, and its derivative is σ (1 + z - z σ).
-                b_z = load(z + i * z_l + o_z, mask, EVEN)
-                b_y = tl.sum(tl.sum(h * b_C[:, :, :, None], 1), 1) + b_D[None, :] * b_x
+                b_z = load(p_z, mask, EVEN)
+                b_y = sum_states(h * b_C) + b_D * b_x
                 sigma = sigmoid(b_z, FAST)
                 b_dz = b_g * b_y * sigma * (1.0 + b_z - b_z * sigma)
-                store(dz + i * d_inner + o_dx, b_dz, mask, EVEN)
+                store_own(p_dz, b_dz, mask, EVEN)
                 b_g = b_g * b_z * sigma
             ## G and w h_{t-1} of every step, from the last to the first.
-            G = b_g[:, None, None, :] * b_C[:, :, :, None]
+            all_g = spread(b_g, T)
+            G = all_g * b_C
             wh = G
             for s in tl.static_range(T - 1, -1, -1):
                 G_s = row(G, s) + b_w
@@ -843,9 +968,9 @@ def backward_kernel(
                     h_before = row(h, s - 1)
                 G = tl.where(t4 == s, G_s[None, :, :, :], G)
                 wh = tl.where(t4 == s, (b_w * h_before)[None, :, :, :], wh)
-            b_dv = tl.sum(tl.sum(G * b_B[:, :, :, None], 1), 1)
-            b_ddelta = tl.sum(tl.sum(wh * b_A2[None, :, :, :], 1), 1) * LN2
-            b_dA += tl.sum(wh * b_delta[:, None, None, :], 0)
+            b_dv = sum_states(G * b_B)
+            b_ddelta = sum_states(wh * b_A2[None, :, :, :]) * LN2
+            b_dA += tl.sum(wh * all_delta, 0)
             b_dx = b_dv
             if not DIRAC:
                 b_dx = b_dv * b_delta
@@ -853,21 +978,27 @@ def backward_kernel(
             b_ddt = b_ddelta * b_slope
             if not EVEN:
                 b_ddt = tl.where(mask, b_ddt, 0.0)
-            b_dbias += tl.sum(b_ddt, 0)
-            b_dD += tl.sum(b_g * b_x, 0)
-            store(ddt + i * d_inner + o_dx, b_ddt, mask, EVEN)
-            store(dx + i * d_inner + o_dx, b_dx + b_D[None, :] * b_g, mask, EVEN)
-            both = sum_channels(G * b_v[:, None, None, :], h * b_g[:, None, None, :])
-            o_t = (i - slice_start + t).to(tl.int32)[:, None, None, None] * (2 * N)
-            tl.store(dBC + (o_t + o_sum[None, :, :, :]), both, mask=i + t4 < seqlen)
+            of_bias, of_D = tl.reduce((b_ddt, b_g * b_x), 0, add_both)
+            b_dbias, b_dD = b_dbias + of_bias, b_dD + of_D
+            store_own(p_ddt, b_ddt, mask, EVEN)
+            store_own(p_dx, b_dx + b_D * b_g, mask, EVEN)
+            both = sum_channels(G * all_v, h * all_g, SWAP)
+            both = tl.reshape(both, [T, SUMS, J * CHANNELS])
+            store(p_sum, both, here[:, None, None], EVEN)
+            p_x, p_dt, p_z = p_x - T * x_l, p_dt - T * dt_l, p_z - T * z_l
+            p_dy, p_B, p_C = p_dy - T * dy_l, p_B - T * N, p_C - T * N
+            p_dx, p_ddt, p_dz = p_dx - T * d_inner, p_ddt - T * d_inner, p_dz - T * d_inner
+            p_sum, p_scratch = p_sum - T * (2 * N), p_scratch - scratch_step
         tl.debug_barrier()
 
     # totals (rows, blocks, N C + 2 C): dA, dD and dbias of this program, after those of the
     # `earlier` programs of other launches.
     totals += (earlier + program) * (state_step + 2 * CHANNELS)
     tl.store(totals + o_h, tl.reshape(b_dA, [M, J * CHANNELS]))
-    tl.store(totals + state_step + c, b_dD)
-    tl.store(totals + state_step + CHANNELS + c, b_dbias)
+    own = ((tl.arange(0, J) * T) % J == 0)[:, None]  # of lanes with the same step the first one
+    b_dD, b_dbias = tl.where(own, b_dD, 0.0), tl.where(own, b_dbias, 0.0)
+    tl.store(totals + state_step + c, tl.sum(b_dD, 0))
+    tl.store(totals + state_step + CHANNELS + c, tl.sum(b_dbias, 0))
     if i_s == 0:
         p_w = w_before + (i_b * blocks + i_d) * state_step + o_h
         tl.store(p_w, tl.reshape(b_w, [M, J * CHANNELS]))
@@ -888,13 +1019,16 @@ def sum_rows(p, step, rows, o, mask, ROWS: tl.constexpr):
 @triton.jit(do_not_specialize=["seqlen", "start", "numbers", "steps", "blocks"])
 def sum_blocks_kernel(
     dBC, dB, dC, seqlen, start, numbers, steps, blocks, d_state,
-    N: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
+    M: tl.constexpr, J: tl.constexpr, SWAP: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """dB and dC of a slice: the sums of all programs, dBC (b, blocks, steps, 2, N), added up."""
+    """dB and dC of a slice: the sums of all programs, dBC (b, blocks, steps, j, 2 m), added up."""
+    N: tl.constexpr = M * J
+    HALF: tl.constexpr = M // 2 if SWAP else M  # so many for dB, as many for dC, and so on
     i_b, o = tl.program_id(1).to(tl.int64), tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     step = tl.cast(steps, tl.int64) * (2 * N)
     total = sum_rows(dBC + i_b * blocks * step, step, blocks, o, o < numbers, ROWS)
-    n, of_C, t = o % N, (o // N) % 2 == 1, o // (2 * N)
+    t, j, w = o // (2 * N), o // (2 * M) % J, o % (2 * M)
+    n, of_C = j * M + w // (2 * HALF) * HALF + w % HALF, (w // HALF) % 2 == 1
     place = (i_b * seqlen + start + t) * d_state + n
     mask = (o < numbers) & (n < d_state)
     tl.store(dB + place, total.to(dB.dtype.element_ty), mask=mask & (of_C == 0))
@@ -1182,6 +1316,7 @@ def scan_backward(
     M, J, channels = lane_shape(d_state, 2)
     states, blocks = M * J, borders.shape[2]
     group, programs = borders.shape[2:], batch * blocks
+    swap = M > 1 and channels >= 4  # states whose halves can be swapped, and lanes for both orders
     x, dt, z, dy = within_reach(x), within_reach(dt), within_reach(z), within_reach(dy)
 
     ## The sums of dB and dC, one for each program, step and state, are n / 8 float32 numbers for
@@ -1193,12 +1328,6 @@ def scan_backward(
     steps = min(max(1, round(chunks / wanted)) * wanted, ceil_div(seqlen, K)) * K
     segment = segment_length(steps, wanted)
     segments = ceil_div(steps, segment)
-
-    # Where there are three programs for a scheduler, let three fit: fewer registers for each, and
-    # less shared memory.
-    crowded = programs * segments >= 1584
-    stages = BACKWARD_STAGES - 1 if crowded else BACKWARD_STAGES
-    registers = {"maxnreg": 168} if crowded and FAST else {}  # NVIDIA's compiler has this option
 
     starts = range((seqlen - 1) // steps * steps, -1, -steps)
     counts = [ceil_div(min(seqlen, start + steps) - start, segment) for start in starts]
@@ -1217,7 +1346,7 @@ def scan_backward(
         w_after = pack(dh_last, blocks * channels, *group[1:])
     A, (wide_B, wide_C) = A.contiguous(), wide.unbind()
     flags = {
-        "M": M, "J": J, "CHANNELS": channels, "T": BACKWARD_T, "STAGES": stages,
+        "M": M, "J": J, "CHANNELS": channels, "T": BACKWARD_T, "STAGES": BACKWARD_STAGES,
         "HAS_Z": z is not None, "HAS_BIAS": dt_bias is not None, "HAS_RESET": reset is not None,
         "SOFTPLUS": dt_softplus, "LOG": log, "FAST": FAST,
         "EVEN": d_inner == blocks * channels and seqlen % BACKWARD_T == 0, "num_warps": 1,
@@ -1242,11 +1371,11 @@ def scan_backward(
             fixed = (d_inner, d_state, *x.stride(), *dt.stride(), *strides(z), *dy.stride())
             launch(
                 backward_kernel, (blocks, count, batch), tensors, free, fixed,
-                **flags, K=K, HAS_D=D is not None, DIRAC=rule == "dirac", **registers,
+                **flags, K=K, SWAP=swap, HAS_D=D is not None, DIRAC=rule == "dirac",
             )  # fmt: skip
             numbers = (stop - start) * 2 * states
             grid, free = (ceil_div(numbers, 128), batch, 1), (seqlen, start, numbers, steps, blocks)
-            constants = {"N": states, "ROWS": 16, "SIZE": 128, "num_warps": 4}
+            constants = {"M": M, "J": J, "SWAP": swap, "ROWS": 16, "SIZE": 128, "num_warps": 4}
             launch(sum_blocks_kernel, grid, (parts, dB, dC), free, (d_state,), **constants)
             w_after, w_before = w_before, w_after
         constants = {

@@ -24,6 +24,9 @@ decode   130m at batch 1, 4, 64 and 256, 2.8b at 1, 4 and 64, bfloat16 parameter
          recording included. limit: the bytes of the weights over 3.02 TB/s. The official model's
          `generate` replays a CUDA graph as well (cg=True), and takes the most probable token.
 
+long     a small model (256 x 10, bytes) and one sequence of up to 2^20 of them: a training step
+         (bfloat16 autocast over float32 parameters, chunked loss), and the loss alone. Eager.
+
 ms: the median of --runs runs between CUDA events; the official model and ours take turns. peak: the
 most that was allocated, parameters and gradients included. --profile adds the ten kernels that take
 the longest in one run of each case.
@@ -66,6 +69,7 @@ SAMPLING = {  # how tokens are chosen; "sampled" are the defaults of the command
     "greedy": {"temperature": 0.0}, "sampled": {"temperature": 0.8, "top_p": 0.95},
 }  # fmt: skip
 SEQLEN, VOCABULARY = 2048, 50280
+LONG = (2**14, 2**16, 2**18, 2**20)  # bytes of one sequence, for the model that ships: 256 x 10
 
 
 def make_model(name: str, options: argparse.Namespace) -> Mamba:
@@ -298,6 +302,33 @@ def prepare_prefill(
     return Case(row, captured.replay, alive=(model, ids))
 
 
+def prepare_long(seqlen: int, how: str, options: argparse.Namespace) -> Case:
+    """One sequence. how: "train", forward and backward, or "evaluate", the loss alone."""
+    torch.manual_seed(0)
+    with torch.device(options.device):
+        model = Mamba(MambaConfig(*((32, 2) if options.dry_run else (256, 10)), vocab_size=256))
+        ids = torch.randint(256, (1, seqlen + 1))
+    targets = ids[0, 1:]
+
+    def loss(hidden: Tensor) -> Tensor:
+        return chunked_cross_entropy(hidden[0], model.lm_head.weight, targets)
+
+    def run() -> None:
+        with torch.autocast(options.device.type, torch.bfloat16), torch.set_grad_enabled(train):
+            value = model(ids[:, :-1], head=loss)
+        if train:
+            value.backward()
+
+    train = how == "train"
+    run()
+    model.zero_grad()
+    reset_peak(options)
+    run()
+    model.zero_grad()
+    row = {"model": "256 x 10", "how": how, "seqlen": seqlen, "peak_GiB": peak_GiB(options)}
+    return Case(row, run, model.zero_grad)
+
+
 def measure_official_decoding(
     name: str, batch: int, how: str, skipped: int, options: argparse.Namespace
 ) -> dict[str, Any]:
@@ -414,6 +445,15 @@ def decoding_table(rows: list[dict[str, Any]]) -> str:
     return table(titles, lines)
 
 
+def long_table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        [f"{row['seqlen']:,}, {row['how']}", f"{row['ms']:.1f}",
+         f"{1e6 * row['ms'] / row['seqlen']:.0f}", f"{row['peak_GiB']:.2f}"]
+        for row in rows
+    ]  # fmt: skip
+    return table(["256 x 10, bytes of one sequence", "ms", "ns a byte", "peak GiB"], lines)
+
+
 def kernels_table(row: dict[str, Any]) -> str:
     how = (row["how"], row["loss"]) if "loss" in row else (row["how"],)
     lines = [
@@ -429,7 +469,7 @@ def kernels_table(row: dict[str, Any]) -> str:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--what", nargs="+", choices=("train", "prefill", "decode"))
+    parser.add_argument("--what", nargs="+", choices=("train", "prefill", "decode", "long"))
     parser.add_argument("--profile", action="store_true", help="also the ten longest kernels")
     parser.add_argument("--runs", type=int, default=20, help="timed runs of each case")
     parser.add_argument("--json", type=Path, help="default of a full run: model.json, beside this")
@@ -438,7 +478,7 @@ def parse() -> argparse.Namespace:
     full = options.what is None and set(options.models) == set(SIZES)
     if full and not options.dry_run:
         options.json = options.json or HERE / "model.json"
-    options.what = options.what or ["train", "prefill", "decode"]
+    options.what = options.what or ["train", "prefill", "decode", "long"]
     options.device = torch.device("cpu" if options.dry_run else "cuda")
     options.seqlen = 16 if options.dry_run else SEQLEN
     options.vocabulary = 200 if options.dry_run else VOCABULARY
@@ -482,6 +522,11 @@ def main() -> None:
                 *([("greedy", far)] if (name, batch) == ("130m", 1) else []),
             )
         ],
+        "long": [
+            (prepare_long, seqlen, how)
+            for seqlen in ((16, 32) if options.dry_run else LONG)
+            for how in ("train", "evaluate")
+        ],
     }
     official = OFFICIAL and not options.dry_run
     for what in options.what:
@@ -492,6 +537,9 @@ def main() -> None:
                 rows.append({"system": "ours"} | run(*case, options))
                 if official and case[-2:] == ["greedy", 0]:
                     rows.append({"system": "official"} | measure_official_decoding(*case, options))
+            elif what == "long":
+                rows = time_together([run(*case, options)], options)
+                rows[0]["system"] = "ours"
             else:
                 makers = {"ours": make_model}
                 if official and "chunked" not in case and "compiled" not in case:
@@ -518,6 +566,8 @@ def main() -> None:
         print(prefill_table(measured["prefill"]))
     if measured.get("decode"):
         print(decoding_table(measured["decode"]))
+    if measured.get("long"):
+        print(long_table(measured["long"]))
     for what in options.what:
         for row in measured[what]:
             if "kernels" in row:

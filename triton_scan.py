@@ -1117,8 +1117,8 @@ def forward_shape(
     """(M, J, C) of the forward kernel, and the steps of a segment, a multiple of K.
 
     Where two lanes a channel are programs enough, time is not cut. Else a channel has one lane, and
-    one program to a scheduler is a turn, as long as a segment: 33 for 32 schedulers are two. Of the
-    lengths with the least turns x length the longest, which leaves the fewest summaries.
+    one program to a scheduler is a turn: 33 for 32 schedulers are two. A turn is as long as a
+    segment and the chain of summaries before it, half of all, each of them about as long as a step.
     """
     one, two = lane_shape(d_state, 1), lane_shape(d_state, 2)
     chunks, programs = ceil_div(seqlen, K), batch * ceil_div(d_inner, two[2])
@@ -1126,8 +1126,9 @@ def forward_shape(
         return two if programs < FORWARD_CROWDED else one, chunks * K
     programs = batch * ceil_div(d_inner, one[2])
 
-    def time(length: int) -> int:
-        return ceil_div(ceil_div(chunks, length) * programs, SCHEDULERS) * length
+    def time(length: int) -> float:
+        segments = ceil_div(chunks, length)
+        return ceil_div(segments * programs, SCHEDULERS) * (length + segments / (2 * K))
 
     longest = max(1, chunks * programs // FORWARD_WANTED)
     return one, min(range(longest, 0, -1), key=time) * K

@@ -99,9 +99,9 @@ from torch import Tensor, nn
 ## tokens and after a million. A transformer of that width, 12 layers of attention and 12 of MLPs,
 ## caches 12 x (key + value) x 768 x 4 bytes for each token: 2.8 MB at token 38. The price: a state
 ## of fixed size cannot hold everything. A long random string, or a long phone book, takes more bits
-## than it has (arXiv 2402.01032). Selection chooses what to lose. And the shape sets no limit to
-## the length, but the training does: the published models saw 2048 tokens at a time. Beyond, h
-## holds a longer past than their weights have learned to read, and they get worse.
+## than it has (arXiv 2402.01032; examples/recall.py counts). Selection chooses what to lose. And
+## the shape sets no limit to the length, but the training does: the published models saw 2048
+## tokens at a time. Beyond, h holds a longer past than they have learned to read: they get worse.
 
 
 @dataclass

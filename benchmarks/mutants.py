@@ -63,7 +63,7 @@ BELONGING = {
     "examples/drop_in.py": "tests/test_drop_in.py tests/test_examples.py",
     "examples/event_time.py": "tests/test_event_time.py tests/test_examples.py",
     "examples/export.py": "tests/test_wrapped.py tests/test_examples.py",
-    "examples/induction_heads.py": "tests/test_induction_heads.py",
+    "examples/induction_heads.py": "tests/test_tasks.py",
     "examples/look_inside.py": "tests/test_look_inside.py tests/test_examples.py",
     "examples/recipes.py": "tests/test_recipes.py tests/test_examples.py",
     "examples/train.py": "tests/test_examples.py",

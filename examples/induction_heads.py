@@ -19,8 +19,10 @@ are: they keep a fading sum of all that came.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -42,6 +44,8 @@ SIZES = {  # d_model, length and rows in training, steps, learning rate, lengths
     "small": {"d_model": 16, "length": 32, "batch": 32, "steps": 500, "lr": 1e-2,
               "asked": [2**k for k in range(4, 12)]},
 }  # fmt: skip
+COLORS = {"selective": "royalblue", "fixed": "darkorange"}
+LABELS = {"selective": "Δ, B, C from the token (Mamba)", "fixed": "Δ, B, C fixed (as in S4)"}
 
 
 class FixedBlock(MambaBlock):
@@ -83,22 +87,38 @@ def answer(model: Mamba, ids: Tensor) -> Tensor:
     return logits
 
 
+def ask(model: Mamba, rows: int, length: int) -> tuple[Tensor, Tensor]:
+    """The logits of the answers to new sequences (rows, TOKENS), and the right ones (rows,)."""
+    ids, wanted = make_sequences(rows, length, model.lm_head.weight.device)
+    return answer(model, ids), wanted
+
+
 def train(
-    model: Mamba, length: int, batch: int, steps: int, lr: float, say: str = ""
-) -> list[float]:
-    """Cross-entropy of the answer alone, on new sequences at each step. Returns the losses."""
+    model: Mamba, ask: Callable[[Mamba], tuple[Tensor, Tensor]], steps: int, lr: float,
+    *, fade: float = 0.0, say: str = "",
+) -> Tensor:  # fmt: skip
+    """AdamW without weight decay, on cross-entropy. Returns losses and shares answered (2, steps).
+
+    ask(model) makes new sequences at each call, and returns logits (..., tokens) and the tokens
+    that are right (...): what is answered in training was never seen before. The learning rate
+    falls to 0 over the last `fade` of the steps.
+    """
     device = model.lm_head.weight.device
-    on_gpu, losses = device.type == "cuda", torch.zeros(steps, device=device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.0, capturable=on_gpu)
+    on_gpu, found = device.type == "cuda", torch.zeros(2, steps, device=device)
+    rate = torch.tensor(lr, device=device)  # not a number, which a recorded step would not look up
+    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.0, capturable=on_gpu)
     count = torch.zeros(1, dtype=torch.long, device=device)
 
     def step() -> None:
-        ids, wanted = make_sequences(batch, length, device)
-        loss = F.cross_entropy(answer(model, ids), wanted)
+        if fade:
+            rate.copy_(lr * ((steps - count) / (fade * steps)).clamp(max=1).squeeze())
+        logits, wanted = ask(model)
+        loss = F.cross_entropy(logits.flatten(0, -2), wanted.flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.scatter_(0, count, loss.detach().unsqueeze(0))
+        right = (logits.argmax(-1) == wanted).float().mean()
+        found.index_copy_(1, count, torch.stack([loss.detach(), right]).unsqueeze(1))
         count.add_(1).remainder_(steps)
 
     ## On a GPU a step of a model this small is nearly all Python. So it is recorded once as a CUDA
@@ -118,20 +138,21 @@ def train(
     for i in range(recorded, steps):
         run()
         if say and (i + 1) % max(1, steps // 20) == 0:
-            loss = losses[max(0, i - 50) : i + 1].mean().item()
-            seconds = time.perf_counter() - begun
-            line = f"{say}, step {i + 1:,} of {steps:,}: loss {loss:.3f}, {seconds:.0f} s"
-            print(f"\r{line:70}", end="", file=sys.stderr, flush=True)
+            loss, right = found[:, max(0, i - 50) : i + 1].mean(1).tolist()
+            line = f"{say}, step {i + 1:,} of {steps:,}: loss {loss:.3f}, right {100 * right:.0f} %"
+            line += f", {time.perf_counter() - begun:.0f} s"
+            print(f"\r{line:78}", end="", file=sys.stderr, flush=True)
     if say:
         print(file=sys.stderr)
-    return losses.tolist()
+    return found.cpu()
 
 
 @torch.no_grad()
-def accuracy(model: Mamba, length: int, rows: int = 64) -> float:
-    """The share of rows that are answered, of new sequences."""
-    ids, wanted = make_sequences(rows, length, model.lm_head.weight.device)
-    return (answer(model, ids).argmax(-1) == wanted).float().mean().item()
+def accuracy(model: Mamba, ask: Callable[[Mamba], tuple[Tensor, Tensor]], times: int = 1) -> float:
+    """The share that is answered when it is asked so many times."""
+    answers = (ask(model) for _ in range(times))
+    shares = [(logits.argmax(-1) == wanted).float().mean() for logits, wanted in answers]
+    return torch.stack(shares).mean().item()
 
 
 def table(results: dict[tuple[str, int], list[float]], sizes: dict) -> str:
@@ -151,10 +172,9 @@ def draw(results: dict[tuple[str, int], list[float]], sizes: dict, file: Path) -
 
     figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
     axes = figure.subplots()
-    colors = {"selective": "royalblue", "fixed": "darkorange"}
-    labels = {"selective": "Δ, B, C from the token (Mamba)", "fixed": "Δ, B, C fixed (as in S4)"}
+    labels = dict(LABELS)  # one line of the legend for all seeds
     for (kind, _), shares in results.items():
-        axes.plot(sizes["asked"], shares, "o-", color=colors[kind], label=labels.pop(kind, None))
+        axes.plot(sizes["asked"], shares, "o-", color=COLORS[kind], label=labels.pop(kind, None))
     axes.axvline(sizes["length"], color="gray", linestyle=":", label="length in training")
     axes.axhline(1 / (TOKENS - 1), color="gray", linestyle="--", label="guessing")
     axes.set_xscale("log", base=2)
@@ -166,31 +186,39 @@ def draw(results: dict[tuple[str, int], list[float]], sizes: dict, file: Path) -
     figure.savefig(file)
 
 
-def main() -> None:
+def command_line(description: str, picture: str, seeds: tuple[int, ...]) -> argparse.Namespace:
+    """small, seeds, steps, out, and the device to run on."""
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--small", action="store_true", help="sizes for a CPU")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="S", help="all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[*seeds], metavar="S", help="all")
     parser.add_argument("--steps", type=int, help="of training, in place of the sizes' own")
-    parser.add_argument("--out", type=Path, default=Path("induction_heads.png"), help="picture")
+    parser.add_argument("--out", type=Path, default=Path(picture), help="picture")
     options = parser.parse_args()
     if options.steps is not None and options.steps < 1:
         parser.error(f"--steps must be at least 1, got {options.steps}")
-    sizes = SIZES["small" if options.small else "paper"]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
+    if not options.out.parent.is_dir():
+        parser.error(f"--out {options.out}: there is no folder {options.out.parent}, create it")
+    options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.device == "cpu":
         torch.set_num_threads(1)  # matrices as small as these do not gain from more
+    return options
+
+
+def main() -> None:
+    options = command_line(__doc__.split("\n")[0], "induction_heads.png", (0, 1, 2))
+    sizes = SIZES["small" if options.small else "paper"]
+    batch, steps = sizes["batch"], options.steps or sizes["steps"]
     results = {}
     for kind in ("selective", "fixed"):
         for seed in options.seeds:
             torch.manual_seed(seed)
-            model = make_model(kind, sizes["d_model"]).to(device)
-            steps = options.steps or sizes["steps"]
-            train(
-                model, sizes["length"], sizes["batch"], steps, sizes["lr"], f"{kind}, seed {seed}"
-            )
-            results[kind, seed] = [accuracy(model, length) for length in sizes["asked"]]
+            model = make_model(kind, sizes["d_model"]).to(options.device)
+            learn = functools.partial(ask, rows=batch, length=sizes["length"])
+            train(model, learn, steps, sizes["lr"], say=f"{kind}, seed {seed}")
+            exams = (functools.partial(ask, rows=64, length=length) for length in sizes["asked"])
+            results[kind, seed] = [accuracy(model, exam) for exam in exams]
     print(table(results, sizes))
     draw(results, sizes, options.out)
     print(f"\nwrote {options.out}")

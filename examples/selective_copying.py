@@ -1,0 +1,150 @@
+"""Selective copying: repeat what was said, and leave out the noise between.
+
+    python examples/selective_copying.py --small   # a minute or two on a CPU: a table, a picture
+    python examples/selective_copying.py           # the paper's task, for a GPU
+
+The task of section 4.1.1 of the paper (arXiv 2312.00752). Data tokens stand at random places among
+noise. After them comes a row of markers, one for each data token; at every marker the model is to
+say the next of them, in the order in which they came:
+
+    . . 7 . . . 3 . 3 . . . . 9 . . ? ? ? ?  ->  7 3 3 9
+
+If the places were always the same, a fixed filter as long as the sequence would do: take what came
+so many steps ago. Here the distance differs from token to token. A model that selects sets Δ to
+nearly 0 where it reads noise, so that its state stands still; what is left is a sequence without
+noise, and there the distance is the same each time. Two layers are trained, and beside them two
+whose Δ, B and C are the same for every token (`FixedBlock`), as S4's are.
+
+The paper's appendix E.1: length 4096, 16 tokens to remember, a vocabulary of 16 with the noise, two
+layers of width 64, 400,000 steps of 64 sequences at a constant learning rate of 1e-4. It leaves
+open how the answer is asked for, and its data were not published (github.com/state-spaces/mamba,
+issue 343). Here it is as in the copying task of S4's authors: 4096 places for noise and data, then
+the markers, and of the 16 tokens one is the noise, one the marker and 14 are data. And there are
+fewer steps, with larger ones: the learning rate is 1e-3 and falls to 0 over the last fifth.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if __name__ == "__main__":  # from a clone that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import induction_heads
+from induction_heads import COLORS, LABELS, TOKENS, accuracy, command_line, train
+
+from mamba import Mamba
+
+NOISE, MARKER = 0, TOKENS - 1  # between them are the data
+FADE = 0.2  # over this share of the steps, the last ones, the learning rate falls to 0
+# Accuracy in the paper's table 1: Mamba, and S4 in the place of its selective SSM (S6).
+PAPER = {"selective": 0.998, "fixed": 0.564}
+SIZES = {  # d_model, places for noise and data, data tokens, rows in training, steps, learning rate
+    "paper": {"d_model": 64, "length": 4096, "data": 16, "batch": 64, "steps": 20_000, "lr": 1e-3},
+    "small": {"d_model": 32, "length": 32, "data": 3, "batch": 32, "steps": 400, "lr": 1e-2},
+}
+
+
+class ProductEmbedding(nn.Embedding):
+    """The lookup as a product. On a GPU the gradient of a lookup adds what equal tokens give it one
+    after the other, and here nearly all 263,168 tokens of a step are equal: noise."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.one_hot(ids, self.num_embeddings).to(self.weight.dtype) @ self.weight
+
+
+def make_model(kind: str, d_model: int) -> Mamba:
+    """Two layers. kind: "selective" or "fixed"."""
+    model = induction_heads.make_model(kind, d_model)
+    weight = model.backbone.embedding.weight.detach()
+    model.backbone["embedding"] = ProductEmbedding.from_pretrained(weight, freeze=False)
+    model.tie_weights()
+    return model
+
+
+def make_sequences(
+    batch: int, length: int, data: int, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """ids (b, length + data) and the data tokens (b, data), from the device's global generator."""
+    said = torch.randint(NOISE + 1, MARKER, (batch, data), device=device)
+    places = torch.rand(batch, length, device=device).topk(data).indices.sort().values
+    ids = torch.full((batch, length + data), NOISE, device=device)
+    ids[:, length:] = MARKER
+    return ids.scatter_(1, places, said), said
+
+
+def ask(model: Mamba, rows: int, length: int, data: int) -> tuple[Tensor, Tensor]:
+    """The logits at the markers of new sequences (rows, data, TOKENS), and the data tokens."""
+    ids, said = make_sequences(rows, length, data, model.lm_head.weight.device)
+    return model(ids, head=lambda hidden: model.lm_head(hidden[:, -data:])), said
+
+
+def table(shares: dict[tuple[str, int], float], is_paper: bool) -> str:
+    """Lines of markdown: a row for each model, a column for each seed."""
+    seeds = sorted({seed for _, seed in shares})
+    titles = ["", "paper", *(f"seed {seed}" for seed in seeds)]
+    lines = [titles, ["---", *(["---:"] * (len(titles) - 1))]]
+    for kind, label in LABELS.items():
+        found = (f"{100 * shares[kind, seed]:.1f} %" for seed in seeds)
+        lines.append([label, f"{100 * PAPER[kind]:.1f} %" if is_paper else "", *found])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def draw(curves: dict[tuple[str, int], Tensor], is_paper: bool, file: Path) -> None:
+    """curves: of each model and seed, losses and shares copied (2, steps)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.2), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    labels = dict(LABELS)  # one line of the legend for all seeds
+    for (kind, _), curve in curves.items():
+        width = -(-curve.shape[1] // 100)  # a point is the mean of so many steps
+        points = torch.stack([part.mean(1) for part in curve.split(width, dim=1)], dim=1)
+        steps = torch.arange(1, points.shape[1] + 1) * width
+        left.plot(steps, points[0], color=COLORS[kind], label=labels.pop(kind, None))
+        right.plot(steps, points[1], color=COLORS[kind])
+    guess = 1 / (TOKENS - 2)
+    left.axhline(-torch.tensor(guess).log(), color="gray", linestyle="--", label="guessing")
+    right.axhline(guess, color="gray", linestyle="--")
+    if is_paper:
+        for kind, share in PAPER.items():
+            label = f"the paper's: {100 * share:.1f} %"
+            right.axhline(share, color=COLORS[kind], linestyle=":", label=label)
+    left.set_yscale("log")
+    left.set_ylabel("cross-entropy, nats a token")
+    right.set_ylim(0, 1.03)
+    right.set_ylabel("share of tokens copied")
+    for axes in (left, right):
+        axes.set_xlabel("steps of training")
+    figure.suptitle("Selective copying, on sequences not seen before: each line a seed")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(file)
+
+
+def main() -> None:
+    options = command_line(__doc__.split("\n")[0], "selective_copying.png", (0, 1, 2))
+    sizes = SIZES["small" if options.small else "paper"]
+    task = {"rows": sizes["batch"], "length": sizes["length"], "data": sizes["data"]}
+    learn, steps = functools.partial(ask, **task), options.steps or sizes["steps"]
+    curves, shares = {}, {}
+    for kind in LABELS:
+        for seed in options.seeds:
+            torch.manual_seed(seed)
+            model = make_model(kind, sizes["d_model"]).to(options.device)
+            curves[kind, seed] = train(
+                model, learn, steps, sizes["lr"], fade=FADE, say=f"{kind}, seed {seed}"
+            )
+            shares[kind, seed] = accuracy(model, learn, times=20)
+    print(table(shares, not options.small))
+    draw(curves, not options.small, options.out)
+    print(f"\nwrote {options.out}")
+
+
+if __name__ == "__main__":
+    main()

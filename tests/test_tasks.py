@@ -1,0 +1,231 @@
+"""The synthetic tasks: what is asked is what they say, and who answers it is who should."""
+
+import math
+import sys
+from functools import partial
+
+import induction_heads as induction
+import pytest
+import recall
+import selective_copying as copying
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mamba import MambaConfig
+from test_mamba import assert_all_close, assert_close
+
+
+def test_a_sequence_holds_the_special_token_once_and_ends_with_it():
+    """What followed it is asked for; it may stand anywhere, and is never what is asked for."""
+    torch.manual_seed(0)
+    special = induction.TOKENS - 1
+    ids, wanted = induction.make_sequences(3000, 7, "cpu")
+    rows, places = (ids[:, :-1] == special).nonzero(as_tuple=True)
+    assert torch.equal(rows, torch.arange(3000)) and (ids[:, -1] == special).all()
+    assert torch.equal(wanted, ids[rows, places + 1]) and places.unique().tolist() == [*range(5)]
+    assert wanted.unique().tolist() == [*range(special)]
+
+
+def test_a_fixed_block_is_the_same_convolution_for_every_input():
+    """Behind x, which is what selection reads: the response to a sum is the sum of responses."""
+    block = induction.FixedBlock(MambaConfig(8)).double()
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 2, 9, 16, dtype=torch.float64)
+
+    def response(x):
+        dt, B, C = block.select(x)
+        delta = F.softplus(dt + block.dt_proj.bias)
+        h, ys = torch.zeros(2, 16, 16, dtype=torch.float64), []
+        for t in range(9):
+            h = torch.exp(delta[:, t, :, None] * block.A) * h
+            h = h + (delta[:, t] * x[:, t]).unsqueeze(-1) * B[:, t].unsqueeze(1)
+            ys.append((h * C[:, t].unsqueeze(1)).sum(-1))
+        return torch.stack(ys, dim=1)
+
+    first, second = inputs
+    assert_close("y", response(first - 3 * second), response(first) - 3 * response(second), 1e-12)
+    block(torch.randn(2, 9, 8, dtype=torch.float64)).square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in (block.B, block.C, block.dt_proj.bias))
+
+
+def test_a_long_sequence_is_read_in_parts(monkeypatch):
+    model, ids = induction.make_model("selective", 8), torch.randint(16, (2, 23))
+    whole = induction.answer(model, ids)
+    monkeypatch.setattr(induction, "PART", 5)
+    assert_close("logits", induction.answer(model, ids), whole, 1e-5)
+    assert_close("logits", whole, model(ids)[:, -1], 1e-6)
+
+
+def test_what_is_copied_is_what_is_neither_noise_nor_marker_in_the_order_in_which_it_came():
+    torch.manual_seed(0)
+    ids, said = copying.make_sequences(2000, 7, 3, "cpu")
+    before, after = ids[:, :7], ids[:, 7:]
+    is_data = before != copying.NOISE
+    assert torch.equal(before[is_data].view(2000, 3), said)
+    assert (after == copying.MARKER).all() and after.shape == (2000, 3)
+    assert said.unique().tolist() == [*range(1, copying.MARKER)]
+    assert len(is_data.unique(dim=0)) == math.comb(7, 3), "data may stand at any three places"
+
+
+def test_every_key_is_asked_once_and_wants_the_value_that_came_with_it():
+    torch.manual_seed(0)
+    ids, wanted = recall.make_sequences(500, 3, 5, "cpu")
+    orders = set()
+    for row, values in zip(ids.tolist(), wanted.tolist(), strict=True):
+        pairs, asked = dict(zip(row[0:6:2], row[1:6:2], strict=True)), row[6:]
+        assert [pairs[key] for key in asked] == values and len(pairs) == 3
+        assert max(pairs) < 5 <= min(values) and max(values) < 10
+        orders.add(tuple(row[0:6:2].index(key) for key in asked))
+    assert len(orders) == 6 and ids[:, 0].unique().tolist() == [*range(5)]
+    assert wanted.unique().tolist() == [*range(5, 10)]
+
+
+def test_an_embedding_by_a_product_is_the_lookup():
+    ids = torch.randint(copying.TOKENS, (3, 7))
+    torch.manual_seed(0)
+    ours = copying.make_model("selective", 8).double()
+    torch.manual_seed(0)
+    theirs = induction.make_model("selective", 8).double()
+    assert ours.lm_head.weight is ours.backbone.embedding.weight
+    gradients = []
+    for model in (ours, theirs):
+        model(ids).square().sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert_close("logits", ours(ids), theirs(ids), 1e-12)
+    assert_all_close(*gradients, 1e-12)
+
+
+def test_a_question_is_answered_at_its_own_key_for_each_number_of_pairs():
+    """What ask_all gives is what the whole of each sequence gives at the keys that are asked."""
+    model = recall.make_model(2, 8, 6)
+    torch.manual_seed(0)
+    logits, values = recall.ask_all(model, questions=12, pairs=[2, 4], words=6)
+    torch.manual_seed(0)
+    for pairs, rows, part in ((2, 6, slice(0, 12)), (4, 3, slice(12, 24))):
+        ids, wanted = recall.make_sequences(rows, pairs, 6, "cpu")
+        assert torch.equal(values[part], wanted.flatten())
+        assert_close("logits", logits[part], model(ids)[:, 2 * pairs :].flatten(0, 1), 1e-6)
+    assert len(logits) == len(values) == 24
+
+
+def test_the_attention_beside_mamba_is_attention():
+    """Softmax of the products with all keys so far, written out; and its model reads nothing to
+    the right."""
+    model = recall.make_model(None, 8, 6).double()
+    attention, u = model.backbone.layers[0].mixer, torch.randn(2, 7, 8, dtype=torch.float64)
+    raw = F.pad(attention.in_proj(u), (0, 0, 3, 0)).mT
+    query, key, value = F.silu(attention.conv1d(raw)).mT.chunk(3, dim=-1)
+    for t in range(7):
+        scores = (key[:, : t + 1] @ query[:, t].unsqueeze(-1)).squeeze(-1) / math.sqrt(8)
+        y = (scores.softmax(1).unsqueeze(-1) * value[:, : t + 1]).sum(1)
+        out, _ = attention(u, attention.init_state(2))
+        assert_close("out", out[:, t], attention.out_proj(y), 1e-12)
+    ids, other = torch.randint(12, (2, 1, 9))
+    mixed = torch.cat([ids[:, :5], other[:, 5:]], dim=1)
+    assert_close("logits", model(mixed)[:, :5], model(ids)[:, :5], 1e-12)
+    assert not torch.allclose(model(mixed)[:, 5:], model(ids)[:, 5:])
+
+
+def test_a_sum_of_random_patterns_holds_as_many_pairs_as_the_line_says():
+    """Tried: the share of right answers is high at half as many, and low at four times as many."""
+    generator, numbers, words = torch.Generator().manual_seed(0), 256, 32
+    line = recall.held_by_random_patterns(numbers, words)
+    shares = []
+    for pairs in (round(line / 2), round(line), round(4 * line)):
+        right = 0
+        for _ in range(100):
+            # Of the first key: the patterns of all values with it, of which value 0 was said.
+            signs = torch.randint(2, (words + pairs, numbers), generator=generator) * 2.0 - 1
+            state = signs[0] + signs[words + 1 :].sum(0)
+            right += (signs[:words] @ state).argmax() == 0
+        shares.append(right / 100)
+    assert shares[0] > 0.9 > shares[1] > 0.5 > shares[2] + 0.1, shares
+
+
+@pytest.mark.parametrize(
+    ("shares", "count", "sign"),
+    [([1, 0.75, 0.25], 4 * 2**0.5, ""), ([1, 0.6, 0.4], 4 * 2**0.5, ""), ([0.5, 0.4, 0.3], 2, ""),
+     ([1, 1, 0.5], 8, ">"), ([0.4, 0.3, 0.2], 2, "<")],
+)  # fmt: skip
+def test_half_is_read_between_the_numbers_of_pairs_that_were_tried(shares, count, sign):
+    assert recall.half(shares, [2, 4, 8]) == (pytest.approx(count), sign)
+
+
+def test_the_learning_rate_falls_to_zero_at_the_end_of_the_training_only():
+    """With a gradient that hardly changes, AdamW moves a weight by its learning rate."""
+    model = nn.Module()
+    model.lm_head = nn.Linear(1, 2, bias=False)
+
+    def ask(model):
+        return model.lm_head.weight.T, torch.tensor([0])
+
+    for fade, steps in ((0.0, 10.0), (0.5, 6 + 0.8 + 0.6 + 0.4 + 0.2)):
+        before = model.lm_head.weight.detach().clone()
+        induction.train(model, ask, 10, 1e-5, fade=fade)
+        moved = (model.lm_head.weight - before).detach() / 1e-5
+        assert moved.flatten().tolist() == pytest.approx([steps, -steps], rel=0.02)
+
+
+## The trainings are short, and their tasks shorter than those of --small.
+
+
+def test_selection_learns_what_a_fixed_filter_does_not():
+    """Induction heads of 8 tokens, and two tokens copied from 12; the same seed gives the same."""
+    tasks = (
+        (induction, partial(induction.ask, rows=32, length=8), 150, 0.6),
+        (copying, partial(copying.ask, rows=32, length=12, data=2), 150, 0.75),
+    )
+    for task, ask, steps, at_most in tasks:
+        shares = {}
+        for kind in ("selective", "fixed"):
+            torch.manual_seed(0)
+            found = task.train(model := task.make_model(kind, 16), ask, steps, 1e-2)
+            shares[kind] = task.accuracy(model, ask, times=12)
+            assert abs(found[0, 0] - math.log(16)) < 0.1, "at first it guesses"
+        assert shares["selective"] > 0.95 and shares["fixed"] < at_most, shares
+        torch.manual_seed(0)
+        again = task.train(task.make_model(kind, 16), ask, 3, 1e-2)
+        assert torch.equal(again, found[:, :3])
+
+
+def test_attention_recalls_at_once_and_mamba_as_its_state_allows():
+    ask, shares = partial(recall.ask_all, questions=64, pairs=[2, 4], words=8), {}
+    for d_state, steps in ((None, 80), (1, 200), (8, 200)):
+        torch.manual_seed(0)
+        model = recall.make_model(d_state, 64, 8)
+        recall.train(model, ask, steps, 2e-2, fade=0.2)
+        shares[d_state] = recall.accuracy(model, ask, times=20)
+    assert shares[None] > 0.99 and shares[8] > 0.9 and shares[1] < shares[8] - 0.05, shares
+
+
+TABLES = {
+    induction: "| length | paper | selective, seed 3 | selective, seed 5 | fixed, seed 3 | fixed, ",
+    copying: "|  | paper | seed 3 | seed 5 |",
+    recall: "| pairs | attention, seed 3 | attention, seed 5 | Mamba, 16 x 1 numbers, seed 3 | ",
+}
+SMALL = {
+    induction: {"d_model": 8, "length": 8, "batch": 2, "asked": [4, 8]},
+    copying: {"d_model": 8, "length": 4, "batch": 2, "data": 2},
+    recall: {"d_model": 8, "words": 4, "pairs": [1, 2], "questions": 2, "d_state": [1, 2]},
+}
+
+
+@pytest.mark.parametrize("task", TABLES, ids=lambda task: task.__name__)
+def test_a_command_prints_a_table_and_draws(task, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(task.SIZES, "small", {"steps": 2, "lr": 1e-3, **SMALL[task]})
+    command, picture = [f"{task.__name__}.py", "--small"], tmp_path / "picture.png"
+    monkeypatch.setattr(sys, "argv", [*command, "--seeds", "3", "5", "--out", str(picture)])
+    task.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(TABLES[task]) and lines[-1] == f"wrote {picture}"
+    assert len({line.count("|") for line in lines[:4]}) == 1 and lines[3].count("%") >= 2
+    assert picture.stat().st_size > 10_000
+    for option, value, said in (
+        ("--steps", "0", "--steps must be at least 1, got 0"),
+        ("--out", str(tmp_path / "no" / "a.png"), f"there is no folder {tmp_path / 'no'}"),
+    ):
+        monkeypatch.setattr(sys, "argv", [*command, option, value])
+        with pytest.raises(SystemExit, match="2"):
+            task.main()
+        assert said in capsys.readouterr().err

@@ -41,11 +41,10 @@ from torch import Tensor, nn
 if __name__ == "__main__":  # from a clone that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from induction_heads import accuracy, command_line, train
+from induction_heads import FADE, accuracy, command_line, train
 
 from mamba import Mamba, MambaConfig, MambaState, causal_conv
 
-FADE = 0.2  # over this share of the steps, the last ones, the learning rate falls to 0
 SIZES = {  # keys, and as many values; numbers of pairs; questions for each in a step of training
     "zoology": {"words": 4096, "pairs": [2**k for k in range(2, 9)], "questions": 2048,
                 "d_model": 64, "d_state": [4, 16, 64], "steps": 20_000, "lr": 3e-3},

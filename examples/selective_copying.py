@@ -37,12 +37,11 @@ if __name__ == "__main__":  # from a clone that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import induction_heads
-from induction_heads import COLORS, LABELS, TOKENS, accuracy, command_line, train
+from induction_heads import COLORS, FADE, LABELS, TOKENS, accuracy, command_line, train
 
 from mamba import Mamba
 
 NOISE, MARKER = 0, TOKENS - 1  # between them are the data
-FADE = 0.2  # over this share of the steps, the last ones, the learning rate falls to 0
 # Accuracy in the paper's table 1: Mamba, and S4 in the place of its selective SSM (S6).
 PAPER = {"selective": 0.998, "fixed": 0.564}
 SIZES = {  # d_model, places for noise and data, data tokens, rows in training, steps, learning rate

@@ -38,10 +38,10 @@ TOKENS = 16  # the last one is special
 PART = 2**15  # tokens of a long sequence that are read at once
 # Accuracy that the paper's table 2 gives for Mamba, at every length from 2^6 to 2^20.
 PAPER = 1.0
-SIZES = {  # d_model, length and rows in training, steps, learning rate, lengths that are asked
-    "paper": {"d_model": 64, "length": 256, "batch": 8, "steps": 25 * 8192, "lr": 1e-3,
+SIZES = {  # length and rows in training, learning rate and how it ends, lengths that are asked
+    "paper": {"d_model": 64, "length": 256, "batch": 8, "steps": 25 * 8192, "lr": 1e-3, "fade": 0.0,
               "asked": [2**k for k in range(6, 21)]},
-    "small": {"d_model": 16, "length": 32, "batch": 32, "steps": 500, "lr": 1e-2,
+    "small": {"d_model": 16, "length": 32, "batch": 32, "steps": 500, "lr": 1e-2, "fade": 0.2,
               "asked": [2**k for k in range(4, 12)]},
 }  # fmt: skip
 COLORS = {"selective": "royalblue", "fixed": "darkorange"}
@@ -209,14 +209,14 @@ def command_line(description: str, picture: str, seeds: tuple[int, ...]) -> argp
 def main() -> None:
     options = command_line(__doc__.split("\n")[0], "induction_heads.png", (0, 1, 2))
     sizes = SIZES["small" if options.small else "paper"]
-    batch, steps = sizes["batch"], options.steps or sizes["steps"]
+    lr, fade, steps = sizes["lr"], sizes["fade"], options.steps or sizes["steps"]
     results = {}
     for kind in ("selective", "fixed"):
         for seed in options.seeds:
             torch.manual_seed(seed)
             model = make_model(kind, sizes["d_model"]).to(options.device)
-            learn = functools.partial(ask, rows=batch, length=sizes["length"])
-            train(model, learn, steps, sizes["lr"], say=f"{kind}, seed {seed}")
+            learn = functools.partial(ask, rows=sizes["batch"], length=sizes["length"])
+            train(model, learn, steps, lr, fade=fade, say=f"{kind}, seed {seed}")
             exams = (functools.partial(ask, rows=64, length=length) for length in sizes["asked"])
             results[kind, seed] = [accuracy(model, exam) for exam in exams]
     print(table(results, sizes))

@@ -45,12 +45,13 @@ from induction_heads import accuracy, command_line, train
 
 from mamba import Mamba, MambaConfig, MambaState, causal_conv
 
-FADE = 0.2  # over this share of the steps, the last ones, the learning rate falls to 0
 SIZES = {  # keys, and as many values; numbers of pairs; questions for each in a step of training
     "zoology": {"words": 4096, "pairs": [2**k for k in range(2, 9)], "questions": 2048,
-                "d_model": 64, "d_state": [4, 16, 64], "steps": 20_000, "lr": 3e-3},
+                "d_model": 64, "d_state": [4, 16, 64],
+                "steps": 20_000, "lr": 3e-3, "fade": 0.2},
     "small": {"words": 32, "pairs": [2**k for k in range(1, 6)], "questions": 64,
-              "d_model": 64, "d_state": [1, 4, 16], "steps": 640, "lr": 2e-2},
+              "d_model": 64, "d_state": [1, 4, 16],
+              "steps": 640, "lr": 2e-2, "fade": 0.2},
 }  # fmt: skip
 
 
@@ -188,7 +189,8 @@ def draw(results: dict[tuple[int | None, int], list[float]], sizes: dict, file: 
 def main() -> None:
     options = command_line(__doc__.split("\n")[0], "recall.png", (0,))
     sizes = SIZES["small" if options.small else "zoology"]
-    words, pairs, steps = sizes["words"], sizes["pairs"], options.steps or sizes["steps"]
+    words, pairs = sizes["words"], sizes["pairs"]
+    lr, fade, steps = sizes["lr"], sizes["fade"], options.steps or sizes["steps"]
     learn = functools.partial(ask_all, questions=sizes["questions"], pairs=pairs, words=words)
     results = {}
     for kind in (None, *sizes["d_state"]):
@@ -196,7 +198,7 @@ def main() -> None:
             torch.manual_seed(seed)
             model = make_model(kind, sizes["d_model"], words).to(options.device)
             say = f"{name(kind, sizes)}, seed {seed}"
-            train(model, learn, steps, sizes["lr"], fade=FADE, say=say)
+            train(model, learn, steps, lr, fade=fade, say=say)
             exams = (functools.partial(ask, questions=2048, pairs=p, words=words) for p in pairs)
             results[kind, seed] = [accuracy(model, exam) for exam in exams]
     print(table(results, sizes))

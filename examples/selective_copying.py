@@ -1,6 +1,6 @@
 """Selective copying: repeat what was said, and leave out the noise between.
 
-    python examples/selective_copying.py --small   # a minute or two on a CPU: a table, a picture
+    python examples/selective_copying.py --small   # a few minutes on a CPU: a table, a picture
     python examples/selective_copying.py           # the paper's task, for a GPU
 
 The task of section 4.1.1 of the paper (arXiv 2312.00752). Data tokens stand at random places among
@@ -42,13 +42,14 @@ from induction_heads import COLORS, LABELS, TOKENS, accuracy, command_line, trai
 from mamba import Mamba
 
 NOISE, MARKER = 0, TOKENS - 1  # between them are the data
-FADE = 0.2  # over this share of the steps, the last ones, the learning rate falls to 0
 # Accuracy in the paper's table 1: Mamba, and S4 in the place of its selective SSM (S6).
 PAPER = {"selective": 0.998, "fixed": 0.564}
-SIZES = {  # d_model, places for noise and data, data tokens, rows in training, steps, learning rate
-    "paper": {"d_model": 64, "length": 4096, "data": 16, "batch": 64, "steps": 20_000, "lr": 1e-3},
-    "small": {"d_model": 32, "length": 32, "data": 3, "batch": 32, "steps": 400, "lr": 1e-2},
-}
+SIZES = {  # places for noise and data, data tokens, rows in training, learning rate and how it ends
+    "paper": {"d_model": 64, "length": 4096, "data": 16, "batch": 64,
+              "steps": 20_000, "lr": 1e-3, "fade": 0.2},
+    "small": {"d_model": 32, "length": 32, "data": 3, "batch": 32,
+              "steps": 400, "lr": 1e-2, "fade": 0.2},
+}  # fmt: skip
 
 
 class ProductEmbedding(nn.Embedding):
@@ -131,15 +132,15 @@ def main() -> None:
     options = command_line(__doc__.split("\n")[0], "selective_copying.png", (0, 1, 2))
     sizes = SIZES["small" if options.small else "paper"]
     task = {"rows": sizes["batch"], "length": sizes["length"], "data": sizes["data"]}
-    learn, steps = functools.partial(ask, **task), options.steps or sizes["steps"]
+    lr, fade, steps = sizes["lr"], sizes["fade"], options.steps or sizes["steps"]
+    learn = functools.partial(ask, **task)
     curves, shares = {}, {}
     for kind in LABELS:
         for seed in options.seeds:
             torch.manual_seed(seed)
             model = make_model(kind, sizes["d_model"]).to(options.device)
-            curves[kind, seed] = train(
-                model, learn, steps, sizes["lr"], fade=FADE, say=f"{kind}, seed {seed}"
-            )
+            say = f"{kind}, seed {seed}"
+            curves[kind, seed] = train(model, learn, steps, lr, fade=fade, say=say)
             shares[kind, seed] = accuracy(model, learn, times=20)
     print(table(shares, not options.small))
     draw(curves, not options.small, options.out)

@@ -37,7 +37,7 @@ if __name__ == "__main__":  # from a clone that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import induction_heads
-from induction_heads import COLORS, LABELS, TOKENS, accuracy, command_line, train
+from induction_heads import COLORS, LABELS, TOKENS, accuracy, command_line, keep, train
 
 from mamba import Mamba
 
@@ -97,19 +97,23 @@ def table(shares: dict[tuple[str, int], float], is_paper: bool) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def draw(curves: dict[tuple[str, int], Tensor], is_paper: bool, file: Path) -> None:
-    """curves: of each model and seed, losses and shares copied (2, steps)."""
+def points_of(curve: Tensor) -> list[list[float]]:
+    """Numbers of each step (k, steps) -> at most 100 means along the steps, and where they end."""
+    parts = curve.split(-(-curve.shape[1] // 100), dim=1)
+    ends = torch.tensor([part.shape[1] for part in parts]).cumsum(0)
+    return [ends.tolist(), *torch.stack([part.mean(1) for part in parts], dim=1).tolist()]
+
+
+def draw(curves: dict[tuple[str, int], list], is_paper: bool, file: Path) -> None:
+    """curves: of each model and seed, steps, losses and shares copied."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.2), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2)
     labels = dict(LABELS)  # one line of the legend for all seeds
-    for (kind, _), curve in curves.items():
-        width = -(-curve.shape[1] // 100)  # a point is the mean of so many steps
-        points = torch.stack([part.mean(1) for part in curve.split(width, dim=1)], dim=1)
-        steps = torch.arange(1, points.shape[1] + 1) * width
-        left.plot(steps, points[0], color=COLORS[kind], label=labels.pop(kind, None))
-        right.plot(steps, points[1], color=COLORS[kind])
+    for (kind, _), (steps, losses, shares) in curves.items():
+        left.plot(steps, losses, color=COLORS[kind], label=labels.pop(kind, None))
+        right.plot(steps, shares, color=COLORS[kind])
     guess = 1 / (TOKENS - 2)
     left.axhline(-torch.tensor(guess).log(), color="gray", linestyle="--", label="guessing")
     right.axhline(guess, color="gray", linestyle="--")
@@ -134,14 +138,19 @@ def main() -> None:
     task = {"rows": sizes["batch"], "length": sizes["length"], "data": sizes["data"]}
     lr, fade, steps = sizes["lr"], sizes["fade"], options.steps or sizes["steps"]
     learn = functools.partial(ask, **task)
+
+    def run(kind: str, seed: int) -> tuple[list, float]:
+        torch.manual_seed(seed)
+        model = make_model(kind, sizes["d_model"]).to(options.device)
+        curve = train(model, learn, steps, lr, fade=fade, say=f"{kind}, seed {seed}")
+        return points_of(curve), accuracy(model, learn, times=20)
+
     curves, shares = {}, {}
     for kind in LABELS:
         for seed in options.seeds:
-            torch.manual_seed(seed)
-            model = make_model(kind, sizes["d_model"]).to(options.device)
-            say = f"{kind}, seed {seed}"
-            curves[kind, seed] = train(model, learn, steps, lr, fade=fade, say=say)
-            shares[kind, seed] = accuracy(model, learn, times=20)
+            key = f"{kind}, length {sizes['length']}, seed {seed}, {steps} steps"
+            found = keep(options.keep, key, functools.partial(run, kind, seed))
+            curves[kind, seed], shares[kind, seed] = found
     print(table(shares, not options.small))
     draw(curves, not options.small, options.out)
     print(f"\nwrote {options.out}")

@@ -1,5 +1,6 @@
 """The synthetic tasks: what is asked is what they say, and who answers it is who should."""
 
+import json
 import math
 import sys
 from functools import partial
@@ -247,7 +248,16 @@ def test_a_command_prints_a_table_and_draws(task, monkeypatch, tmp_path, capsys)
     assert lines[0].startswith(TABLES[task]) and lines[-1] == f"wrote {picture}"
     assert len({line.count("|") for line in lines[:4]}) == 1 and lines[3].count("%") >= 2
     assert picture.stat().st_size > 10_000
+    printed, keep = lines, ["--keep", str(tmp_path / "runs.json"), "--out", str(picture)]
+    for seeds in (["3"], ["3", "5"], ["3", "5"]):  # of one run, then of both, then of none
+        monkeypatch.setattr(sys, "argv", [*command, "--seeds", *seeds, *keep])
+        task.main()
+        if seeds == ["3"]:
+            capsys.readouterr()
+            assert json.loads((tmp_path / "runs.json").read_text())
+    assert capsys.readouterr().out.splitlines() == printed * 2
     for option, value, said in (
+        ("--keep", str(picture), "is no file of finished runs, name another"),
         ("--steps", "0", "--steps must be at least 1, got 0"),
         ("--out", str(tmp_path / "no" / "a.png"), f"there is no folder {tmp_path / 'no'}"),
     ):

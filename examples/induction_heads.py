@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import json
 import sys
 import time
@@ -201,12 +202,19 @@ def command_line(description: str, picture: str, seeds: tuple[int, ...]) -> argp
     options = parser.parse_args()
     if options.steps is not None and options.steps < 1:
         parser.error(f"--steps must be at least 1, got {options.steps}")
-    if not options.out.parent.is_dir():
-        parser.error(f"--out {options.out}: there is no folder {options.out.parent}, create it")
+    # All that would be an error after the training is one before it.
+    for option, file in (("--out", options.out), ("--keep", options.keep)):
+        if file is not None and (file.is_dir() or not file.parent.is_dir()):
+            parser.error(f"{option} must name a file in a folder that exists, got {file}")
+    if options.out.suffix not in (".png", ".svg", ".pdf"):
+        parser.error(f"--out must end in .png, .svg or .pdf, got {options.out}")
     try:
         read_kept(options.keep)
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         parser.error(f"--keep {options.keep} is no file of finished runs, name another: {error}")
+    if importlib.util.find_spec("matplotlib") is None:
+        print("the picture needs matplotlib: pip install matplotlib", file=sys.stderr)
+        raise SystemExit(1)
     options.device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.device == "cpu":
         torch.set_num_threads(1)  # matrices as small as these do not gain from more

@@ -259,9 +259,17 @@ def test_a_command_prints_a_table_and_draws(task, monkeypatch, tmp_path, capsys)
     for option, value, said in (
         ("--keep", str(picture), "is no file of finished runs, name another"),
         ("--steps", "0", "--steps must be at least 1, got 0"),
-        ("--out", str(tmp_path / "no" / "a.png"), f"there is no folder {tmp_path / 'no'}"),
+        ("--out", str(tmp_path / "no" / "a.png"), "--out must name a file in a folder that exists"),
+        ("--out", str(tmp_path), "--out must name a file in a folder that exists"),
+        ("--keep", "no/a.json", "--keep must name a file in a folder that exists, got no/a.json"),
+        ("--out", "picture", "--out must end in .png, .svg or .pdf, got picture"),
     ):
         monkeypatch.setattr(sys, "argv", [*command, option, value])
         with pytest.raises(SystemExit, match="2"):
             task.main()
         assert said in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="1"):
+        task.main()
+    assert capsys.readouterr().err == "the picture needs matplotlib: pip install matplotlib\n"

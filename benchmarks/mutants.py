@@ -65,7 +65,9 @@ BELONGING = {
     "examples/export.py": "tests/test_wrapped.py tests/test_examples.py",
     "examples/induction_heads.py": "tests/test_tasks.py",
     "examples/look_inside.py": "tests/test_look_inside.py tests/test_examples.py",
+    "examples/recall.py": "tests/test_tasks.py",
     "examples/recipes.py": "tests/test_recipes.py tests/test_examples.py",
+    "examples/selective_copying.py": "tests/test_tasks.py",
     "examples/train.py": "tests/test_examples.py",
     "examples/trainer.py": "tests/test_examples.py",
 }

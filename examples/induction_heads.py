@@ -1,6 +1,6 @@
 """Induction heads: what stood after this token, the last time it was there?
 
-    python examples/induction_heads.py --small   # a minute or two on a CPU: a table, a picture
+    python examples/induction_heads.py --small   # a few minutes on a CPU: a table, a picture
     python examples/induction_heads.py           # the paper's sizes, for a GPU
 
 The task of section 4.1.2 of the paper (arXiv 2312.00752; sizes of its appendix E.1). A sequence of
@@ -20,10 +20,13 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
+import json
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,13 +39,12 @@ from mamba import Mamba, MambaBlock, MambaConfig
 
 TOKENS = 16  # the last one is special
 PART = 2**15  # tokens of a long sequence that are read at once
-FADE = 0.2  # over this share of the steps, the last ones, the learning rate falls to 0
 # Accuracy that the paper's table 2 gives for Mamba, at every length from 2^6 to 2^20.
 PAPER = 1.0
-SIZES = {  # d_model, length and rows in training, steps, learning rate, lengths that are asked
-    "paper": {"d_model": 64, "length": 256, "batch": 8, "steps": 25 * 4096, "lr": 1e-3,
+SIZES = {  # length and rows in training, learning rate and how it ends, lengths that are asked
+    "paper": {"d_model": 64, "length": 256, "batch": 8, "steps": 25 * 4096, "lr": 1e-3, "fade": 0.2,
               "asked": [2**k for k in range(6, 21)]},
-    "small": {"d_model": 16, "length": 32, "batch": 32, "steps": 500, "lr": 1e-2,
+    "small": {"d_model": 16, "length": 32, "batch": 32, "steps": 700, "lr": 1e-2, "fade": 0.2,
               "asked": [2**k for k in range(4, 12)]},
 }  # fmt: skip
 COLORS = {"selective": "royalblue", "fixed": "darkorange"}
@@ -188,38 +190,71 @@ def draw(results: dict[tuple[str, int], list[float]], sizes: dict, file: Path) -
 
 
 def command_line(description: str, picture: str, seeds: tuple[int, ...]) -> argparse.Namespace:
-    """small, seeds, steps, out, and the device to run on."""
+    """small, seeds, steps, keep, out, and the device to run on."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--small", action="store_true", help="sizes for a CPU")
     parser.add_argument("--seeds", type=int, nargs="+", default=[*seeds], metavar="S", help="all")
     parser.add_argument("--steps", type=int, help="of training, in place of the sizes' own")
+    parser.add_argument("--keep", type=Path, help="a file of finished runs, which are not repeated")
     parser.add_argument("--out", type=Path, default=Path(picture), help="picture")
     options = parser.parse_args()
     if options.steps is not None and options.steps < 1:
         parser.error(f"--steps must be at least 1, got {options.steps}")
-    if not options.out.parent.is_dir():
-        parser.error(f"--out {options.out}: there is no folder {options.out.parent}, create it")
+    # All that would be an error after the training is one before it.
+    for option, file in (("--out", options.out), ("--keep", options.keep)):
+        if file is not None and (file.is_dir() or not file.parent.is_dir()):
+            parser.error(f"{option} must name a file in a folder that exists, got {file}")
+    if options.out.suffix not in (".png", ".svg", ".pdf"):
+        parser.error(f"--out must end in .png, .svg or .pdf, got {options.out}")
+    try:
+        read_kept(options.keep)
+    except (OSError, TypeError, ValueError) as error:
+        parser.error(f"--keep {options.keep} is no file of finished runs, name another: {error}")
+    if importlib.util.find_spec("matplotlib") is None:
+        print("the picture needs matplotlib: pip install matplotlib", file=sys.stderr)
+        raise SystemExit(1)
     options.device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.device == "cpu":
         torch.set_num_threads(1)  # matrices as small as these do not gain from more
     return options
 
 
+def read_kept(file: Path | None) -> dict[str, Any]:
+    return {} if file is None or not file.exists() else dict(json.loads(file.read_text()))
+
+
+def keep(file: Path | None, key: str, run: Callable[[], Any]) -> Any:
+    """run(), of numbers and lists; or, if a file is named that has it, what it gave before."""
+    finished = read_kept(file)
+    if key not in finished:
+        finished[key] = run()
+        if file is not None:  # written aside and moved: a run killed here leaves the old file
+            aside = file.with_name(file.name + ".partial")
+            aside.write_text(json.dumps(finished, indent=1))
+            aside.replace(file)
+    return finished[key]
+
+
 def main() -> None:
     options = command_line(__doc__.split("\n")[0], "induction_heads.png", (0, 1, 2))
     sizes = SIZES["small" if options.small else "paper"]
-    batch, steps = sizes["batch"], options.steps or sizes["steps"]
+    lr, fade, steps = sizes["lr"], sizes["fade"], options.steps or sizes["steps"]
+
+    def run(kind: str, seed: int) -> list[float]:
+        torch.manual_seed(seed)
+        model = make_model(kind, sizes["d_model"]).to(options.device)
+        learn = functools.partial(ask, rows=sizes["batch"], length=sizes["length"])
+        train(model, learn, steps, lr, fade=fade, say=f"{kind}, seed {seed}")
+        exams = (functools.partial(ask, rows=64, length=length) for length in sizes["asked"])
+        return [accuracy(model, exam) for exam in exams]
+
     results = {}
-    for kind in ("selective", "fixed"):
+    for kind in LABELS:
         for seed in options.seeds:
-            torch.manual_seed(seed)
-            model = make_model(kind, sizes["d_model"]).to(options.device)
-            learn = functools.partial(ask, rows=batch, length=sizes["length"])
-            train(model, learn, steps, sizes["lr"], fade=FADE, say=f"{kind}, seed {seed}")
-            exams = (functools.partial(ask, rows=64, length=length) for length in sizes["asked"])
-            results[kind, seed] = [accuracy(model, exam) for exam in exams]
+            key = f"{kind}, length {sizes['length']}, seed {seed}, {steps} steps"
+            results[kind, seed] = keep(options.keep, key, functools.partial(run, kind, seed))
     print(table(results, sizes))
     draw(results, sizes, options.out)
     print(f"\nwrote {options.out}")

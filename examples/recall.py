@@ -1,6 +1,6 @@
 """Associative recall: how many pairs of key and value does a state of fixed size hold?
 
-    python examples/recall.py --small   # a minute or two on a CPU: a table, a picture
+    python examples/recall.py --small   # a few minutes on a CPU: a table, a picture
     python examples/recall.py           # the vocabulary of Zoology, for a GPU
 
 The task of Zoology (arXiv 2312.04927), multi-query associative recall. First come pairs, then all
@@ -41,15 +41,17 @@ from torch import Tensor, nn
 if __name__ == "__main__":  # from a clone that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from induction_heads import FADE, accuracy, command_line, train
+from induction_heads import accuracy, command_line, keep, train
 
 from mamba import Mamba, MambaConfig, MambaState, causal_conv
 
 SIZES = {  # keys, and as many values; numbers of pairs; questions for each in a step of training
     "zoology": {"words": 4096, "pairs": [2**k for k in range(2, 9)], "questions": 2048,
-                "d_model": 64, "d_state": [4, 16, 64], "steps": 20_000, "lr": 3e-3},
+                "d_model": 64, "d_state": [4, 16, 64],
+                "steps": 20_000, "lr": 3e-3, "fade": 0.2},
     "small": {"words": 32, "pairs": [2**k for k in range(1, 6)], "questions": 64,
-              "d_model": 64, "d_state": [1, 4, 16], "steps": 640, "lr": 2e-2},
+              "d_model": 64, "d_state": [1, 4, 16],
+              "steps": 640, "lr": 2e-2, "fade": 0.2},
 }  # fmt: skip
 
 
@@ -187,17 +189,23 @@ def draw(results: dict[tuple[int | None, int], list[float]], sizes: dict, file: 
 def main() -> None:
     options = command_line(__doc__.split("\n")[0], "recall.png", (0,))
     sizes = SIZES["small" if options.small else "zoology"]
-    words, pairs, steps = sizes["words"], sizes["pairs"], options.steps or sizes["steps"]
+    words, pairs = sizes["words"], sizes["pairs"]
+    lr, fade, steps = sizes["lr"], sizes["fade"], options.steps or sizes["steps"]
     learn = functools.partial(ask_all, questions=sizes["questions"], pairs=pairs, words=words)
+
+    def run(d_state: int | None, seed: int) -> list[float]:
+        torch.manual_seed(seed)
+        model = make_model(d_state, sizes["d_model"], words).to(options.device)
+        say = f"{name(d_state, sizes)}, seed {seed}"
+        train(model, learn, steps, lr, fade=fade, say=say)
+        exams = (functools.partial(ask, questions=2048, pairs=p, words=words) for p in pairs)
+        return [accuracy(model, exam) for exam in exams]
+
     results = {}
-    for kind in (None, *sizes["d_state"]):
+    for d_state in (None, *sizes["d_state"]):
         for seed in options.seeds:
-            torch.manual_seed(seed)
-            model = make_model(kind, sizes["d_model"], words).to(options.device)
-            say = f"{name(kind, sizes)}, seed {seed}"
-            train(model, learn, steps, sizes["lr"], fade=FADE, say=say)
-            exams = (functools.partial(ask, questions=2048, pairs=p, words=words) for p in pairs)
-            results[kind, seed] = [accuracy(model, exam) for exam in exams]
+            key = f"{name(d_state, sizes)}, {words} words, seed {seed}, {steps} steps"
+            results[d_state, seed] = keep(options.keep, key, functools.partial(run, d_state, seed))
     print(table(results, sizes))
     draw(results, sizes, options.out)
     print(f"\nwrote {options.out}")

@@ -1,6 +1,6 @@
 """Selective copying: repeat what was said, and leave out the noise between.
 
-    python examples/selective_copying.py --small   # a minute or two on a CPU: a table, a picture
+    python examples/selective_copying.py --small   # a few minutes on a CPU: a table, a picture
     python examples/selective_copying.py           # the paper's task, for a GPU
 
 The task of section 4.1.1 of the paper (arXiv 2312.00752). Data tokens stand at random places among
@@ -10,10 +10,11 @@ say the next of them, in the order in which they came:
     . . 7 . . . 3 . 3 . . . . 9 . . ? ? ? ?  ->  7 3 3 9
 
 If the places were always the same, a fixed filter as long as the sequence would do: take what came
-so many steps ago. Here the distance differs from token to token. A model that selects sets Δ to
+so many steps ago. Here the distance differs from token to token. A model that selects can set Δ to
 nearly 0 where it reads noise, so that its state stands still; what is left is a sequence without
-noise, and there the distance is the same each time. Two layers are trained, and beside them two
-whose Δ, B and C are the same for every token (`FixedBlock`), as S4's are.
+noise, and there the distance is the same each time. (That is one way. After --small, of 32 places,
+Δ is about as large on noise as on data: what these models write differs by x and B.) Two layers are
+trained, and beside them two whose Δ, B and C are the same for every token (`FixedBlock`), as S4's.
 
 The paper's appendix E.1: length 4096, 16 tokens to remember, a vocabulary of 16 with the noise, two
 layers of width 64, 400,000 steps of 64 sequences at a constant learning rate of 1e-4. It leaves
@@ -37,17 +38,19 @@ if __name__ == "__main__":  # from a clone that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import induction_heads
-from induction_heads import COLORS, FADE, LABELS, TOKENS, accuracy, command_line, train
+from induction_heads import COLORS, LABELS, TOKENS, accuracy, command_line, keep, train
 
 from mamba import Mamba
 
 NOISE, MARKER = 0, TOKENS - 1  # between them are the data
 # Accuracy in the paper's table 1: Mamba, and S4 in the place of its selective SSM (S6).
 PAPER = {"selective": 0.998, "fixed": 0.564}
-SIZES = {  # d_model, places for noise and data, data tokens, rows in training, steps, learning rate
-    "paper": {"d_model": 64, "length": 4096, "data": 16, "batch": 64, "steps": 20_000, "lr": 1e-3},
-    "small": {"d_model": 32, "length": 32, "data": 3, "batch": 32, "steps": 400, "lr": 1e-2},
-}
+SIZES = {  # places for noise and data, data tokens, rows in training, learning rate and how it ends
+    "paper": {"d_model": 64, "length": 4096, "data": 16, "batch": 64,
+              "steps": 20_000, "lr": 1e-3, "fade": 0.2},
+    "small": {"d_model": 32, "length": 32, "data": 3, "batch": 32,
+              "steps": 400, "lr": 1e-2, "fade": 0.2},
+}  # fmt: skip
 
 
 class ProductEmbedding(nn.Embedding):
@@ -95,19 +98,23 @@ def table(shares: dict[tuple[str, int], float], is_paper: bool) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def draw(curves: dict[tuple[str, int], Tensor], is_paper: bool, file: Path) -> None:
-    """curves: of each model and seed, losses and shares copied (2, steps)."""
+def points_of(curve: Tensor) -> list[list[float]]:
+    """Numbers of each step (k, steps) -> at most 100 means along the steps, and where they end."""
+    parts = curve.split(-(-curve.shape[1] // 100), dim=1)
+    ends = torch.tensor([part.shape[1] for part in parts]).cumsum(0)
+    return [ends.tolist(), *torch.stack([part.mean(1) for part in parts], dim=1).tolist()]
+
+
+def draw(curves: dict[tuple[str, int], list], is_paper: bool, file: Path) -> None:
+    """curves: of each model and seed, steps, losses and shares copied."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.2), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2)
     labels = dict(LABELS)  # one line of the legend for all seeds
-    for (kind, _), curve in curves.items():
-        width = -(-curve.shape[1] // 100)  # a point is the mean of so many steps
-        points = torch.stack([part.mean(1) for part in curve.split(width, dim=1)], dim=1)
-        steps = torch.arange(1, points.shape[1] + 1) * width
-        left.plot(steps, points[0], color=COLORS[kind], label=labels.pop(kind, None))
-        right.plot(steps, points[1], color=COLORS[kind])
+    for (kind, _), (steps, losses, shares) in curves.items():
+        left.plot(steps, losses, color=COLORS[kind], label=labels.pop(kind, None))
+        right.plot(steps, shares, color=COLORS[kind])
     guess = 1 / (TOKENS - 2)
     left.axhline(-torch.tensor(guess).log(), color="gray", linestyle="--", label="guessing")
     right.axhline(guess, color="gray", linestyle="--")
@@ -130,16 +137,21 @@ def main() -> None:
     options = command_line(__doc__.split("\n")[0], "selective_copying.png", (0, 1, 2))
     sizes = SIZES["small" if options.small else "paper"]
     task = {"rows": sizes["batch"], "length": sizes["length"], "data": sizes["data"]}
-    learn, steps = functools.partial(ask, **task), options.steps or sizes["steps"]
+    lr, fade, steps = sizes["lr"], sizes["fade"], options.steps or sizes["steps"]
+    learn = functools.partial(ask, **task)
+
+    def run(kind: str, seed: int) -> tuple[list, float]:
+        torch.manual_seed(seed)
+        model = make_model(kind, sizes["d_model"]).to(options.device)
+        curve = train(model, learn, steps, lr, fade=fade, say=f"{kind}, seed {seed}")
+        return points_of(curve), accuracy(model, learn, times=20)
+
     curves, shares = {}, {}
     for kind in LABELS:
         for seed in options.seeds:
-            torch.manual_seed(seed)
-            model = make_model(kind, sizes["d_model"]).to(options.device)
-            curves[kind, seed] = train(
-                model, learn, steps, sizes["lr"], fade=FADE, say=f"{kind}, seed {seed}"
-            )
-            shares[kind, seed] = accuracy(model, learn, times=20)
+            key = f"{kind}, length {sizes['length']}, seed {seed}, {steps} steps"
+            found = keep(options.keep, key, functools.partial(run, kind, seed))
+            curves[kind, seed], shares[kind, seed] = found
     print(table(shares, not options.small))
     draw(curves, not options.small, options.out)
     print(f"\nwrote {options.out}")

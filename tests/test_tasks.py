@@ -1,5 +1,6 @@
 """The synthetic tasks: what is asked is what they say, and who answers it is who should."""
 
+import json
 import math
 import sys
 from functools import partial
@@ -170,23 +171,26 @@ def test_the_learning_rate_falls_to_zero_at_the_end_of_the_training_only():
 ## The trainings are short, and their tasks shorter than those of --small.
 
 
-def test_selection_learns_what_a_fixed_filter_does_not():
-    """Induction heads of 8 tokens, and two tokens copied from 12; the same seed gives the same."""
-    tasks = (
-        (induction, partial(induction.ask, rows=32, length=8), 150, 0.6),
-        (copying, partial(copying.ask, rows=32, length=12, data=2), 150, 0.75),
-    )
-    for task, ask, steps, at_most in tasks:
-        shares = {}
-        for kind in ("selective", "fixed"):
-            torch.manual_seed(0)
-            found = task.train(model := task.make_model(kind, 16), ask, steps, 1e-2)
-            shares[kind] = task.accuracy(model, ask, times=12)
-            assert abs(found[0, 0] - math.log(16)) < 0.1, "at first it guesses"
-        assert shares["selective"] > 0.95 and shares["fixed"] < at_most, shares
+@pytest.mark.parametrize(
+    ("task", "sizes", "options", "at_least", "at_most"),
+    [
+        (induction, {"length": 8}, {"steps": 150, "lr": 1e-2}, 0.95, 0.6),
+        (copying, {"length": 12, "data": 2}, {"steps": 160, "lr": 2e-2, "fade": 0.2}, 0.9, 0.8),
+    ],
+    ids=["induction_heads", "selective_copying"],
+)
+def test_selection_learns_what_a_fixed_filter_does_not(task, sizes, options, at_least, at_most):
+    """And the same seed gives the same training."""
+    ask, shares = partial(task.ask, rows=32, **sizes), {}
+    for kind in ("selective", "fixed"):
         torch.manual_seed(0)
-        again = task.train(task.make_model(kind, 16), ask, 3, 1e-2)
-        assert torch.equal(again, found[:, :3])
+        found = task.train(model := task.make_model(kind, 16), ask, **options)
+        shares[kind] = task.accuracy(model, ask, times=12)
+        assert abs(found[0, 0] - math.log(16)) < 0.1, "at first it guesses"
+    assert shares["selective"] > at_least and shares["fixed"] < at_most, shares
+    torch.manual_seed(0)
+    again = task.train(task.make_model("fixed", 16), ask, **options | {"steps": 3, "fade": 0.0})
+    assert torch.equal(again, found[:, :3])
 
 
 def test_attention_recalls_at_once_and_mamba_as_its_state_allows():
@@ -197,6 +201,29 @@ def test_attention_recalls_at_once_and_mamba_as_its_state_allows():
         recall.train(model, ask, steps, 2e-2, fade=0.2)
         shares[d_state] = recall.accuracy(model, ask, times=20)
     assert shares[None] > 0.99 and shares[8] > 0.9 and shares[1] < shares[8] - 0.05, shares
+
+
+@pytest.mark.gpu(needed=True)
+@pytest.mark.parametrize(
+    "make",
+    [partial(copying.make_model, "selective", 16), partial(copying.make_model, "fixed", 16),
+     partial(recall.make_model, None, 16, 8)],
+    ids=["selective", "fixed", "attention"],
+)  # fmt: skip
+def test_a_recorded_training_has_the_losses_of_a_plain_one(make):
+    """The same sequences at each step: on a GPU from a CUDA graph, on the CPU without."""
+    found = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model = make().to(device)
+        ids, said = (tensor.to(device) for tensor in copying.make_sequences(16, 12, 2, "cpu"))
+
+        def ask(model, ids=ids, said=said):
+            return model(ids, head=lambda hidden: model.lm_head(hidden[:, -2:])), said
+
+        found.append(induction.train(model, ask, 12, 1e-3, fade=0.5)[0])
+    assert_close("losses", found[1], found[0], 1e-3)
+    assert found[1][-1] < found[1][0]
 
 
 TABLES = {
@@ -213,7 +240,7 @@ SMALL = {
 
 @pytest.mark.parametrize("task", TABLES, ids=lambda task: task.__name__)
 def test_a_command_prints_a_table_and_draws(task, monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(task.SIZES, "small", {"steps": 2, "lr": 1e-3, **SMALL[task]})
+    monkeypatch.setitem(task.SIZES, "small", {"steps": 2, "lr": 1e-3, "fade": 0.0, **SMALL[task]})
     command, picture = [f"{task.__name__}.py", "--small"], tmp_path / "picture.png"
     monkeypatch.setattr(sys, "argv", [*command, "--seeds", "3", "5", "--out", str(picture)])
     task.main()
@@ -221,11 +248,28 @@ def test_a_command_prints_a_table_and_draws(task, monkeypatch, tmp_path, capsys)
     assert lines[0].startswith(TABLES[task]) and lines[-1] == f"wrote {picture}"
     assert len({line.count("|") for line in lines[:4]}) == 1 and lines[3].count("%") >= 2
     assert picture.stat().st_size > 10_000
+    printed, keep = lines, ["--keep", str(tmp_path / "runs.json"), "--out", str(picture)]
+    for seeds in (["3"], ["3", "5"], ["3", "5"]):  # of one run, then of both, then of none
+        monkeypatch.setattr(sys, "argv", [*command, "--seeds", *seeds, *keep])
+        task.main()
+        if seeds == ["3"]:
+            capsys.readouterr()
+            assert json.loads((tmp_path / "runs.json").read_text())
+    assert capsys.readouterr().out.splitlines() == printed * 2
     for option, value, said in (
+        ("--keep", str(picture), "is no file of finished runs, name another"),
         ("--steps", "0", "--steps must be at least 1, got 0"),
-        ("--out", str(tmp_path / "no" / "a.png"), f"there is no folder {tmp_path / 'no'}"),
+        ("--out", str(tmp_path / "no" / "a.png"), "--out must name a file in a folder that exists"),
+        ("--out", str(tmp_path), "--out must name a file in a folder that exists"),
+        ("--keep", "no/a.json", "--keep must name a file in a folder that exists, got no/a.json"),
+        ("--out", "picture", "--out must end in .png, .svg or .pdf, got picture"),
     ):
         monkeypatch.setattr(sys, "argv", [*command, option, value])
         with pytest.raises(SystemExit, match="2"):
             task.main()
         assert said in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="1"):
+        task.main()
+    assert capsys.readouterr().err == "the picture needs matplotlib: pip install matplotlib\n"

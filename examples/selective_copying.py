@@ -20,8 +20,9 @@ The paper's appendix E.1: length 4096, 16 tokens to remember, a vocabulary of 16
 layers of width 64, 400,000 steps of 64 sequences at a constant learning rate of 1e-4. It leaves
 open how the answer is asked for, and its data were not published (github.com/state-spaces/mamba,
 issue 343). Here it is as in the copying task of S4's authors: 4096 places for noise and data, then
-the markers, and of the 16 tokens one is the noise, one the marker and 14 are data. And there are
-fewer steps, with larger ones: the learning rate is 1e-3 and falls to 0 over the last fifth.
+the markers, and of the 16 tokens one is the noise, one the marker and 14 are data. And the training
+begins with short sequences: of 4096 places from the start, 8,000 steps at 1e-3 taught neither model
+anything. The learning rate falls to 0 over the last fifth of the steps of each length.
 """
 
 from __future__ import annotations
@@ -45,10 +46,11 @@ from mamba import Mamba
 NOISE, MARKER = 0, TOKENS - 1  # between them are the data
 # Accuracy in the paper's table 1: Mamba, and S4 in the place of its selective SSM (S6).
 PAPER = {"selective": 0.998, "fixed": 0.564}
-SIZES = {  # places for noise and data, data tokens, rows in training, learning rate and how it ends
-    "paper": {"d_model": 64, "length": 4096, "data": 16, "batch": 64,
-              "steps": 20_000, "lr": 1e-3, "fade": 0.2},
-    "small": {"d_model": 32, "length": 32, "data": 3, "batch": 32,
+SIZES = {  # places for noise and data, one after the other; data tokens; rows in training; steps
+    # of each length; learning rate and how it ends
+    "paper": {"d_model": 64, "lengths": [32, 128, 512, 4096], "data": 16, "batch": 64,
+              "steps": 8_000, "lr": 1e-3, "fade": 0.2},
+    "small": {"d_model": 32, "lengths": [32], "data": 3, "batch": 32,
               "steps": 400, "lr": 1e-2, "fade": 0.2},
 }  # fmt: skip
 
@@ -105,7 +107,9 @@ def points_of(curve: Tensor) -> list[list[float]]:
     return [ends.tolist(), *torch.stack([part.mean(1) for part in parts], dim=1).tolist()]
 
 
-def draw(curves: dict[tuple[str, int], list], is_paper: bool, file: Path) -> None:
+def draw(
+    curves: dict[tuple[str, int], list], lengths: list[int], is_paper: bool, file: Path
+) -> None:
     """curves: of each model and seed, steps, losses and shares copied."""
     from matplotlib.figure import Figure
 
@@ -126,8 +130,13 @@ def draw(curves: dict[tuple[str, int], list], is_paper: bool, file: Path) -> Non
     left.set_ylabel("cross-entropy, nats a token")
     right.set_ylim(0, 1.03)
     right.set_ylabel("share of tokens copied")
+    each = steps[-1] / len(lengths)
     for axes in (left, right):
         axes.set_xlabel("steps of training")
+        for i, length in enumerate(lengths if len(lengths) > 1 else ()):
+            axes.axvline(i * each, color="lightgray", linewidth=0.8, zorder=0)
+            top = {"transform": axes.get_xaxis_transform(), "ha": "center", "size": 8}
+            axes.text((i + 0.5) * each, 1.01, f"{length:,} places", **top)
     figure.suptitle("Selective copying, on sequences not seen before: each line a seed")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(file)
@@ -136,24 +145,25 @@ def draw(curves: dict[tuple[str, int], list], is_paper: bool, file: Path) -> Non
 def main() -> None:
     options = command_line(__doc__.split("\n")[0], "selective_copying.png", (0, 1, 2))
     sizes = SIZES["small" if options.small else "paper"]
-    task = {"rows": sizes["batch"], "length": sizes["length"], "data": sizes["data"]}
     lr, fade, steps = sizes["lr"], sizes["fade"], options.steps or sizes["steps"]
-    learn = functools.partial(ask, **task)
 
     def run(kind: str, seed: int) -> tuple[list, float]:
         torch.manual_seed(seed)
-        model = make_model(kind, sizes["d_model"]).to(options.device)
-        curve = train(model, learn, steps, lr, fade=fade, say=f"{kind}, seed {seed}")
-        return points_of(curve), accuracy(model, learn, times=20)
+        model, curves = make_model(kind, sizes["d_model"]).to(options.device), []
+        for length in sizes["lengths"]:
+            learn = functools.partial(ask, rows=sizes["batch"], length=length, data=sizes["data"])
+            say = f"{kind}, seed {seed}, length {length}"
+            curves.append(train(model, learn, steps, lr, fade=fade, say=say))
+        return points_of(torch.cat(curves, dim=1)), accuracy(model, learn, times=20)
 
     curves, shares = {}, {}
     for kind in LABELS:
         for seed in options.seeds:
-            key = f"{kind}, length {sizes['length']}, seed {seed}, {steps} steps"
+            key = f"{kind}, lengths {sizes['lengths']}, seed {seed}, {steps} steps each"
             found = keep(options.keep, key, functools.partial(run, kind, seed))
             curves[kind, seed], shares[kind, seed] = found
     print(table(shares, not options.small))
-    draw(curves, not options.small, options.out)
+    draw(curves, sizes["lengths"], not options.small, options.out)
     print(f"\nwrote {options.out}")
 
 

@@ -233,7 +233,7 @@ TABLES = {
 }
 SMALL = {
     induction: {"d_model": 8, "length": 8, "batch": 2, "asked": [4, 8]},
-    copying: {"d_model": 8, "length": 4, "batch": 2, "data": 2},
+    copying: {"d_model": 8, "lengths": [4, 6], "batch": 2, "data": 2},
     recall: {"d_model": 8, "words": 4, "pairs": [1, 2], "questions": 2, "d_state": [1, 2]},
 }
 

@@ -307,7 +307,7 @@ def write_curve(folder: Path, losses: list[float], measured: dict[int, float]) -
 ## the mean over all rows: the losses are those of one process, up to rounding and the dropout.
 
 
-def whoami(name: str) -> tuple[int, int, torch.device]:
+def which_process(name: str) -> tuple[int, int, torch.device]:
     """The number of this process, how many there are (torchrun tells both), and its device."""
     rank, local, world = (int(os.environ.get(n, 0)) for n in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     device, count = torch.device(name), torch.cuda.device_count()
@@ -334,7 +334,7 @@ def share(model: Mamba, how: str, world: int, device: torch.device) -> nn.Module
 ## one call. It reads and writes where it did when it was recorded.
 
 
-def recorded(step: Callable[[], Tensor]) -> Iterator[Tensor]:
+def recorded(step: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
     """The losses of steps, the first three as they are, which makes them ready to be recorded."""
     side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     for _ in range(3):
@@ -343,6 +343,8 @@ def recorded(step: Callable[[], Tensor]) -> Iterator[Tensor]:
             loss = step()
         torch.cuda.current_stream().wait_stream(side)
         yield loss
+    for group in optimizer.param_groups:
+        group["capturable"] = True
     with torch.cuda.graph(graph):
         loss = step()
     while True:
@@ -368,7 +370,7 @@ FREE = "data out evaluate evaluate_every prompt device parallel accumulate graph
 
 
 def train(options: argparse.Namespace) -> None:
-    (rank, world, device), checkpoint = whoami(options.device), options.out / "training.pt"
+    (rank, world, device), checkpoint = which_process(options.device), options.out / "training.pt"
     model, tokenizer = make_model(options)
     text, held_out = read_texts(options, tokenizer)
     batch, seqlen, parts = options.batch, options.seqlen, options.accumulate
@@ -423,7 +425,7 @@ def train(options: argparse.Namespace) -> None:
         if rank == 0:
             print(f"{checkpoint}: going on after step {len(losses)}")
     for group in optimizer.param_groups:
-        group |= {"lr": lr, "capturable": options.graph}
+        group |= {"lr": lr, "capturable": False}
 
     def step() -> Tensor:
         """From ids, reset and state to the loss; in their places, the next state and weights."""
@@ -446,11 +448,11 @@ def train(options: argparse.Namespace) -> None:
         optimizer.zero_grad()
         return total
 
-    run = recorded(step).__next__ if options.graph else step
+    run = recorded(step, optimizer).__next__ if options.graph else step
     new, begun = [], time.perf_counter() - seconds
     bar = tqdm(
         total=options.steps * batch * seqlen, initial=len(losses) * batch * seqlen, unit=" tokens",
-        unit_scale=True, smoothing=0.05, disable=rank > 0,
+        unit_scale=True, smoothing=0.05, mininterval=1, disable=rank > 0,
     )  # fmt: skip
     for i in range(len(losses), options.steps):
         ## All chance in a step comes from the seed and the number of the step. So a run that goes
@@ -558,7 +560,9 @@ def main() -> None:
         first = os.environ.get("RANK", "0") == "0"  # of many processes, one says it
         raise SystemExit(f"train.py: error: {error}" if first else 1) from error
     except KeyboardInterrupt as error:
-        raise SystemExit("train.py: stopped: the same command goes on") from error
+        raise SystemExit(
+            "train.py: stopped: the same command goes on from the last checkpoint"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -257,8 +257,8 @@ def evaluate(model: Mamba, texts: list[Text], window: int = 4096) -> float:
 
 def export(
     config: MambaConfig, weights: dict[str, Tensor], tokenizer: Tokenizer, folder: Path
-) -> None:
-    """Save with matrices in float16: half the bytes, eleven bits of each weight.
+) -> Mamba:
+    """Save with matrices in float16: half the bytes, eleven bits of each weight. Returns the same.
 
     A_log, D, biases and norms stay in float32. They are few, and A_log sits in an exponent.
     """
@@ -273,16 +273,7 @@ def export(
         tokenizer.tokenizer.save(str(folder / "tokenizer.json"))
         ends = {"eos_token_id": [*tokenizer.eos_token_ids]}
         (folder / "generation_config.json").write_text(json.dumps(ends))
-
-
-def examine(folder: Path, texts: list[Text], prompt: str, device: str) -> tuple[float, str]:
-    """The loss and a sample of a saved model."""
-    model = Mamba.from_pretrained(folder, device=device)
-    tokenizer = load_tokenizer(model.config, folder)
-    ids = torch.tensor([tokenizer.encode(prompt)], device=device)
-    options = {"max_new_tokens": 200, "temperature": 0.8, "vocab_size": tokenizer.vocab_size}
-    sample = tokenizer.decode([token.item() for token in stream(model, ids, seed=0, **options)])
-    return evaluate(model, texts), prompt + sample
+    return copy.float()
 
 
 def write_curve(folder: Path, losses: list[float], measured: dict[int, float]) -> None:
@@ -449,7 +440,7 @@ def train(options: argparse.Namespace) -> None:
         return total
 
     run = recorded(step, optimizer).__next__ if options.graph else step
-    new, begun = [], time.perf_counter() - seconds
+    new, mark = [], time.perf_counter()
     bar = tqdm(
         total=options.steps * batch * seqlen, initial=len(losses) * batch * seqlen, unit=" tokens",
         unit_scale=True, smoothing=0.05, mininterval=1, disable=rank > 0,
@@ -475,7 +466,8 @@ def train(options: argparse.Namespace) -> None:
             dist.all_reduce(recent)
         if not recent.isfinite().all():
             raise ValueError(f"the loss is NaN or infinite before step {i + 1}: take a lower --lr")
-        losses, seconds = losses + recent.tolist(), time.perf_counter() - begun
+        losses, interval = losses + recent.tolist(), time.perf_counter() - mark
+        seconds += interval
         whole = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # in the first process
         weights, moments = dcp.get_state_dict(model, optimizer, options=whole)
         saved = {
@@ -487,16 +479,26 @@ def train(options: argparse.Namespace) -> None:
             dist.all_gather(rows, tensor) if world > 1 else rows[0].copy_(tensor)
             saved[name] = torch.cat(rows, dim=1)
         if rank == 0:
-            export(model.config, weights, tokenizer, options.out)
-            loss, sample = examine(options.out, held_out, options.prompt, options.device)
-            said = f"step {i + 1}  {seconds:.0f} s  train {recent.mean():.4f}"
+            rate = len(recent) * batch * seqlen / interval
+            said = f"step {i + 1}  {seconds:.0f} s, {rate:,.0f} tokens/s"
+            if device.type == "cuda":
+                said += f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+            said += f"  train {recent.mean():.4f}"
+            plain = export(model.config, weights, tokenizer, options.out).to(device)
             if held_out:
-                measured[i + 1], said = loss, f"{said}  hold-out {loss:.4f}"
-            bar.write(f"{said} nats per token\n{sample}\n")
+                measured[i + 1] = evaluate(plain, held_out)
+                said += f"  hold-out {measured[i + 1]:.4f}"
+            prompt = torch.tensor([tokenizer.encode(options.prompt)], device=device)
+            sampling = {"temperature": 0.8, "seed": 0, "vocab_size": tokenizer.vocab_size}
+            tokens = stream(plain, prompt, max_new_tokens=200, **sampling)
+            sample = tokenizer.decode([token.item() for token in tokens])
+            bar.write(f"{said} nats per token\n{options.prompt}{sample}\n")
+            del plain, tokens  # training needs their memory
             write_curve(options.out, losses, measured)
             # Written aside and moved: an interruption must not cost the only checkpoint.
             torch.save(saved, checkpoint.with_suffix(".partial"))
             checkpoint.with_suffix(".partial").replace(checkpoint)
+        mark = time.perf_counter()  # what it takes to look is not training
     bar.close()
     if rank == 0:
         best = f", hold-out at best {min(measured.values()):.4f}" if measured else ""

@@ -324,7 +324,9 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_and_ends_with_the_same_bits(
         patch.setattr(torch, "save", only_once(torch.save))
         with pytest.raises(SystemExit, match=r"train\.py: stopped: the same command goes on"):
             run("--out cut --dropout 0.3")
+    before = torch.load("cut/training.pt")["seconds"]
     assert "cut/training.pt: going on after step 2\n" in run("--out cut --dropout 0.3")
+    assert torch.load("cut/training.pt")["seconds"] > before > 0
     for name in ("model.safetensors", "config.json", "loss.csv"):
         whole = Path("whole", name).read_bytes()
         assert Path("killed", name).read_bytes() == Path("cut", name).read_bytes() == whole, name

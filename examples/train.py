@@ -158,8 +158,8 @@ def learning_rate(step: int, steps: int, warmup: int) -> float:
 ## which asks for the logits of this token alone. It needs nothing that comes later, either: what
 ## arrives in the backward pass is one number, and multiplies everything. So the forward pass takes
 ## a chunk of tokens, computes its logits, their gradient, and from these at once the gradients of
-## what made the logits, u and the weight; then it forgets them. (For 256 bytes this saves little.
-## It is here because the next vocabulary may be 200 times larger.)
+## what made the logits, u and the weight; then it forgets them. (For 256 bytes this saves little,
+## for the vocabulary of a published model most of it.)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -514,10 +514,10 @@ def main() -> None:
     add = parser.add_argument
     add("--data", type=Path, nargs="+", required=True, help="text files, and folders of them")
     add("--separator", metavar="TEXT", help="what stands between documents (None: files)")
-    add("--packed", action="store_true", help="forget where a document starts")
-    add("--hold-out", nargs="*", default=[], metavar="NAME", help="of --data, to measure on alone")
-    add("--validation-share", type=float, default=0.0, help="of the text, its end: likewise")
-    add("--evaluate-window", type=int, default=0, help="tokens of a piece of both (0: all in one)")
+    add("--packed", action="store_true", help="a document does not see those before it")
+    add("--hold-out", nargs="*", default=[], metavar="NAME", help="files of --data, measured only")
+    add("--validation-share", type=float, default=0.0, help="of the text, its end: measured only")
+    add("--evaluate-window", type=int, default=0, help="measure windows from zero (0: read on)")
     add("--out", type=Path, default=Path("checkpoints/mine"), help="the folder to write")
     add("--evaluate", type=Path, metavar="FOLDER", help="measure this one; train nothing")
     add("--init-from", metavar="NAME", help="a folder or a Hub repository, to train further")
@@ -525,7 +525,7 @@ def main() -> None:
     add("--d-model", type=int, default=256, help="width")
     add("--n-layer", type=int, default=10, help="depth")
     add("--batch", type=int, default=64, help="rows of a step, in all processes together")
-    add("--accumulate", type=int, default=1, help="parts of them, one after the other")
+    add("--accumulate", type=int, default=1, help="parts in which a process takes its rows")
     add("--seqlen", type=int, default=512, help="tokens of a row")
     add("--jump", type=float, default=1 / 8, help="share of rows that do not read on")
     add("--steps", type=int, default=1800, help="in all, with those before an interruption")

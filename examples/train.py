@@ -305,13 +305,15 @@ def which_process(name: str) -> tuple[int, int, torch.device]:
     if device.type == "cuda" and local >= count:
         raise ValueError(f"process {rank} needs a GPU of its own, and this machine has {count}")
     if device.type == "cuda" and world > 1:
-        torch.cuda.set_device(local)
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
     return rank, max(1, world), device
 
 
 def share(model: Mamba, how: str, world: int, device: torch.device) -> nn.Module:
     """What is called in the place of the model. "fsdp" changes the model itself."""
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    on_gpu = device.type == "cuda"
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     if how == "ddp":
         return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     mesh = dist.init_device_mesh(device.type, (world,))
@@ -504,6 +506,7 @@ def train(options: argparse.Namespace) -> None:
         best = f", hold-out at best {min(measured.values()):.4f}" if measured else ""
         print(f"wrote {options.out}{best}")
     if world > 1:
+        dist.barrier()  # one that left while its last message is under way could hang (gloo)
         dist.destroy_process_group()
 
 

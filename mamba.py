@@ -917,7 +917,8 @@ def kernels_for(layer: nn.Module, stream: Tensor) -> ModuleType | None:
         return None
     block = layer.mixer
     parts = block._modules
-    if not are_our_own(layer, layer.norm, block, *parts.values()):
+    # Not the layer itself: whatever is around its forward, this is called from inside of it.
+    if not are_our_own(layer.norm, block, *parts.values()):
         return None
     if type(parts["dt_proj"]) is not DeltaProjection:  # a Linear adds its bias itself
         return None

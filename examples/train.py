@@ -1,37 +1,101 @@
-"""Train a byte-level Mamba on text files. This script made checkpoints/shakespeare.
+"""Train a Mamba language model on text: from scratch or further, on one device or on many.
 
     python examples/train.py --data texts/*.txt --hold-out macbeth_gut.txt twelfth_night_gut.txt
+    python examples/train.py --data mine.txt --validation-share 0.1 --lr 1e-4 --batch 16 \
+        --accumulate 4 --init-from state-spaces/mamba-130m
+    torchrun --nproc-per-node 2 examples/train.py --data many --packed --parallel fsdp
 
-It trains on all files but the hold-outs, prints their loss and a sample every --evaluate-every
-steps, and leaves in --out a folder that generate.py and from_pretrained load. The same command
-continues a run that was interrupted.
-
-    python examples/train.py --data texts/*.txt --hold-out ... --evaluate checkpoints/shakespeare
-
-measures a finished model.
+The first line made checkpoints/shakespeare. Every --evaluate-every steps the script prints losses
+and a sample, and writes to --out loss.csv, loss.png, the model as generate.py and from_pretrained
+load it, and training.pt: the same command goes on from there, in any number of processes, and ends
+as if nothing had stopped it. --evaluate FOLDER measures a model, and trains nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import os
 import sys
 import time
-from collections.abc import Callable
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.checkpoint import state_dict as dcp
+from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
 if __name__ == "__main__":  # from a clone that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from generate import ByteTokenizer, stream
-from mamba import Mamba, MambaConfig, MambaState
+from generate import ByteTokenizer, Tokenizer, load_tokenizer, stream
+from mamba import Mamba, MambaConfig, file_finder, read_config
+
+## All documents stand in one long row of tokens. Between two stands what ends a text: the end token
+## of the tokenizer, or for bytes an empty line. With --packed the model forgets at its last token
+## all that came before (`reset`), and predicts the first of the next document from the zero state.
+## So no token sees another document, each has a target of its own, nothing is padding, and losses
+## and gradients are those of documents that are read one by one.
+
+Text = tuple[Tensor, Tensor]  # ids (l,), and reset (l,) bool: True where the model is to forget
+
+
+def read_text(paths: list[Path], tokenizer: Tokenizer, separator: str | None = None) -> Text:
+    """All documents: a file is one, or has several with a separator between them."""
+    is_bytes = isinstance(tokenizer, ByteTokenizer)
+    dtype, end = (torch.uint8, b"\n\n") if is_bytes else (torch.int32, tokenizer.eos_token_ids[:1])
+    ids, reset = [torch.empty(0, dtype=dtype)], [torch.empty(0, dtype=torch.bool)]
+    for path in paths:
+        text = path.read_bytes()
+        if not text.strip():
+            raise ValueError(f"{path} is empty")
+        documents = text.split(separator.encode()) if separator else [text]
+        for document in filter(bytes.strip, documents):
+            try:
+                if is_bytes:
+                    tokens = torch.frombuffer(bytearray(document + end), dtype=dtype)
+                else:
+                    tokens = torch.tensor([*tokenizer.encode(document.decode()), *end], dtype=dtype)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} is not UTF-8: convert it, or train on bytes") from error
+            ids.append(tokens)
+            reset.append(torch.arange(len(tokens)) == len(tokens) - 1)
+    length = sum(map(len, ids)) - len(end)  # nothing comes after the last document
+    return torch.cat(ids)[:length], torch.cat(reset)[:length]
+
+
+def read_texts(options: argparse.Namespace, tokenizer: Tokenizer) -> tuple[Text, list[Text]]:
+    """The text to train on and those to measure on."""
+    files = set()
+    for path in options.data:  # a folder stands for all files in it that are not hidden
+        files |= {p for p in path.rglob("[!.]*") if p.is_file()} if path.is_dir() else {path}
+    if missing := set(options.hold_out) - {path.name for path in files}:
+        raise ValueError(f"--hold-out {' '.join(sorted(missing))}: not among --data")
+    kept = sorted(path for path in files if path.name in options.hold_out)
+    texts = [read_text([path], tokenizer, options.separator) for path in kept]
+    train = read_text(sorted(files.difference(kept)), tokenizer, options.separator)
+    if options.validation_share:
+        border = int(len(train[0]) * (1 - options.validation_share))
+        texts.append(tuple(each[border:] for each in train))
+        train = tuple(each[:border] for each in train)
+    for ids, reset in texts:
+        if len(ids) < 2:
+            raise ValueError(f"{len(ids)} tokens are too few to measure a loss: it needs 2")
+        reset &= options.packed
+        if options.evaluate_window:
+            reset[:: options.evaluate_window] = True
+    return train, texts
+
 
 ## A language model needs the past, and a recurrent one can have it for free: each row of the batch
 ## reads on where it stopped one step ago, starting from the state it had there. The gradient stops
@@ -40,26 +104,26 @@ from mamba import Mamba, MambaConfig, MambaState
 ##
 ## Two things would go wrong if rows only ever read on. The batches would follow the order of the
 ## files, and the model would hardly ever see the zero state that every prompt starts from. So at
-## each step one row in eight jumps to a random place and starts from zero.
+## each step one row in eight jumps to a random place and starts from zero. (With --jump 1 all do:
+## random windows, on which transformers are trained.)
 
 
 class Windows:
     """Windows (batch, seqlen + 1) of one long text, and which rows jumped since the last one."""
 
-    def __init__(self, text: Tensor, batch: int, seqlen: int, jump: float = 1 / 8) -> None:
-        self.text, self.seqlen, self.jump = text, seqlen, jump
-        self.position = torch.full((batch,), len(text), device=text.device)  # all rows must jump
+    def __init__(self, text: Text, batch: int, seqlen: int, jump: float = 1 / 8) -> None:
+        (self.ids, self.reset), self.seqlen, self.jump = text, seqlen, jump
+        self.position = torch.full((batch,), len(self.ids))  # all rows must jump
 
-    def next(self) -> tuple[Tensor, Tensor]:
-        """ids (batch, seqlen + 1) int64 and jumped (batch,) bool."""
-        last = len(self.text) - self.seqlen - 1
-        dice = torch.rand(self.position.shape, device=self.text.device)
-        jumped = (dice < self.jump) | (self.position > last)
-        self.position = torch.where(jumped, torch.randint_like(self.position, last), self.position)
-        offsets = torch.arange(self.seqlen + 1, device=self.text.device)
-        ids = self.text[self.position.unsqueeze(1) + offsets].long()
+    def next(self, dice: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """ids (batch, seqlen + 1) int64, reset (batch, seqlen) bool and jumped (batch,) bool."""
+        last, rows = len(self.ids) - self.seqlen - 1, self.position.shape
+        jumped = (torch.rand(rows, generator=dice) < self.jump) | (self.position > last)
+        places = torch.randint(last + 1, rows, generator=dice)
+        self.position = torch.where(jumped, places, self.position)
+        indices = self.position.unsqueeze(1) + torch.arange(self.seqlen + 1)
         self.position = self.position + self.seqlen
-        return ids, jumped
+        return self.ids[indices].long(), self.reset[indices[:, :-1]], jumped
 
 
 def add_dropout(model: Mamba, p: float) -> None:
@@ -94,8 +158,8 @@ def learning_rate(step: int, steps: int, warmup: int) -> float:
 ## which asks for the logits of this token alone. It needs nothing that comes later, either: what
 ## arrives in the backward pass is one number, and multiplies everything. So the forward pass takes
 ## a chunk of tokens, computes its logits, their gradient, and from these at once the gradients of
-## what made the logits, u and the weight; then it forgets them. (For 256 bytes this saves little.
-## It is here because the next vocabulary may be 200 times larger.)
+## what made the logits, u and the weight; then it forgets them. (For 256 bytes this saves little,
+## for the vocabulary of a published model most of it.)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -172,158 +236,278 @@ def loss_head(model: Mamba, targets: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 @torch.no_grad()
-def evaluate(model: Mamba, texts: list[Tensor], window: int = 4096) -> float:
-    """Mean loss in nats per byte, each text read once from its first byte to its last.
+def evaluate(model: Mamba, texts: list[Text], window: int = 4096) -> float:
+    """Mean loss in nats per token, each text read once from its first token to its last.
 
     The state is carried from window to window, so that the window changes the memory needed and
-    nothing else. The first byte of a text is given, not predicted.
+    nothing else: a text itself says where to forget. Its first token is given, not predicted.
     """
-    nats, count = 0.0, 0
-    for text in texts:
+    nats, count, device = 0.0, 0, model.lm_head.weight.device
+    for ids, reset in texts:
         state = model.init_state(1)
-        ids = text.long().unsqueeze(0)
-        for i in range(0, ids.shape[1] - 1, window):
-            targets = ids[0, i + 1 : i + window + 1]
-            logits, state = model(ids[:, i : i + len(targets)], state)
-            nats += F.cross_entropy(logits[0].float(), targets, reduction="sum").item()
-            count += len(targets)
+        for i in range(0, len(ids) - 1, window):
+            part = ids[i : i + window + 1].to(device).long()
+            forget = reset[i : i + len(part) - 1]
+            forget = forget.to(device).unsqueeze(0) if forget.any() else None
+            logits, state = model(part[None, :-1], state, reset=forget)
+            nats += F.cross_entropy(logits[0].float(), part[1:], reduction="sum").item()
+            count += len(part) - 1
     return nats / count if count else math.nan
 
 
-@torch.no_grad()
-def sample_text(model: Mamba, prompt: str, length: int) -> str:
-    tokenizer = ByteTokenizer()
-    ids = torch.tensor([tokenizer.encode(prompt)], device=model.lm_head.weight.device)
-    tokens = stream(model, ids, max_new_tokens=length, temperature=0.8, seed=0)
-    return prompt + tokenizer.decode([token.item() for token in tokens])
-
-
-def export(model: Mamba, folder: Path) -> None:
-    """Save with matrices in float16: half the bytes, eleven bits of each weight.
+def export(
+    config: MambaConfig, weights: dict[str, Tensor], tokenizer: Tokenizer, folder: Path
+) -> Mamba:
+    """Save with matrices in float16: half the bytes, eleven bits of each weight. Returns the same.
 
     A_log, D, biases and norms stay in float32. They are few, and A_log sits in an exponent.
     """
-    copy = Mamba(model.config)
-    copy.load_state_dict(model.state_dict())
+    copy = Mamba(config)
+    copy.load_state_dict(weights)
     for group in copy.param_groups(weight_decay=1.0):
         if group["weight_decay"] > 0:  # the matrices: what decays is what may be rounded
             for parameter in group["params"]:
                 parameter.data = parameter.data.half()
     copy.save_pretrained(folder)
+    if not isinstance(tokenizer, ByteTokenizer):
+        tokenizer.tokenizer.save(str(folder / "tokenizer.json"))
+        ends = {"eos_token_id": [*tokenizer.eos_token_ids]}
+        (folder / "generation_config.json").write_text(json.dumps(ends))
+    return copy.float()
 
 
-def read_texts(
-    paths: list[Path], hold_out: list[str], seqlen: int, device: torch.device
-) -> tuple[Tensor, list[Tensor]]:
-    """The training texts, joined, and the list of the hold-outs; uint8, one byte a token."""
-    if missing := set(hold_out) - {path.name for path in paths}:
-        raise ValueError(f"--hold-out {' '.join(sorted(missing))}: not among --data")
-    read = {path: path.read_bytes() for path in sorted(paths)}
-    train = b"\n\n".join(text for path, text in read.items() if path.name not in hold_out)
-    held_out = [text for path, text in read.items() if path.name in hold_out]
-    if len(train) < seqlen + 2 or not all(held_out):
-        raise ValueError(f"{len(train)} bytes to train on are too few for --seqlen {seqlen}")
-    train, *held_out = (
-        torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
-        for text in (train, *held_out)
-    )
-    return train, held_out
+def write_curve(folder: Path, losses: list[float], measured: dict[int, float]) -> None:
+    """loss.csv and, where matplotlib is installed, loss.png. Nine digits are a whole float32."""
+    lines = [f"{i},{loss:.9g},{measured.get(i, '')}\n" for i, loss in enumerate(losses, start=1)]
+    (folder / "loss.csv").write_text("".join(["step,train,hold_out\n", *lines]))
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return warnings.warn("no loss.png: matplotlib is not installed", stacklevel=2)
+    axes = (figure := Figure(dpi=150, layout="constrained")).subplots()
+    axes.plot(range(1, len(losses) + 1), losses, color="lightsteelblue", label="training")
+    axes.plot([*measured], [*measured.values()], "o-", color="royalblue", label="hold-out")
+    axes.set(xlabel="step", ylabel="nats per token")
+    axes.legend(frameon=False)
+    figure.savefig(folder / "loss.png")
 
 
-# A run goes on only if these are what they were when it began.
-FIXED = "hold_out d_model n_layer batch seqlen steps warmup dropout lr seed".split()
+## Several processes share the rows of each batch. With DDP each holds the whole model, and they
+## average the gradients. With FSDP each holds its part of every weight, gradient and moment of
+## Adam, and a block's weights are gathered when its turn comes. Either way the gradient is that of
+## the mean over all rows: the losses are those of one process, up to rounding and the dropout.
+
+
+def which_process(name: str) -> tuple[int, int, torch.device]:
+    """The number of this process, how many there are (torchrun tells both), and its device."""
+    rank, local, world = (int(os.environ.get(n, 0)) for n in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    device, count = torch.device(name), torch.cuda.device_count()
+    if device.type == "cuda" and local >= count:
+        raise ValueError(f"process {rank} needs a GPU of its own, and this machine has {count}")
+    if device.type == "cuda" and world > 1:
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    return rank, max(1, world), device
+
+
+def share(model: Mamba, how: str, world: int, device: torch.device) -> nn.Module:
+    """What is called in the place of the model. "fsdp" changes the model itself."""
+    on_gpu = device.type == "cuda"
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    if how == "ddp":
+        return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    mesh = dist.init_device_mesh(device.type, (world,))
+    for module in (*model.backbone.layers, model):
+        fully_shard(module, mesh=mesh)
+    return model
+
+
+## On a GPU, Python takes longer to ask for the work of a small model than the GPU to do it. A CUDA
+## graph is a whole step, its dice and its optimizer included, recorded once and then asked for in
+## one call. It reads and writes where it did when it was recorded.
+
+
+def recorded(step: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """The losses of steps, the first three as they are, which makes them ready to be recorded."""
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    for _ in range(3):
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            loss = step()
+        torch.cuda.current_stream().wait_stream(side)
+        yield loss
+    for group in optimizer.param_groups:
+        group["capturable"] = True
+    with torch.cuda.graph(graph):
+        loss = step()
+    while True:
+        graph.replay()
+        yield loss.clone()
+
+
+def make_model(options: argparse.Namespace) -> tuple[Mamba, Tokenizer]:
+    torch.manual_seed(options.seed)
+    if name := options.init_from:
+        model = Mamba.from_pretrained(name)
+        return model, load_tokenizer(model.config, name)
+    config = MambaConfig(options.d_model, options.n_layer, 256, tokenizer="bytes")
+    if (name := options.tokenizer) == "bytes":
+        return Mamba(config), ByteTokenizer()
+    theirs = read_config(file_finder(name)("config.json"))
+    config = replace(config, vocab_size=theirs.vocab_size, tokenizer=theirs.tokenizer)
+    return Mamba(config), load_tokenizer(config, name)
+
+
+# A run goes on only if all options but these are what they were when it began.
+FREE = "data out evaluate evaluate_every prompt device parallel accumulate graph compile".split()
 
 
 def train(options: argparse.Namespace) -> None:
-    device = torch.device(options.device)
-    train_text, held_out = read_texts(options.data, options.hold_out, options.seqlen, device)
-    torch.manual_seed(options.seed)
-    config = MambaConfig(
-        d_model=options.d_model, n_layer=options.n_layer, vocab_size=256, tokenizer="bytes"
-    )
-    model = Mamba(config).to(device)
-    add_dropout(model, options.dropout)
-    optimizer = torch.optim.AdamW(
-        model.param_groups(weight_decay=0.1), lr=options.lr, betas=(0.9, 0.95), fused=True
-    )
-    windows = Windows(train_text, options.batch, options.seqlen)
-    state, step, seconds = model.init_state(options.batch), 0, 0.0
-
-    checkpoint = options.out / "training.pt"
-    fixed = {name: getattr(options, name) for name in FIXED} | {"bytes": len(train_text)}
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location=device, weights_only=True)
-        for name, value in saved["fixed"].items():
-            if value != fixed[name]:
-                raise ValueError(
-                    f"{checkpoint} was begun with {name} = {value}, not {fixed[name]}: "
-                    "delete it to begin anew, or choose another --out"
-                )
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        windows.position, step, seconds = saved["position"], saved["step"], saved["seconds"]
-        state = MambaState(saved["conv"], saved["h"])
-        torch.manual_seed(options.seed + step)
-        print(f"{checkpoint}: going on after step {step}")
+    (rank, world, device), checkpoint = which_process(options.device), options.out / "training.pt"
+    model, tokenizer = make_model(options)
+    text, held_out = read_texts(options, tokenizer)
+    batch, seqlen, parts = options.batch, options.seqlen, options.accumulate
+    if batch % (world * parts):
+        raise ValueError(
+            f"--batch {batch} cannot be shared evenly by {world} processes with --accumulate "
+            f"{parts}: take a multiple of {world * parts}"
+        )
+    if (length := len(text[0])) <= seqlen:
+        raise ValueError(f"{length} tokens to train on are too few for --seqlen {seqlen}")
+    if options.packed and not isinstance(tokenizer, ByteTokenizer) and not tokenizer.eos_token_ids:
+        raise ValueError("--packed needs a tokenizer that names an end token")
+    if options.graph and (world > 1 or device.type != "cuda"):
+        raise ValueError(f"--graph needs one process and a GPU, got {world} and {device.type}")
+    model.to(device)
+    if options.dropout:  # a hook that does nothing would still cost the kernels of whole blocks
+        add_dropout(model, options.dropout)
     if options.compile:
         for layer in model.backbone.layers:
             layer.compile()
+    forward = share(model, options.parallel, world, device) if world > 1 else model
+    lr = torch.tensor(options.lr, device=device)  # a recorded step would not look at a number
+    groups = model.param_groups(options.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=True)
 
-    losses, started = [], time.perf_counter() - seconds
-    progress = tqdm(total=options.steps, initial=step, unit="step", smoothing=0.05)
-    while step < options.steps:
-        for group in optimizer.param_groups:
-            group["lr"] = options.lr * learning_rate(step, options.steps, options.warmup)
-        ids, jumped = windows.next()
-        keep = ~jumped[:, None, None]
-        state = state.detach().map(lambda tensor, keep=keep: tensor * keep)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss, state = model(ids[:, :-1], state, head=loss_head(model, ids[:, 1:]))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    # All that a step reads, in its place: rows of this process and, of all, where windows are.
+    mine = slice(rank * batch // world, (rank + 1) * batch // world)
+    windows = Windows(text, batch, seqlen, options.jump)
+    state = model.init_state(batch // world)
+    ids = torch.zeros(batch // world, seqlen + 1, dtype=torch.long, device=device)
+    reset = torch.zeros(batch // world, seqlen, dtype=torch.bool, device=device)
+    jumped = torch.zeros(batch // world, dtype=torch.bool, device=device)
+
+    losses, measured, seconds = [], {}, 0.0
+    fixed = {name: value for name, value in vars(options).items() if name not in FREE}
+    fixed |= {"text": f"{length} tokens, checksum {zlib.crc32(text[0].numpy())}"}
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        for name, value in fixed.items():
+            if value != (before := saved["fixed"].get(name)):
+                raise ValueError(
+                    f"{checkpoint} was begun with {name} = {before}, not {value}: "
+                    "delete it to begin anew, or choose another --out"
+                )
+        losses, measured, seconds = saved["losses"], saved["measured"], saved["seconds"]
+        windows.position, weights, moments = (saved[n] for n in ("position", "weights", "moments"))
+        both = {"model_state_dict": weights, "optim_state_dict": moments}
+        whole = dcp.StateDictOptions(full_state_dict=True)
+        dcp.set_state_dict(model, optimizer, **both, options=whole)
+        state.conv.copy_(saved["conv"][:, mine])
+        state.h.copy_(saved["h"][:, mine])
+        if rank == 0:
+            print(f"{checkpoint}: going on after step {len(losses)}")
+    for group in optimizer.param_groups:
+        group |= {"lr": lr, "capturable": False}
+
+    def step() -> Tensor:
+        """From ids, reset and state to the loss; in their places, the next state and weights."""
+        total, size = torch.zeros((), device=device), len(ids) // parts
+        state.map(lambda tensor: tensor.masked_fill_(jumped[:, None, None], 0))
+        for i in range(0, len(ids), size):
+            rows = slice(i, i + size)
+            if forward is not model:  # DDP: gradients are sent with the last part
+                forward.require_backward_grad_sync = i + size == len(ids)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                loss, after = forward(
+                    ids[rows, :-1], state[:, rows], reset=reset[rows] if options.packed else None,
+                    head=loss_head(model, ids[rows, 1:]),
+                )  # fmt: skip
+            (loss / parts).backward()
+            state.conv[:, rows], state.h[:, rows] = after.conv.detach(), after.h.detach()
+            total += loss.detach() / parts
+        torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.detach())
-        step += 1
-        progress.update()
+        return total
 
-        seconds = time.perf_counter() - started
-        out_of_time = options.minutes is not None and seconds > 60 * options.minutes
-        if step % options.evaluate_every == 0 or step == options.steps or out_of_time:
-            train_loss = torch.stack(losses).mean().item()
-            losses.clear()
-            model.eval()
-            # Other shapes than in training: not worth another compilation.
-            with torch.compiler.set_stance("force_eager"):
-                held_out_loss = evaluate(model, held_out)
-                sample = sample_text(model, "KING.\n", 200)
-            model.train()
-            progress.write(
-                f"step {step}  {seconds:.0f} s  train {train_loss:.4f}  "
-                f"hold-out {held_out_loss:.4f} nats per byte\n{sample}\n"
-            )
-            options.out.mkdir(parents=True, exist_ok=True)
-            saved = {
-                "fixed": fixed,
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "position": windows.position,
-                "step": step,
-                "seconds": seconds,
-                **vars(state.detach()),
-            }
+    run = recorded(step, optimizer).__next__ if options.graph else step
+    new, mark = [], time.perf_counter()
+    bar = tqdm(
+        total=options.steps * batch * seqlen, initial=len(losses) * batch * seqlen, unit=" tokens",
+        unit_scale=True, smoothing=0.05, mininterval=1, disable=rank > 0,
+    )  # fmt: skip
+    for i in range(len(losses), options.steps):
+        ## All chance in a step comes from the seed and the number of the step. So a run that goes
+        ## on throws the dice that it would have thrown, and all processes agree on all windows.
+        dice = torch.Generator().manual_seed(seed := options.seed * 1_000_003 + i)
+        torch.manual_seed(seed * 1024 + rank)  # for dropout
+        lr.fill_(options.lr * learning_rate(i, options.steps, options.warmup))
+        for place, values in zip((ids, reset, jumped), windows.next(dice), strict=True):
+            values = values[mine].pin_memory() if place.is_cuda else values[mine]
+            place.copy_(values, non_blocking=True)
+        new.append(run())
+        bar.update(batch * seqlen)
+        if i % 10 == 0:  # to look at it is to wait for the GPU
+            bar.set_postfix(loss=f"{new[-1].item():.3f}", refresh=False)
+        if (i + 1) % options.evaluate_every and i + 1 < options.steps:
+            continue
+
+        recent, new = torch.stack(new) / world, []
+        if world > 1:
+            dist.all_reduce(recent)
+        if not recent.isfinite().all():
+            raise ValueError(f"the loss is NaN or infinite before step {i + 1}: take a lower --lr")
+        losses, interval = losses + recent.tolist(), time.perf_counter() - mark
+        seconds += interval
+        whole = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # in the first process
+        weights, moments = dcp.get_state_dict(model, optimizer, options=whole)
+        saved = {
+            "fixed": fixed, "weights": weights, "moments": moments, "position": windows.position,
+            "losses": losses, "measured": measured, "seconds": seconds,
+        }  # fmt: skip
+        for name, tensor in vars(state).items():
+            rows = [torch.empty_like(tensor) for _ in range(world)]
+            dist.all_gather(rows, tensor) if world > 1 else rows[0].copy_(tensor)
+            saved[name] = torch.cat(rows, dim=1)
+        if rank == 0:
+            rate = len(recent) * batch * seqlen / interval
+            said = f"step {i + 1}  {seconds:.0f} s, {rate:,.0f} tokens/s"
+            if device.type == "cuda":
+                said += f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+            said += f"  train {recent.mean():.4f}"
+            plain = export(model.config, weights, tokenizer, options.out).to(device)
+            if held_out:
+                measured[i + 1] = evaluate(plain, held_out)
+                said += f"  hold-out {measured[i + 1]:.4f}"
+            prompt = torch.tensor([tokenizer.encode(options.prompt)], device=device)
+            sampling = {"temperature": 0.8, "seed": 0, "vocab_size": tokenizer.vocab_size}
+            tokens = stream(plain, prompt, max_new_tokens=200, **sampling)
+            sample = tokenizer.decode([token.item() for token in tokens])
+            bar.write(f"{said} nats per token\n{options.prompt}{sample}\n")
+            del plain, tokens  # training needs their memory
+            write_curve(options.out, losses, measured)
             # Written aside and moved: an interruption must not cost the only checkpoint.
             torch.save(saved, checkpoint.with_suffix(".partial"))
             checkpoint.with_suffix(".partial").replace(checkpoint)
-            if out_of_time and step < options.steps:
-                message = f"out of time, wrote {checkpoint}"
-                progress.write(f"{message}: the same command with a larger --minutes goes on")
-                return
-    progress.close()
-    export(model.cpu(), options.out)
-    final = evaluate(Mamba.from_pretrained(options.out, device=device), held_out)
-    print(f"{options.out}: hold-out {final:.4f} nats per byte, as saved")
-    print(f"wrote {options.out}: config.json, model.safetensors, and training.pt, to go on from")
+        mark = time.perf_counter()  # what it takes to look is not training
+    bar.close()
+    if rank == 0:
+        best = f", hold-out at best {min(measured.values()):.4f}" if measured else ""
+        print(f"wrote {options.out}{best}")
+    if world > 1:
+        dist.barrier()  # one that left while its last message is under way could hang (gloo)
+        dist.destroy_process_group()
 
 
 def main() -> None:
@@ -331,34 +515,59 @@ def main() -> None:
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--data", type=Path, nargs="+", required=True, help="text files")
-    add("--hold-out", nargs="*", default=[], metavar="NAME", help="of --data, not to train on")
+    add("--data", type=Path, nargs="+", required=True, help="text files, and folders of them")
+    add("--separator", metavar="TEXT", help="what stands between documents (None: files)")
+    add("--packed", action="store_true", help="a document does not see those before it")
+    add("--hold-out", nargs="*", default=[], metavar="NAME", help="files of --data, measured only")
+    add("--validation-share", type=float, default=0.0, help="of the text, its end: measured only")
+    add("--evaluate-window", type=int, default=0, help="measure windows from zero (0: read on)")
     add("--out", type=Path, default=Path("checkpoints/mine"), help="the folder to write")
     add("--evaluate", type=Path, metavar="FOLDER", help="measure this one; train nothing")
+    add("--init-from", metavar="NAME", help="a folder or a Hub repository, to train further")
+    add("--tokenizer", default="bytes", metavar="NAME", help="bytes, or that of this model")
     add("--d-model", type=int, default=256, help="width")
     add("--n-layer", type=int, default=10, help="depth")
-    add("--batch", type=int, default=64, help="rows of a step")
-    add("--seqlen", type=int, default=512, help="bytes of a row")
+    add("--batch", type=int, default=64, help="rows of a step, in all processes together")
+    add("--accumulate", type=int, default=1, help="parts in which a process takes its rows")
+    add("--seqlen", type=int, default=512, help="tokens of a row")
+    add("--jump", type=float, default=1 / 8, help="share of rows that do not read on")
     add("--steps", type=int, default=1800, help="in all, with those before an interruption")
     add("--warmup", type=int, default=100, help="steps until the learning rate is whole")
-    add("--dropout", type=float, default=0.25, help="share of what enters the stream")
     add("--lr", type=float, default=2e-3, help="the highest learning rate")
+    add("--weight-decay", type=float, default=0.1, help="of matrices")
+    add("--clip", type=float, default=1.0, help="the largest norm of a gradient")
+    add("--dropout", type=float, default=0.25, help="share of what enters the stream")
     add("--evaluate-every", type=int, default=300, help="steps between losses, samples, saves")
-    add("--minutes", type=float, help="stop after these; the next run goes on")
+    add("--prompt", default="\n", metavar="TEXT", help="how samples begin")
+    add("--parallel", choices=("ddp", "fsdp"), default="ddp", help="how torchrun's processes share")
+    add("--graph", action="store_true", help="record a step as a CUDA graph (one GPU)")
     add("--compile", action="store_true", help="torch.compile the blocks")
     add("--seed", type=int, default=0, help="of the weights, the windows and the dropout")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
     options = parser.parse_args()
-    if options.evaluate is not None and not options.hold_out:
-        parser.error("--evaluate needs --hold-out, the texts to measure on")
+    for name in ("batch", "accumulate", "seqlen", "steps", "evaluate_every"):
+        if (value := getattr(options, name)) < 1:
+            parser.error(f"{name} must be at least 1, got {value}")
+    if not 0 <= options.validation_share < 1:
+        parser.error(f"validation_share must be in [0, 1), got {options.validation_share}")
+    if options.evaluate and not (options.hold_out or options.validation_share):
+        parser.error("--evaluate needs a text to measure on: --hold-out or --validation-share")
+    for name in ("tokenizer", "d_model", "n_layer") if options.init_from else ():
+        if (value := getattr(options, name)) != parser.get_default(name):
+            parser.error(f"{name} = {value} is for a new model: --init-from has its own")
     try:
         if options.evaluate is None:
             return train(options)
-        _, held_out = read_texts(options.data, options.hold_out, 0, torch.device(options.device))
-        loss = evaluate(Mamba.from_pretrained(options.evaluate, device=options.device), held_out)
-        print(f"{options.evaluate}: hold-out {loss:.4f} nats per byte")
+        model = Mamba.from_pretrained(options.evaluate, device=options.device)
+        _, texts = read_texts(options, load_tokenizer(model.config, options.evaluate))
+        print(f"{options.evaluate}: hold-out {evaluate(model, texts):.4f} nats per token")
     except (ValueError, OSError) as error:
-        raise SystemExit(f"train.py: error: {error}") from error
+        first = os.environ.get("RANK", "0") == "0"  # of many processes, one says it
+        raise SystemExit(f"train.py: error: {error}" if first else 1) from error
+    except KeyboardInterrupt as error:
+        raise SystemExit(
+            "train.py: stopped: the same command goes on from the last checkpoint"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import sys
+from unittest import mock
 
 import export
 import pytest
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import generate
 import mamba
+import triton_scan
 from mamba import Mamba, MambaState, selective_scan
 from test_mamba import (
     assert_all_close,
@@ -141,6 +143,30 @@ def test_a_fully_sharded_model_trains_and_speaks(one_process):
     assert_all_close(gradients, gradients_of(model(ids).square().mean(), model), 1e-6)
     torch.optim.AdamW(mamba.param_groups(sharded, 0.1)).step()
     assert (sharded(ids).square().mean() - loss).abs() > 1e-6, "it learns"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run in Triton's interpreter")
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_a_fully_sharded_block_is_still_computed_as_a_whole(one_process, monkeypatch):
+    """By the kernels of a block, with the weights that are there while it runs."""
+    model, ids = random_model(scan="auto"), random_ids(2, 5)
+    sharded, found, kernels_for = copy.deepcopy(model), [], mamba.kernels_for
+    for module in (*sharded.backbone.layers, sharded):
+        fully_shard(module, mesh=dist.init_device_mesh("cpu", (1,)))
+    on_gpu = mock.MagicMock(is_cuda=True, ndim=3, dtype=torch.float32)
+    on_gpu.__len__.return_value = 2
+    expected = gradients_of(model(ids).square().mean(), model)
+
+    def ask(layer, stream):
+        found.append(kernels_for(layer, on_gpu))
+        return found[-1]
+
+    monkeypatch.setattr(mamba, "kernels_for", ask)
+    sharded(ids).square().mean().backward()
+    assert found == [triton_scan] * 2
+    named = sharded.named_parameters()
+    gradients = {f"gradient of {name}": p.grad.full_tensor() for name, p in named}
+    assert_all_close(gradients, expected, 1e-5)
 
 
 def test_a_loss_as_head_takes_the_place_of_the_logits_and_is_shared_between_processes(one_process):

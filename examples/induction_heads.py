@@ -195,7 +195,9 @@ def command_line(description: str, picture: str, seeds: tuple[int, ...]) -> argp
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--small", action="store_true", help="sizes for a CPU")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[*seeds], metavar="S", help="all")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[*seeds], metavar="S", help="of a run each"
+    )
     parser.add_argument("--steps", type=int, help="of training, in place of the sizes' own")
     parser.add_argument("--keep", type=Path, help="a file of finished runs, which are not repeated")
     parser.add_argument("--out", type=Path, default=Path(picture), help="picture")

@@ -195,12 +195,12 @@ def test_selection_learns_what_a_fixed_filter_does_not(task, sizes, options, at_
 
 def test_attention_recalls_at_once_and_mamba_as_its_state_allows():
     ask, shares = partial(recall.ask_all, questions=64, pairs=[2, 4], words=8), {}
-    for d_state, steps in ((None, 80), (1, 200), (8, 200)):
+    for d_state, steps in ((None, 80), (1, 160), (4, 160)):
         torch.manual_seed(0)
         model = recall.make_model(d_state, 64, 8)
         recall.train(model, ask, steps, 2e-2, fade=0.2)
         shares[d_state] = recall.accuracy(model, ask, times=20)
-    assert shares[None] > 0.99 and shares[8] > 0.9 and shares[1] < shares[8] - 0.05, shares
+    assert shares[None] > 0.98 and shares[4] > 0.88 and shares[1] < shares[4] - 0.05, shares
 
 
 @pytest.mark.gpu(needed=True)

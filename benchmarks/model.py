@@ -13,7 +13,7 @@ train    130m (768 x 24), batch 8, and 370m (1024 x 48), batch 4, 2048 tokens a 
          cross-entropy and backward, no optimizer, bfloat16 autocast over float32 parameters. Each
          eager, with its layers compiled (`layer.compile()`), and replayed from a CUDA graph, which
          is the time of the GPU without Python's; and with two losses: plain, on all logits in
-         float32, and chunked (`chunked_cross_entropy` of examples/train.py).
+         float32, and chunked (`chunked_cross_entropy` of examples/chunked_loss.py).
 prefill  130m and 2.8b (2560 x 64), one prompt of 2048 tokens, bfloat16 parameters: the logits of
          its last position. Eager, and replayed from a CUDA graph.
 
@@ -53,7 +53,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
-from train import chunked_cross_entropy
+from chunked_loss import chunked_cross_entropy
 
 from generate import stream
 from mamba import Mamba, MambaConfig

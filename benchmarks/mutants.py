@@ -69,12 +69,13 @@ BELONGING = {
     "examples/recipes.py": "tests/test_recipes.py tests/test_examples.py",
     "examples/selective_copying.py": "tests/test_tasks.py",
     "examples/train.py": "tests/test_examples.py",
+    "examples/chunked_loss.py": "tests/test_examples.py",
     "examples/trainer.py": "tests/test_examples.py",
 }
 
 # Keyword arguments, or keys of a dictionary, that are no part of what is computed: the speed of a
 # kernel, and lengths that are equal by construction.
-UNJUDGED = ("num_warps", "num_stages", "maxnreg", "eviction_policy", "launch_pdl", "overlap",
+UNJUDGED = ("num_warps", "num_stages", "eviction_policy", "launch_pdl", "overlap",
             "strict")  # fmt: skip
 
 # Whole kinds of equivalent mutants: file, function, what the line has and its mutant has not.

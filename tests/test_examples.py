@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import train
+from chunked_loss import chunked_cross_entropy
 from safetensors.torch import load_file
 from test_look_inside import Largest
 from test_tokenizers import of_size, trained
@@ -143,7 +144,7 @@ def test_the_loss_in_chunks_is_the_loss_and_never_holds_all_logits(tokens, chunk
         return dict(enumerate((plain, tied, *of_plain, *of_tied)))
 
     with Largest() as largest:
-        found = judge(partial(train.chunked_cross_entropy, chunk=chunk), torch.float32)
+        found = judge(partial(chunked_cross_entropy, chunk=chunk), torch.float32)
     assert largest.elements == max(37 * 8, 37 * min(chunk, tokens))
     assert {tensor.dtype for tensor in found.values()} == {torch.float32}
     assert_all_close(found, judge(cross_entropy, torch.float64), 1e-6)
@@ -162,7 +163,7 @@ def test_the_loss_in_chunks_of_short_floats_rounds_the_gradient_of_the_logits_on
         return [loss, *torch.autograd.grad(loss, leaves)]
 
     dtype = torch.float32 if autocast else torch.bfloat16
-    found = judge(partial(train.chunked_cross_entropy, chunk=16), dtype)
+    found = judge(partial(chunked_cross_entropy, chunk=16), dtype)
     exact = judge(cross_entropy, torch.float64)
     assert [tensor.dtype for tensor in found] == [torch.float32, dtype, dtype]
     errors = [*map(error_of, found, exact)]
@@ -461,7 +462,7 @@ def test_what_is_saved_and_measured_is_the_model_without_dropout_matrices_as_flo
 
 def chunked(u=(6, 4), weight=(5, 4), targets=(6,), chunk=2):
     targets = torch.zeros(targets, dtype=torch.long)
-    return lambda _: train.chunked_cross_entropy(torch.ones(u), torch.ones(weight), targets, chunk)
+    return lambda _: chunked_cross_entropy(torch.ones(u), torch.ones(weight), targets, chunk)
 
 
 @pytest.mark.parametrize(("call", "words"), [

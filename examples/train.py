@@ -77,8 +77,9 @@ def read_text(paths: list[Path], tokenizer: Tokenizer, separator: str | None = N
 def read_texts(options: argparse.Namespace, tokenizer: Tokenizer) -> tuple[Text, list[Text]]:
     """The text to train on and those to measure on."""
     files = set()
-    for path in options.data:  # a folder stands for all files in it that are not hidden
-        files |= {p for p in path.rglob("[!.]*") if p.is_file()} if path.is_dir() else {path}
+    for path in options.data:  # a folder stands for all files in it, but for what is hidden
+        inside = {p for p in path.rglob("*") if "/." not in f"/{p.relative_to(path).as_posix()}"}
+        files |= {p for p in inside if p.is_file()} if path.is_dir() else {path}
     if missing := set(options.hold_out) - {path.name for path in files}:
         raise ValueError(f"--hold-out {' '.join(sorted(missing))}: not among --data")
     kept = sorted(path for path in files if path.name in options.hold_out)

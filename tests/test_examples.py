@@ -486,7 +486,8 @@ def chunked(u=(6, 4), weight=(5, 4), targets=(6,), chunk=2):
     (lambda run: run("--init-from out"), "^2$"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(call, words, run):
-    Path("nothing").mkdir()
+    Path("nothing/.git").mkdir(parents=True)
+    Path("nothing/.git/config").write_bytes(VERSE)
     with pytest.raises((ValueError, SystemExit), match=words):
         call(run)
     assert not Path("checkpoints").exists()

@@ -24,10 +24,12 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import fully_shard
@@ -39,7 +41,7 @@ if __name__ == "__main__":  # from a clone that is not installed
 from chunked_loss import chunked_cross_entropy
 
 from generate import ByteTokenizer, Tokenizer, load_tokenizer, stream
-from mamba import Mamba, MambaConfig, file_finder, read_config
+from mamba import Mamba, MambaConfig, file_finder, read_config, read_file
 
 ## All documents stand in one long row of tokens. Between two stands what ends a text: the end token
 ## of the tokenizer, or for bytes an empty line. With --packed the model forgets at its last token
@@ -228,7 +230,7 @@ def which_process(name: str) -> tuple[int, int, torch.device]:
     rank, local, world = (int(os.environ.get(n, 0)) for n in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     device, count = torch.device(name), torch.cuda.device_count()
     if device.type == "cuda" and local >= count:
-        raise ValueError(f"process {rank} needs a GPU of its own, and this machine has {count}")
+        raise RuntimeError(f"process {rank} needs a GPU of its own, and this machine has {count}")
     if device.type == "cuda" and world > 1:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
@@ -303,6 +305,8 @@ def train(options: argparse.Namespace) -> None:
         raise ValueError("--packed needs a tokenizer that names an end token")
     if options.graph and (world > 1 or device.type != "cuda"):
         raise ValueError(f"--graph needs one process and a GPU, got {world} and {device.type}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    TemporaryFile(dir=options.out).close()  # if nothing can be written, it is to fail now
     model.to(device)
     if options.dropout:  # a hook that does nothing would still cost the kernels of whole blocks
         add_dropout(model, options.dropout)
@@ -326,7 +330,7 @@ def train(options: argparse.Namespace) -> None:
     fixed = {name: value for name, value in vars(options).items() if name not in FREE}
     fixed |= {"text": f"{length} tokens, checksum {zlib.crc32(text[0].numpy())}"}
     if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        saved = read_file(checkpoint)
         for name, value in fixed.items():
             if value != (before := saved["fixed"].get(name)):
                 raise ValueError(
@@ -391,12 +395,15 @@ def train(options: argparse.Namespace) -> None:
         recent, new = torch.stack(new) / world, []
         if world > 1:
             dist.all_reduce(recent)
-        if not recent.isfinite().all():
-            raise ValueError(f"the loss is NaN or infinite before step {i + 1}: take a lower --lr")
         losses, interval = losses + recent.tolist(), time.perf_counter() - mark
         seconds += interval
         whole = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # in the first process
         weights, moments = dcp.get_state_dict(model, optimizer, options=whole)
+        if not all(each.half().isfinite().all() for each in (recent, *weights.values())):
+            raise ValueError(
+                f"a loss is NaN or infinite, or a weight in float16, at step {i + 1} or before: "
+                "take a lower --lr"
+            )
         saved = {
             "fixed": fixed, "weights": weights, "moments": moments, "position": windows.position,
             "losses": losses, "measured": measured, "seconds": seconds,
@@ -473,6 +480,8 @@ def main() -> None:
     for name in ("batch", "accumulate", "seqlen", "steps", "evaluate_every"):
         if (value := getattr(options, name)) < 1:
             parser.error(f"{name} must be at least 1, got {value}")
+    if not options.prompt:
+        parser.error("prompt must have at least one character, or there is nothing to continue")
     if not 0 <= options.validation_share < 1:
         parser.error(f"validation_share must be in [0, 1), got {options.validation_share}")
     if options.evaluate and not (options.hold_out or options.validation_share):
@@ -486,9 +495,10 @@ def main() -> None:
         model = Mamba.from_pretrained(options.evaluate, device=options.device)
         _, texts = read_texts(options, load_tokenizer(model.config, options.evaluate))
         print(f"{options.evaluate}: hold-out {evaluate(model, texts):.4f} nats per token")
-    except (ValueError, OSError) as error:
-        first = os.environ.get("RANK", "0") == "0"  # of many processes, one says it
-        raise SystemExit(f"train.py: error: {error}" if first else 1) from error
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+        # What is wrong in all processes is said by the first, what is wrong in one by this one.
+        quiet = isinstance(error, ValueError) and os.environ.get("RANK", "0") != "0"
+        raise SystemExit(1 if quiet else f"train.py: error: {error}") from error
     except KeyboardInterrupt as error:
         raise SystemExit(
             "train.py: stopped: the same command goes on from the last checkpoint"

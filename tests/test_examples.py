@@ -478,31 +478,42 @@ def chunked(u=(6, 4), weight=(5, 4), targets=(6,), chunk=2):
     (lambda run: run("--hold-out --data read.txt --validation-share 1e-9"), "few to measure"),
     (lambda run: run("--accumulate 4"), "--batch 6 cannot be .* 1 processes .* multiple of 4"),
     (lambda run: run("--graph"), "--graph needs one process and a GPU, got 1 and cpu"),
-    (lambda run: run("--lr 1e38 --clip 1e38"), "NaN or infinite before step 2: take a lower --lr"),
+    (lambda run: run("--out out --lr 1e38 --clip 1e38"), "NaN .* step 2 or before: take a lower"),
+    # The loss of step 1 is that of the weights before it.
+    (lambda run: run("--out out --lr 1e38 --evaluate-every 1"), "float16, at step 1 or before"),
     (lambda run: run("--evaluate typo"), "train.py: error: .*typo"),
+    (lambda run: run("--evaluate damaged"), "error: damaged/config.json is damaged"),
+    (lambda run: run("--out damaged"), "error: damaged/training.pt is damaged"),
+    (lambda run: run("--out read.txt --lr 1e38 --evaluate-every 1"), "error: .*exists: 'read.txt'"),
+    (lambda run: run("--device typo"), "train.py: error: .* device"),
     (lambda run: run("--hold-out --evaluate out"), "^2$"),
     (lambda run: run("--validation-share 1"), "^2$"),
     (lambda run: run("--steps 0"), "^2$"),
+    (lambda run: run("--prompt="), "^2$"),
     (lambda run: run("--init-from out"), "^2$"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(call, words, run):
-    Path("nothing/.git").mkdir(parents=True)
-    Path("nothing/.git/config").write_bytes(VERSE)
+    for folder in ("nothing/.git", "damaged"):
+        Path(folder).mkdir(parents=True)
+        for name in ("config.json", "training.pt"):
+            Path(folder, name).write_bytes(b"not what it should be")
     with pytest.raises((ValueError, SystemExit), match=words):
         call(run)
-    assert not Path("checkpoints").exists()
+    assert not Path("checkpoints").exists() and not Path("out/model.safetensors").exists()
 
 
-def test_more_processes_than_rows_or_gpus_are_refused_by_the_first_of_them(run, monkeypatch):
+def test_more_processes_than_rows_are_refused_by_the_first_and_than_gpus_by_the_last(
+    run, monkeypatch
+):
     for name, value in (("WORLD_SIZE", "8"), ("RANK", "0"), ("LOCAL_RANK", "99")):
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match="batch 6 cannot be shared evenly by 8 processes"):
         run("")
-    with pytest.raises(SystemExit, match="process 0 needs a GPU of its own, and this machine has"):
-        run("--device cuda")
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(SystemExit, match=r"^1$"):
         run("")
+    with pytest.raises(SystemExit, match="process 3 needs a GPU of its own, and this machine has"):
+        run("--device cuda")
 
 
 def test_text_that_a_tokenizer_cannot_read_is_refused(run):

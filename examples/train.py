@@ -328,7 +328,8 @@ def train(options: argparse.Namespace) -> None:
 
     losses, measured, seconds = [], {}, 0.0
     fixed = {name: value for name, value in vars(options).items() if name not in FREE}
-    fixed |= {"text": f"{length} tokens, checksum {zlib.crc32(text[0].numpy())}"}
+    all_ids = (ids.numpy() for ids, _ in (text, *held_out))
+    fixed["texts"] = ", ".join(f"{len(ids)} tokens {zlib.crc32(ids):08x}" for ids in all_ids)
     if checkpoint.exists():
         saved = read_file(checkpoint)
         for name, value in fixed.items():

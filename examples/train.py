@@ -44,8 +44,9 @@ from generate import ByteTokenizer, Tokenizer, load_tokenizer, stream
 from mamba import Mamba, MambaConfig, file_finder, read_config, read_file
 
 ## All documents stand in one long row of tokens. Between two stands what ends a text: the end token
-## of the tokenizer, or for bytes an empty line. With --packed the model forgets at its last token
-## all that came before (`reset`), and predicts the first of the next document from the zero state.
+## of the tokenizer, or for bytes an empty line. With --packed the model forgets, when it reads the
+## last token of this end (`reset`), all before it: from the zero state and this token alone it
+## predicts the next document's first.
 ## So no token sees another document, each has a target of its own, nothing is padding, and losses
 ## and gradients are those of documents that are read one by one.
 
@@ -151,17 +152,6 @@ def learning_rate(step: int, steps: int, warmup: int) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def loss_head(model: Mamba, targets: Tensor) -> Callable[[Tensor], Tensor]:
-    """For `model(ids, head=...)`: the loss in place of the logits, of which only a part is there at
-    a time. It goes through the model's own `forward`, because DistributedDataParallel averages the
-    gradients of nothing else."""
-
-    def loss(hidden: Tensor) -> Tensor:
-        return chunked_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, targets.flatten())
-
-    return loss
-
-
 @torch.no_grad()
 def evaluate(model: Mamba, texts: list[Text], window: int = 4096) -> float:
     """Mean loss in nats per token, each text read once from its first token to its last.
@@ -179,13 +169,13 @@ def evaluate(model: Mamba, texts: list[Text], window: int = 4096) -> float:
             logits, state = model(part[None, :-1], state, reset=forget)
             nats += F.cross_entropy(logits[0].float(), part[1:], reduction="sum").item()
             count += len(part) - 1
-    return nats / count if count else math.nan
+    return nats / count
 
 
 def export(
     config: MambaConfig, weights: dict[str, Tensor], tokenizer: Tokenizer, folder: Path
 ) -> Mamba:
-    """Save with matrices in float16: half the bytes, eleven bits of each weight. Returns the same.
+    """Save with matrices in float16: half the bytes, eleven bits of each. Returns what it saved.
 
     A_log, D, biases and norms stay in float32. They are few, and A_log sits in an exponent.
     """
@@ -294,11 +284,9 @@ def train(options: argparse.Namespace) -> None:
     model, tokenizer = make_model(options)
     text, held_out = read_texts(options, tokenizer)
     batch, seqlen, parts = options.batch, options.seqlen, options.accumulate
-    if batch % (world * parts):
-        raise ValueError(
-            f"--batch {batch} cannot be shared evenly by {world} processes with --accumulate "
-            f"{parts}: take a multiple of {world * parts}"
-        )
+    if batch % (n := world * parts):
+        made_of = f"{world} processes x --accumulate {parts}"
+        raise ValueError(f"--batch {batch} must be a multiple of {n} = {made_of}")
     if (length := len(text[0])) <= seqlen:
         raise ValueError(f"{length} tokens to train on are too few for --seqlen {seqlen}")
     if options.packed and not isinstance(tokenizer, ByteTokenizer) and not tokenizer.eos_token_ids:
@@ -308,12 +296,12 @@ def train(options: argparse.Namespace) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     TemporaryFile(dir=options.out).close()  # if nothing can be written, it is to fail now
     model.to(device)
-    if options.dropout:  # a hook that does nothing would still cost the kernels of whole blocks
+    if options.dropout:  # blocks with a hook, even an idle one, run without their fused kernels
         add_dropout(model, options.dropout)
     if options.compile:
         for layer in model.backbone.layers:
             layer.compile()
-    forward = share(model, options.parallel, world, device) if world > 1 else model
+    shared = share(model, options.parallel, world, device) if world > 1 else model
     lr = torch.tensor(options.lr, device=device)  # a recorded step would not look at a number
     groups = model.param_groups(options.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=True)
@@ -347,7 +335,7 @@ def train(options: argparse.Namespace) -> None:
         state.h.copy_(saved["h"][:, mine])
         if rank == 0:
             print(f"{checkpoint}: going on after step {len(losses)}")
-    for group in optimizer.param_groups:
+    for group in optimizer.param_groups:  # what was loaded has a rate of its own, or was recorded
         group |= {"lr": lr, "capturable": False}
 
     def step() -> Tensor:
@@ -356,12 +344,15 @@ def train(options: argparse.Namespace) -> None:
         state.map(lambda tensor: tensor.masked_fill_(jumped[:, None, None], 0))
         for i in range(0, len(ids), size):
             rows = slice(i, i + size)
-            if forward is not model:  # DDP: gradients are sent with the last part
-                forward.require_backward_grad_sync = i + size == len(ids)
+            if shared is not model:  # DDP: gradients are sent with the last part
+                shared.require_backward_grad_sync = i + size == len(ids)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss, after = forward(
+                # The loss inside of `forward`: DDP averages the gradients of nothing else.
+                loss, after = shared(
                     ids[rows, :-1], state[:, rows], reset=reset[rows] if options.packed else None,
-                    head=loss_head(model, ids[rows, 1:]),
+                    head=lambda u, targets=ids[rows, 1:]: chunked_cross_entropy(
+                        u.flatten(0, 1), model.lm_head.weight, targets.flatten()
+                    ),
                 )  # fmt: skip
             (loss / parts).backward()
             state.conv[:, rows], state.h[:, rows] = after.conv.detach(), after.h.detach()
@@ -401,10 +392,7 @@ def train(options: argparse.Namespace) -> None:
         whole = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # in the first process
         weights, moments = dcp.get_state_dict(model, optimizer, options=whole)
         if not all(each.half().isfinite().all() for each in (recent, *weights.values())):
-            raise ValueError(
-                f"a loss is NaN or infinite, or a weight in float16, at step {i + 1} or before: "
-                "take a lower --lr"
-            )
+            raise ValueError(f"loss or float16 weight not finite by step {i + 1}: lower --lr")
         saved = {
             "fixed": fixed, "weights": weights, "moments": moments, "position": windows.position,
             "losses": losses, "measured": measured, "seconds": seconds,
@@ -501,9 +489,7 @@ def main() -> None:
         quiet = isinstance(error, ValueError) and os.environ.get("RANK", "0") != "0"
         raise SystemExit(1 if quiet else f"train.py: error: {error}") from error
     except KeyboardInterrupt as error:
-        raise SystemExit(
-            "train.py: stopped: the same command goes on from the last checkpoint"
-        ) from error
+        raise SystemExit("train.py: stopped: the same command goes on") from error
 
 
 if __name__ == "__main__":

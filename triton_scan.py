@@ -628,7 +628,8 @@ def forward_kernel(
 ## the same in both lanes. So each computes it for half of the steps of a tile: tiles (s, j, c),
 ## where lane j has the steps j S ... j S + S - 1. `spread` gives all of them to all lanes, one
 ## exchange between lanes for each number; `sum_states` sums over both lanes and gives each lane the
-## sums of its own steps. A step of 32 channels has 521 instructions; without that it had 44 more.
+## sums of its own steps. That took away 44 of the 665 instructions for a step of 32 channels (now
+## 521; benchmarks/NOTES.md has what took the others).
 ##
 ## The sums over d, for dB and dC, go across lanes, which is the one expensive thing: a processor
 ## does one exchange between lanes a clock for all of its schedulers. With n = 16 a lane has 8
@@ -1057,7 +1058,7 @@ def sum_totals_kernel(
 ):  # fmt: skip
     """dA (d, n), dD and dbias (d): the rows of totals added up, and put in the order of A.
 
-    LOG: A is log(-A), and so is dA its gradient: that of A, times A.
+    LOG: A is given as log(-A), and dA is the gradient of that: the one of A, times A.
     """
     i_d, o = tl.program_id(1), tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     STATES: tl.constexpr = M * J * CHANNELS

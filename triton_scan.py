@@ -1825,8 +1825,9 @@ def causal_conv_triton(
 ## ================================================================================================
 ##
 ## For a prompt and in training a block is about 25 operators of PyTorch, twice that backward, and
-## starting one takes Python longer than many of them take the GPU. Here it is eight or nine kernels,
-## and its backward pass is written out, so that it keeps less: what is cheap is computed again.
+## starting one takes Python longer than many of them take the GPU. Here it is eight or nine
+## kernels, and its backward pass is written out, so that it keeps less: what is cheap is computed
+## again.
 ##
 ##     norm                  stream -> u             computed again
 ##     in_proj               u -> x before the convolution, z               kept: 2 b l d

@@ -57,7 +57,7 @@ from torch import Tensor
 ## twice: two exponentials for each, 0.3 ms in all. To write and read 2 GiB would take 1.4 ms.
 ##
 ## The work is cut in three directions; one program, the unit of work that a GPU schedules, is one
-## warp of 32 lanes in lockstep (the forward kernel's programs are drawn):
+## warp of 32 lanes in lockstep (drawn: the forward kernel's, where a channel has one lane):
 ##
 ##                   l, time ------------------------------------------>
 ##           batch  .-------------------.-------------------.-----------.
@@ -167,12 +167,14 @@ def first_scan(
 ##     j  lanes that share a channel: state n is number m of lane j, n = j M + m
 ##     c  channels: the 32 lanes of a warp are j x c
 ##
-## Forward, j has one value and c 32. A state too large for a lane (n > 16) is spread over j lanes.
+## Forward, j has one value and c 32, or two and 16; backward two and 16. A state too large for that
+## (more than 16 numbers for a lane) is spread over more lanes.
 ## What has no axis (Δ none for m and j, B none for c) is broadcast. The compiler chooses which axis
 ## lies in lanes and which in registers, and takes the last ones for lanes: hence the order.
 ##
-## Names: i_ index, o_ offsets, b_ block of values in registers. K steps are a chunk: the state at
-## the start of each is kept for the backward pass.
+## Names: i_ index, o_ offsets, p_ pointers, m_ masks, b_ block of values in registers. K steps are
+## a chunk: the state at the start of each is kept for the backward pass. In comments on sizes C is
+## the number of channels of a program, `CHANNELS` in the code.
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -329,10 +331,10 @@ def recur(b_delta, b_v, b_A2, b_B, b_h, b_r, HAS_RESET: tl.constexpr, FAST: tl.c
     return a, h
 
 
-## A segment hands its state on as it is, (m, j, c), 32 lanes side by side for every m. Backward, a
-## channel has two lanes and a program 16 channels, so that is how all stored states are laid out:
-## for each group of channels an array (m, j, c) of its own. `state_offsets` finds the place of
-## state n of channel c.
+## A state is stored as it lies in the lanes, (m, j, c), 32 lanes side by side for every m, and
+## always as in the backward kernel: for each of its groups of channels, 16 with two lanes each, an
+## array (m, j, c) of its own. `state_offsets` finds the place of state n of channel c, also for a
+## forward kernel with one lane a channel.
 
 
 @triton.jit
@@ -552,13 +554,13 @@ def forward_kernel(
     b_D = load_channels(D, d, d_inner, HAS_D)
     o_h = state_offsets(M, J, CHANNELS, GROUP_J, GROUP_C)
 
+    b_h = tl.zeros([M, J, CHANNELS], tl.float32)
+    if HAS_H0:
+        offsets, m_h = state_mask(d, n[:, :, None], d_inner, d_state)
+        b_h += tl.load(h0 + i_b * d_inner * d_state + offsets, mask=m_h, other=0.0)
     # state_step is N C, but the compiler does not know that it is a multiple of anything (hence
     # do_not_specialize). It would otherwise give a lane four neighbouring channels, to move 16
     # bytes at once, and since all of b_h has one layout, shuffle the states in every tile.
-    b_h = tl.zeros([M, J, CHANNELS], tl.float32)
-    if HAS_H0:
-        offsets, mask_h = state_mask(d, n[:, :, None], d_inner, d_state)
-        b_h += tl.load(h0 + i_b * d_inner * d_state + offsets, mask=mask_h, other=0.0)
     where = i_b * segments * blocks + i_d
     b_h = chain(b_h, ends, sums, where, blocks, i_s, state_step, b_A2, o_h, M, J, CHANNELS, FAST)
 
@@ -596,8 +598,8 @@ def forward_kernel(
         store(y + i * d_inner + o_y, b_y, mask, EVEN)
 
     if i_s == segments - 1:
-        offsets, mask_h = state_mask(d, n[:, :, None], d_inner, d_state)
-        tl.store(h_last + i_b * d_inner * d_state + offsets, b_h, mask=mask_h)
+        offsets, m_h = state_mask(d, n[:, :, None], d_inner, d_state)
+        tl.store(h_last + i_b * d_inner * d_state + offsets, b_h, mask=m_h)
 
 
 ## ================================================================================================
@@ -626,7 +628,8 @@ def forward_kernel(
 ## the same in both lanes. So each computes it for half of the steps of a tile: tiles (s, j, c),
 ## where lane j has the steps j S ... j S + S - 1. `spread` gives all of them to all lanes, one
 ## exchange between lanes for each number; `sum_states` sums over both lanes and gives each lane the
-## sums of its own steps. Of 665 instructions for a step of 32 channels that saves 44.
+## sums of its own steps. That took away 44 of the 665 instructions for a step of 32 channels (now
+## 521; benchmarks/NOTES.md has what took the others).
 ##
 ## The sums over d, for dB and dC, go across lanes, which is the one expensive thing: a processor
 ## does one exchange between lanes a clock for all of its schedulers. With n = 16 a lane has 8
@@ -634,16 +637,19 @@ def forward_kernel(
 ## `sum_channels` halves the values with each exchange instead. First lanes c and c ^ 8: the one
 ## with c < 8 keeps the lower half of the states and gives the upper half away, the other the
 ## reverse. Then c ^ 4: one keeps dB, the other dC. Then c ^ 2, c ^ 1, by halves of states again:
-## 8 + 4 + 2 + 1 = 15 exchanges. The bits of c, from the top, say what is left in a lane. Each
+## 8 + 4 + 2 + 1 = 15 exchanges. The bits of c, from the top, say what a lane is left with. Each
 ## program writes the sums over its own channels, and `sum_blocks_kernel` adds the programs up:
 ## always in the same order, so that two runs agree to the bit, which atomic additions would not.
 ##
 ## What a lane keeps depends on its number, and to choose it takes two selects for an exchange. The
 ## first 8 of the 15 need none: lanes with c >= 8 have the halves of their states swapped from the
 ## beginning, A, B, C, h and all, and so every lane keeps what is in its first registers. B and C
-## get an axis u for that, the two orders: (t, m, j, u). Then a product that is kept can be added to
-## what comes in one instruction. The 16 products of a step and their first sums took a lane 48
-## instructions; so they take 24.
+## have no c; they get an axis u of two, the two orders (`both_orders`). Then a product that is kept
+## is added to what comes in the instruction that multiplies. The 16 products of a step and their
+## first sums took a lane 48 instructions; so they take 24.
+##
+## Where there are few states (n < 3, no halves) or few channels (n > 128, fewer than 4 a program)
+## nothing is swapped: the first exchange then divides dB from dC.
 ##
 ## Triton cannot index a tile in registers. But a scan or a reduction along an axis that lies in the
 ## registers of a lane compiles to plain instructions, so that picking out a step (`row`) costs
@@ -675,7 +681,10 @@ def exchange(low, high, bit: tl.constexpr):
 
 @triton.jit
 def fold(p, bit: tl.constexpr):
-    """(t, m, j, c) -> (t, m / 2, j, c): the sum over pairs of lanes, each with half of the m."""
+    """(t, m, j, c) -> (t, m / 2, j, c): the sum over pairs of lanes, each with half of the m.
+
+    A single m is summed in both lanes.
+    """
     if p.shape[1] == 1:
         return p + from_lane(p, tl.arange(0, p.shape[2] * p.shape[3]) ^ bit)
     else:
@@ -716,7 +725,7 @@ def sum_states(p):
     T: tl.constexpr = p.shape[0]
     J: tl.constexpr = p.shape[2]
     CHANNELS: tl.constexpr = p.shape[3]
-    s = tl.reshape(tl.sum(p, 1), [1, T, J, CHANNELS])
+    s = tl.reshape(tl.sum(p, 1), [1, T, J, CHANNELS])  # steps where `fold` has m
     for k in tl.static_range(1, 6):
         if J >> k > 0:
             s = fold(s, (J >> k) * CHANNELS)
@@ -726,21 +735,25 @@ def sum_states(p):
 @triton.jit
 def spread(v, T: tl.constexpr):
     """A tile (s, j, c), each lane with its own steps -> (t, 1, j, c), all steps in each lane."""
+    S: tl.constexpr = v.shape[0]
     J: tl.constexpr = v.shape[1]
     CHANNELS: tl.constexpr = v.shape[2]
-    t, all_t = tl.arange(0, T)[:, None, None, None], tl.zeros([T, 1, J, CHANNELS], tl.float32)
-    for k in tl.static_range(T // v.shape[0]):  # for each lane that has other steps
-        j = tl.full([J, 1], k * J * v.shape[0] // T, tl.int32)
+    t, all_steps = tl.arange(0, T)[:, None, None, None], tl.zeros([T, 1, J, CHANNELS], tl.float32)
+    for k in tl.static_range(T // S):  # the steps k S ... k S + S - 1, and the first lane with them
+        j = tl.full([J, 1], k * J * S // T, tl.int32)
         lane = tl.reshape(j * CHANNELS + tl.arange(0, CHANNELS)[None, :], [J * CHANNELS])
-        for s in tl.static_range(v.shape[0]):
+        for s in tl.static_range(S):
             one = from_lane(row(v[:, None, :, :], s)[None, :, :, :], lane)
-            all_t = tl.where(t == k * v.shape[0] + s, one, all_t)
-    return all_t
+            all_steps = tl.where(t == k * S + s, one, all_steps)
+    return all_steps
 
 
 @triton.jit
 def both_orders(p, CHANNELS: tl.constexpr):
-    """B or C (t, h, m / h, j, u), in the order of each lane: (t, m, j, c)."""
+    """B or C in both orders, (t, U, M / U, j, u) -> (t, m, j, c): each lane has its own of them.
+
+    The first C / U channels take order u = 0, the others u = 1.
+    """
     shape: tl.constexpr = [p.shape[0], p.shape[1] * p.shape[2], p.shape[3], p.shape[4], 1]
     wide: tl.constexpr = [shape[0], shape[1], shape[2], shape[3], CHANNELS // shape[3]]
     p = tl.broadcast_to(tl.reshape(p, shape), wide)
@@ -754,14 +767,14 @@ def both_orders(p, CHANNELS: tl.constexpr):
 
 @triton.jit
 def store_own(pointers, value, mask, EVEN: tl.constexpr):
-    """A tile (s, j, c), to pointers (j, s, c)."""
+    """A tile (s, j, c), to pointers (j, s, c): the mask is (s, j, c) too."""
     value = tl.permute(value, [1, 0, 2])
     store(pointers, value, mask if EVEN else tl.permute(mask, [1, 0, 2]), EVEN)
 
 
 @triton.jit
 def side_by_side(h, V: tl.constexpr):
-    """(m, j, c) -> (j c, m / v, v): the states of a lane, of which it moves v at once."""
+    """(m, j, c) -> (j c, m / V, V): the states of a lane, of which it moves V at once."""
     shape: tl.constexpr = [h.shape[0] // V, V, h.shape[1] * h.shape[2]]
     return tl.permute(tl.reshape(h, shape), [2, 0, 1])
 
@@ -846,7 +859,8 @@ def backward_kernel(
     SOFTPLUS: tl.constexpr, DIRAC: tl.constexpr, LOG: tl.constexpr, EVEN: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one segment of C channels, inside one slice of time."""
+    """All gradients of one segment of C channels, inside one slice of time: dx, ddt, dz, and in
+    dBC and totals this program's part of the sums."""
     i_d, i_s, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     blocks, segments = tl.num_programs(0), tl.num_programs(1)
     N: tl.constexpr = M * J
@@ -866,6 +880,7 @@ def backward_kernel(
     o_h = m * (J * CHANNELS) + tl.arange(0, J)[None, :, None] * CHANNELS + c3
     o_h = tl.reshape(o_h, [M, J * CHANNELS])
 
+    # w of the segment's end: w_after, 0 if not has_w, through the segments between, last to first.
     p_w = w_after + (i_b * blocks + i_d) * state_step + o_h
     b_w = tl.reshape(tl.load(p_w, mask=o_h < has_w * (N * CHANNELS), other=0.0), [M, J, CHANNELS])
     last, count = ((i_b + 1) * segments - 1) * blocks + i_d, segments - 1 - i_s
@@ -879,7 +894,7 @@ def backward_kernel(
     ddt, o_dx = start_of(ddt, i_b * seqlen, i_d, t_own, c3, d_inner, d_inner, 1)
     dz, o_dx = start_of(dz, i_b * seqlen, i_d, t_own, c3, d_inner, d_inner, 1)
     o_dx = tl.permute(o_dx, [1, 0, 2])
-    # B and C as (t, h, m / h, j, u): in the order u half h is number h + u.
+    # B and C as (t, U, M / U, j, u): in order u the i-th half is number i + u, mod 2.
     B, C, u = B + i_b * seqlen * N, C + i_b * seqlen * N, tl.arange(0, U)
     half = ((u[:, None] + u[None, :]) % U)[:, None, None, :]
     o_B = tl.arange(0, HALF)[None, :, None, None] + tl.arange(0, J)[None, None, :, None] * M
@@ -887,20 +902,20 @@ def backward_kernel(
     reset += i_b * seqlen
     borders += (i_b * tl.cdiv(seqlen, K) * blocks + i_d) * state_step
     program = (i_b * segments + i_s) * blocks + i_d
-    scratch += program * (N * CHANNELS)  # of tile 0; those of the next follow all programs'
+    scratch += program * (N * CHANNELS)  # scratch (tiles of a chunk, programs, N C)
     scratch_step = tl.cast(blocks * segments * tl.num_programs(2), tl.int64) * (N * CHANNELS)
     V: tl.constexpr = 4 if M > 4 else M
     lane = tl.arange(0, J * CHANNELS)
     o_scratch = tl.arange(0, M // V)[None, :, None] * (J * CHANNELS * V)
     o_scratch += lane[:, None, None] * V + tl.arange(0, V)[None, None, :]
-    # dBC (b, blocks, steps, j, 2 m): the sums over this program's channels, in sum_channels' order.
+    # dBC (b, blocks, steps, j, 2 M): the sums over this program's channels, in sum_channels' order.
     dBC += (i_b * blocks + i_d) * steps * (2 * N)
     SUMS: tl.constexpr = (2 * M) // CHANNELS if 2 * M > CHANNELS else 1  # of a lane
     if SUMS * CHANNELS == 2 * M:
-        o_sum = lane * SUMS  # as below, but the compiler sees that lanes are neighbours
+        first = lane * SUMS  # as below, but the compiler sees that lanes are neighbours
     else:
-        o_sum = lane // CHANNELS * (2 * M) + lane % CHANNELS * (2 * M) // CHANNELS
-    o_sum = t[:, None, None] * (2 * N) + tl.arange(0, SUMS)[None, :, None] + o_sum[None, None, :]
+        first = lane // CHANNELS * (2 * M) + lane % CHANNELS * (2 * M) // CHANNELS
+    o_sum = t[:, None, None] * (2 * N) + tl.arange(0, SUMS)[None, :, None] + first[None, None, :]
 
     b_dA = tl.zeros([M, J, CHANNELS], tl.float32)
     b_dD, b_dbias = tl.zeros([J, CHANNELS], tl.float32), tl.zeros([J, CHANNELS], tl.float32)
@@ -959,7 +974,7 @@ def backward_kernel(
             ## G and w h_{t-1} of every step, from the last to the first.
             all_g = spread(b_g, T)
             G = all_g * b_C
-            wh = G
+            wh = G  # a tile of that shape: each of its steps is put in below
             for s in tl.static_range(T - 1, -1, -1):
                 G_s = row(G, s) + b_w
                 b_w = row(a, s) * G_s
@@ -969,7 +984,7 @@ def backward_kernel(
                 G = tl.where(t4 == s, G_s[None, :, :, :], G)
                 wh = tl.where(t4 == s, (b_w * h_before)[None, :, :, :], wh)
             b_dv = sum_states(G * b_B)
-            b_ddelta = sum_states(wh * b_A2[None, :, :, :]) * LN2
+            b_ddelta = sum_states(wh * b_A2[None, :, :, :]) * LN2  # A = b_A2 ln 2
             b_dA += tl.sum(wh * all_delta, 0)
             b_dx = b_dv
             if not DIRAC:
@@ -989,13 +1004,13 @@ def backward_kernel(
             p_dy, p_B, p_C = p_dy - T * dy_l, p_B - T * N, p_C - T * N
             p_dx, p_ddt, p_dz = p_dx - T * d_inner, p_ddt - T * d_inner, p_dz - T * d_inner
             p_sum, p_scratch = p_sum - T * (2 * N), p_scratch - scratch_step
-        tl.debug_barrier()
+        tl.debug_barrier()  # the next chunk overwrites the scratch buffer
 
     # totals (rows, blocks, N C + 2 C): dA, dD and dbias of this program, after those of the
     # `earlier` programs of other launches.
     totals += (earlier + program) * (state_step + 2 * CHANNELS)
     tl.store(totals + o_h, tl.reshape(b_dA, [M, J * CHANNELS]))
-    own = ((tl.arange(0, J) * T) % J == 0)[:, None]  # of lanes with the same step the first one
+    own = ((tl.arange(0, J) * T) % J == 0)[:, None]  # of lanes with the same steps the first one
     b_dD, b_dbias = tl.where(own, b_dD, 0.0), tl.where(own, b_dbias, 0.0)
     tl.store(totals + state_step + c, tl.sum(b_dD, 0))
     tl.store(totals + state_step + CHANNELS + c, tl.sum(b_dbias, 0))
@@ -1021,9 +1036,9 @@ def sum_blocks_kernel(
     dBC, dB, dC, seqlen, start, numbers, steps, blocks, d_state,
     M: tl.constexpr, J: tl.constexpr, SWAP: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """dB and dC of a slice: the sums of all programs, dBC (b, blocks, steps, j, 2 m), added up."""
+    """dB and dC of a slice: the sums of all programs, dBC (b, blocks, steps, j, 2 M), added up."""
     N: tl.constexpr = M * J
-    HALF: tl.constexpr = M // 2 if SWAP else M  # so many for dB, as many for dC, and so on
+    HALF: tl.constexpr = M // 2 if SWAP else M  # so many of dB, as many of dC, and if SWAP again
     i_b, o = tl.program_id(1).to(tl.int64), tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     step = tl.cast(steps, tl.int64) * (2 * N)
     total = sum_rows(dBC + i_b * blocks * step, step, blocks, o, o < numbers, ROWS)
@@ -1041,8 +1056,10 @@ def sum_totals_kernel(
     M: tl.constexpr, J: tl.constexpr, CHANNELS: tl.constexpr, LOG: tl.constexpr,
     HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """dA (d, n), dD and dbias (d): the rows of totals added up, and put in the order of A. LOG:
-    that of log(-A), which is A dA."""
+    """dA (d, n), dD and dbias (d): the rows of totals added up, and put in the order of A.
+
+    LOG: A is given as log(-A), and dA is the gradient of that: the one of A, times A.
+    """
     i_d, o = tl.program_id(1), tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     STATES: tl.constexpr = M * J * CHANNELS
     step = tl.cast(blocks, tl.int64) * (STATES + 2 * CHANNELS)
@@ -1089,19 +1106,23 @@ def ceil_div(a: int, b: int) -> int:
 
 @functools.cache
 def lane_shape(d_state: int, lanes_of_a_channel: int) -> tuple[int, int, int]:
-    """(M, J, C): states of a lane, lanes of a channel, channels of a warp. M is at most 16."""
+    """(M, J, C): states of a lane, lanes of a channel, channels of a warp. M is at most 16.
+
+    A channel gets more lanes than asked for if its states need them, fewer if it has fewer states.
+    """
     states = triton.next_power_of_2(d_state)
     J = min(states, max(lanes_of_a_channel, states // 16))
     return states // J, J, LANES // J
 
 
 ## How the work is cut depends on the sizes alone and not on the device, so that every process of a
-## distributed run computes the same bits. The numbers are an H100's: from so many programs on, a
-## kernel is as fast without cutting time; below, cut time until there are about so many.
+## distributed run computes the same bits. The numbers are an H100's: from so many programs on
+## (FULL), a kernel is as fast without cutting time; below, cut time until there are about so many
+## (WANTED).
 
 SCHEDULERS = 528
-FORWARD_FULL, FORWARD_WANTED = 448, 960  # programs: enough without cutting time; else this many
-FORWARD_CROWDED = 4096  # programs of two lanes a channel, from which on one lane is enough
+FORWARD_FULL, FORWARD_WANTED = 448, 960  # of two lanes a channel; of one lane, at least so many
+FORWARD_CROWDED = 4096  # programs of two lanes a channel, from which on one lane is faster
 BACKWARD_FULL, BACKWARD_WANTED = 700, 1056
 
 
@@ -1116,9 +1137,11 @@ def forward_shape(
 ) -> tuple[tuple[int, int, int], int]:
     """(M, J, C) of the forward kernel, and the steps of a segment, a multiple of K.
 
-    Where two lanes a channel are programs enough, time is not cut. Else a channel has one lane, and
-    one program to a scheduler is a turn: 33 for 32 schedulers are two. A turn is as long as a
-    segment and the chain of summaries before it, half of all, each of them about as long as a step.
+    Where two lanes a channel make programs enough, time is not cut; where they make very many, a
+    channel has one lane. Where too few, it has one lane too, and time is cut so that all are done
+    soonest: one program to a scheduler is a turn, 33 for 32 schedulers are two, and a turn is as
+    long as a segment and the chain of summaries before it, in the mean half of all, each of them
+    about as long as a step.
     """
     one, two = lane_shape(d_state, 1), lane_shape(d_state, 2)
     chunks, programs = ceil_div(seqlen, K), batch * ceil_div(d_inner, two[2])
@@ -1226,6 +1249,7 @@ def operator(results):
 def forward_results(x: Tensor, A: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What scan_forward returns, still empty."""
     (batch, seqlen, d_inner), d_state = x.shape, A.shape[1]
+    # Groups enough for whole programs of one lane a channel as well as of two.
     channels, (M, J, C) = lane_shape(d_state, 1)[2], lane_shape(d_state, 2)
     groups, chunks = ceil_div(d_inner, channels) * channels // C, ceil_div(seqlen, K) if save else 0
     empty = functools.partial(x.new_empty, dtype=torch.float32)
@@ -1801,8 +1825,9 @@ def causal_conv_triton(
 ## ================================================================================================
 ##
 ## For a prompt and in training a block is about 25 operators of PyTorch, twice that backward, and
-## starting one takes Python longer than many of them take the GPU. Here it is nine or ten kernels,
-## and its backward pass is written out, so that it keeps less: what is cheap is computed again.
+## starting one takes Python longer than many of them take the GPU. Here it is eight or nine
+## kernels, and its backward pass is written out, so that it keeps less: what is cheap is computed
+## again.
 ##
 ##     norm                  stream -> u             computed again
 ##     in_proj               u -> x before the convolution, z               kept: 2 b l d

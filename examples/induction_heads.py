@@ -3,9 +3,10 @@
     python examples/induction_heads.py --small   # a few minutes on a CPU: a table, a picture
     python examples/induction_heads.py           # the paper's sizes, for a GPU
 
-The task of section 4.1.2 of the paper (arXiv 2312.00752; sizes of its appendix E.1). A sequence of
-random tokens holds one special token, somewhere. At the end the special token comes again, and the
-model is to say which token followed it the first time:
+The task of section 4.1.2 of the paper (arXiv 2312.00752; sizes of its appendix E.1, but half of its
+204,800 steps, and a learning rate that falls to 0 at the end). A sequence of random tokens holds
+one special token, somewhere. At the end the special token comes again, and the model is to say
+which token followed it the first time:
 
     7 3 [S] 9 1 4 4 0 2 [S]  ->  9
 

@@ -224,7 +224,11 @@ CASES = {
         "small": (2, 11, 3, 3), "large": (17, 129, 1536, 16), "reset": True,
         "patch": sized({"FORWARD_FULL": 2, "BACKWARD_FULL": 2}, {}),
     },
-    "a loss of y": {"small": (1, 5, 3, 2), "large": (2, 63, 16, 1), "outputs": ["y"]},
+    # Three tiles in a chunk; 8 lanes for a channel, more than a tile has steps, and halves swapped.
+    "a loss of y": {
+        "small": (1, 9, 3, 65), "large": (2, 63, 16, 1), "outputs": ["y"],
+        "patch": sized({"K": 16}, {}),
+    },
     "a loss of h_last": {"small": (1, 5, 3, 2), "large": (2, 63, 16, 1), "outputs": ["h_last"]},
     "slices of one segment": {
         "small": (1, 21, 3, 1), "large": (300, 65, 48, 17), "cut": (3, 1, 1, 1),
@@ -302,6 +306,7 @@ GRIDS = {
     (1, 66, 3, 1): [(1, 2, 1), (1, 2, 1)],
     (1, 65536, 2048, 16): [(64, 41, 1), (128, 8, 1), (128, 8, 1)],
     (1, 2**20, 2048, 16): [(64, 33, 1), (128, 8, 1), (128, 8, 1)],
+    (1, 65536, 4096, 16): [(128, 41, 1), (256, 4, 1), (256, 4, 1)],
     (1, 2048, 1536, 16): [(48, 32, 1), (96, 11, 1)],
     (1, 1024, 2048, 16): [(64, 16, 1), (128, 8, 1)],
     (1, 2048, 5120, 16): [(160, 16, 1), (320, 1, 1), (320, 3, 1), (320, 3, 1)],
@@ -327,6 +332,18 @@ def test_time_is_cut_until_there_are_programs_enough_and_room_for_their_sums(siz
     kernels = (triton_scan.forward_kernel, triton_scan.backward_kernel)
     grids = [call.args[1] for call in launch.call_args_list if call.args[0] in kernels]
     assert grids == GRIDS[size]
+
+
+def test_the_sums_of_more_programs_than_are_added_up_at_once_are_complete():
+    totals, sums = torch.randn(35, 1, 3, 32, device=DEVICE), torch.zeros(3, 20, device=DEVICE)
+    dA, dD, dbias = sums
+    constants = {"M": 1, "J": 1, "CHANNELS": 32, "LOG": False, "HAS_D": True, "HAS_BIAS": True}
+    triton_scan.launch(
+        triton_scan.sum_totals_kernel, (2, 1, 1), (totals, dA, dA, dD, dbias), (35, 1), (20, 1),
+        **constants, ROWS=16, SIZE=64, num_warps=4,
+    )  # fmt: skip
+    expected = totals.double().sum(0)[0, :, :20]
+    assert_close("dA, dD and dbias", sums, expected, 1e-5)
 
 
 def test_strides_beyond_32_bits_cost_a_copy_and_others_none():

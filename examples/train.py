@@ -79,10 +79,12 @@ def read_text(paths: list[Path], tokenizer: Tokenizer, separator: str | None = N
 
 def read_texts(options: argparse.Namespace, tokenizer: Tokenizer) -> tuple[Text, list[Text]]:
     """The text to train on and those to measure on."""
-    files = set()
-    for path in options.data:  # a folder stands for all files in it, but for what is hidden
-        inside = {p for p in path.rglob("*") if "/." not in f"/{p.relative_to(path).as_posix()}"}
-        files |= {p for p in inside if p.is_file()} if path.is_dir() else {path}
+    files, out = set(), options.out.absolute()
+    for path in map(Path.absolute, options.data):  # each file is read once, however it is named
+        # A folder stands for all files in it, but for what is hidden and what a run has written.
+        inside = {p for p in path.rglob("*") if p.is_file() and out not in p.parents}
+        seen = {p for p in inside if "/." not in f"/{p.relative_to(path).as_posix()}"}
+        files |= seen if path.is_dir() else {path}
     if missing := set(options.hold_out) - {path.name for path in files}:
         raise ValueError(f"--hold-out {' '.join(sorted(missing))}: not among --data")
     kept = sorted(path for path in files if path.name in options.hold_out)

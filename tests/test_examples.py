@@ -112,6 +112,16 @@ def test_documents_stand_one_after_another_and_each_starts_at_the_end_of_the_las
     assert torch.equal(reset, ids == end)
 
 
+def test_a_folder_is_each_of_its_files_once_but_not_what_is_hidden_or_written_by_the_run(run):
+    for folder in ("sub/.git", "out"):
+        Path(folder).mkdir(parents=True)
+        Path(folder, "text").write_bytes(VERSE)
+    Path("sub/more").write_bytes(VERSE)
+    Path("empty.txt").unlink()
+    run(f"--data . read.txt {Path('read.txt').absolute()} --steps 1 --out out")
+    assert bytes(run.text.tolist()) == b"\n\n".join([VERSE.upper(), VERSE, VERSE])
+
+
 def test_training_windows_read_on_where_they_stopped_and_one_row_in_eight_jumps():
     text = torch.arange(256, dtype=torch.uint8).repeat(999)
     windows, dice = train.Windows((text, text == 7), 400, seqlen=10), torch.Generator()

@@ -22,7 +22,9 @@ open how the answer is asked for, and its data were not published (github.com/st
 issue 343). Here it is as in the copying task of S4's authors: 4096 places for noise and data, then
 the markers, and of the 16 tokens one is the noise, one the marker and 14 are data. And the training
 begins with short sequences: of 4096 places from the start, 8,000 steps at 1e-3 taught neither model
-anything. The learning rate falls to 0 over the last fifth of the steps of each length.
+anything. (Of 4 tokens among 96 places a width of 32 copies 99 % after 200 steps each of 12, 32 and
+96 places, and 87 % after 600 of 96; one seed.) The learning rate falls to 0 over the last fifth of
+the steps of each length.
 """
 
 from __future__ import annotations

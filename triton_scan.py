@@ -1359,7 +1359,7 @@ def scan_backward(
 
     empty = functools.partial(x.new_empty, dtype=torch.float32)
     dx, ddt, dA, dB, dC, dD, dz, dh0, dbias = empty_like_each(x, x, dt, A, B, C, D, z, h0, dt_bias)
-    parts = empty((batch, blocks, steps, 2, states))
+    parts = empty((batch, blocks, steps, J, 2 * M))
     totals = empty((batch * sum(counts), blocks, (states + 2) * channels))
     scratch = empty((K // BACKWARD_T, batch * segments, blocks, states * channels))
     ends = sums = x

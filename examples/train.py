@@ -473,8 +473,12 @@ def main() -> None:
             parser.error(f"{name} must be at least 1, got {value}")
     if not options.prompt:
         parser.error("prompt must have at least one character, or there is nothing to continue")
-    if not 0 <= options.validation_share < 1:
-        parser.error(f"validation_share must be in [0, 1), got {options.validation_share}")
+    for name in ("validation_share", "jump", "dropout"):
+        if not 0 <= (value := getattr(options, name)) <= 1:
+            parser.error(f"{name} must be from 0 to 1, got {value}")
+    for name in ("lr", "clip", "warmup", "weight_decay", "evaluate_window"):
+        if (value := getattr(options, name)) < 0:
+            parser.error(f"{name} must not be negative, got {value}")
     if options.evaluate and not (options.hold_out or options.validation_share):
         parser.error("--evaluate needs a text to measure on: --hold-out or --validation-share")
     for name in ("tokenizer", "d_model", "n_layer") if options.init_from else ():

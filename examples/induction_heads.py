@@ -22,10 +22,11 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
+import itertools
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -228,16 +229,23 @@ def read_kept(file: Path | None) -> dict[str, Any]:
     return {} if file is None or not file.exists() else dict(json.loads(file.read_text()))
 
 
-def keep(file: Path | None, key: str, run: Callable[[], Any]) -> Any:
-    """run(), of numbers and lists; or, if a file is named that has it, what it gave before."""
-    finished = read_kept(file)
-    if key not in finished:
-        finished[key] = run()
-        if file is not None:  # written aside and moved: a run killed here leaves the old file
-            aside = file.with_name(file.name + ".partial")
-            aside.write_text(json.dumps(finished, indent=1))
-            aside.replace(file)
-    return finished[key]
+def run_each(
+    run: Callable[[Any, int], Any], kinds: Iterable, sizes: dict, options: argparse.Namespace
+) -> dict[tuple[Any, int], Any]:
+    """run(kind, seed), of numbers and lists, for each kind and seed, with the seed set; or what it
+    gave before, if --keep names a file that has it, of the same sizes."""
+    finished, results = read_kept(options.keep), {}
+    for kind, seed in itertools.product(kinds, options.seeds):
+        key = f"{kind}, seed {seed}, {sizes}"
+        if key not in finished:
+            torch.manual_seed(seed)
+            finished[key] = run(kind, seed)
+            if options.keep is not None:  # written aside and moved: killed here, the old one stays
+                aside = options.keep.with_name(options.keep.name + ".partial")
+                aside.write_text(json.dumps(finished, indent=1))
+                aside.replace(options.keep)
+        results[kind, seed] = finished[key]
+    return results
 
 
 def main() -> None:
@@ -246,18 +254,13 @@ def main() -> None:
     lr, fade, steps = sizes["lr"], sizes["fade"], options.steps or sizes["steps"]
 
     def run(kind: str, seed: int) -> list[float]:
-        torch.manual_seed(seed)
         model = make_model(kind, sizes["d_model"]).to(options.device)
         learn = functools.partial(ask, rows=sizes["batch"], length=sizes["length"])
         train(model, learn, steps, lr, fade=fade, say=f"{kind}, seed {seed}")
         exams = (functools.partial(ask, rows=64, length=length) for length in sizes["asked"])
         return [accuracy(model, exam) for exam in exams]
 
-    results = {}
-    for kind in LABELS:
-        for seed in options.seeds:
-            key = f"{kind}, length {sizes['length']}, seed {seed}, {steps} steps"
-            results[kind, seed] = keep(options.keep, key, functools.partial(run, kind, seed))
+    results = run_each(run, LABELS, sizes | {"steps": steps}, options)
     print(table(results, sizes))
     draw(results, sizes, options.out)
     print(f"\nwrote {options.out}")

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 if __name__ == "__main__":  # from a clone that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from induction_heads import accuracy, command_line, keep, train
+from induction_heads import accuracy, command_line, run_each, train
 
 from mamba import Mamba, MambaConfig, MambaState, causal_conv
 
@@ -194,18 +194,13 @@ def main() -> None:
     learn = functools.partial(ask_all, questions=sizes["questions"], pairs=pairs, words=words)
 
     def run(d_state: int | None, seed: int) -> list[float]:
-        torch.manual_seed(seed)
         model = make_model(d_state, sizes["d_model"], words).to(options.device)
         say = f"{name(d_state, sizes)}, seed {seed}"
         train(model, learn, steps, lr, fade=fade, say=say)
         exams = (functools.partial(ask, questions=2048, pairs=p, words=words) for p in pairs)
         return [accuracy(model, exam) for exam in exams]
 
-    results = {}
-    for d_state in (None, *sizes["d_state"]):
-        for seed in options.seeds:
-            key = f"{name(d_state, sizes)}, {words} words, seed {seed}, {steps} steps"
-            results[d_state, seed] = keep(options.keep, key, functools.partial(run, d_state, seed))
+    results = run_each(run, (None, *sizes["d_state"]), sizes | {"steps": steps}, options)
     print(table(results, sizes))
     draw(results, sizes, options.out)
     print(f"\nwrote {options.out}")

@@ -41,7 +41,7 @@ if __name__ == "__main__":  # from a clone that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import induction_heads
-from induction_heads import COLORS, LABELS, TOKENS, accuracy, command_line, keep, train
+from induction_heads import COLORS, LABELS, TOKENS, accuracy, command_line, run_each, train
 
 from mamba import Mamba
 
@@ -150,7 +150,6 @@ def main() -> None:
     lr, fade, steps = sizes["lr"], sizes["fade"], options.steps or sizes["steps"]
 
     def run(kind: str, seed: int) -> tuple[list, float]:
-        torch.manual_seed(seed)
         model, curves = make_model(kind, sizes["d_model"]).to(options.device), []
         for length in sizes["lengths"]:
             learn = functools.partial(ask, rows=sizes["batch"], length=length, data=sizes["data"])
@@ -158,13 +157,9 @@ def main() -> None:
             curves.append(train(model, learn, steps, lr, fade=fade, say=say))
         return points_of(torch.cat(curves, dim=1)), accuracy(model, learn, times=20)
 
-    curves, shares = {}, {}
-    for kind in LABELS:
-        for seed in options.seeds:
-            key = f"{kind}, lengths {sizes['lengths']}, seed {seed}, {steps} steps each"
-            found = keep(options.keep, key, functools.partial(run, kind, seed))
-            curves[kind, seed], shares[kind, seed] = found
-    print(table(shares, not options.small))
+    results = run_each(run, LABELS, sizes | {"steps": steps}, options)
+    print(table({which: share for which, (_, share) in results.items()}, not options.small))
+    curves = {which: curve for which, (curve, _) in results.items()}
     draw(curves, sizes["lengths"], not options.small, options.out)
     print(f"\nwrote {options.out}")
 

@@ -256,6 +256,11 @@ def test_a_command_prints_a_table_and_draws(task, monkeypatch, tmp_path, capsys)
             capsys.readouterr()
             assert json.loads((tmp_path / "runs.json").read_text())
     assert capsys.readouterr().out.splitlines() == printed * 2
+    kept = len(json.loads((tmp_path / "runs.json").read_text()))
+    task.SIZES["small"]["lr"] = 2e-3  # what was kept is of another training
+    task.main()
+    assert len(json.loads((tmp_path / "runs.json").read_text())) == 2 * kept
+    capsys.readouterr()
     for option, value, said in (
         ("--keep", str(picture), "is no file of finished runs, name another"),
         ("--steps", "0", "--steps must be at least 1, got 0"),

@@ -24,7 +24,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryFile
 
 import torch
 import torch.distributed as dist
@@ -40,15 +39,13 @@ if __name__ == "__main__":  # from a clone that is not installed
 
 from chunked_loss import chunked_cross_entropy
 
-from generate import ByteTokenizer, Tokenizer, load_tokenizer, stream
+from generate import ByteTokenizer, Tokenizer, generate, load_tokenizer
 from mamba import Mamba, MambaConfig, file_finder, read_config, read_file
 
 ## All documents stand in one long row of tokens. Between two stands what ends a text: the end token
 ## of the tokenizer, or for bytes an empty line. With --packed the model forgets, when it reads the
-## last token of this end (`reset`), all before it: from the zero state and this token alone it
-## predicts the next document's first.
-## So no token sees another document, each has a target of its own, nothing is padding, and losses
-## and gradients are those of documents that are read one by one.
+## last token of this end (`reset`), all before it. So no token sees another document, nothing is
+## padding, and losses and gradients are those of documents that are read one by one.
 
 Text = tuple[Tensor, Tensor]  # ids (l,), and reset (l,) bool: True where the model is to forget
 
@@ -103,15 +100,14 @@ def read_texts(options: argparse.Namespace, tokenizer: Tokenizer) -> tuple[Text,
     return train, texts
 
 
-## A language model needs the past, and a recurrent one can have it for free: each row of the batch
-## reads on where it stopped one step ago, starting from the state it had there. The gradient stops
-## at the border (truncated back-propagation), the memory does not. So the model trains on windows
-## of 512 bytes and learns to use a state that is thousands of bytes old.
+## A recurrent model can have the past for free: each row of the batch reads on where it stopped one
+## step ago, starting from the state it had there. The gradient stops at the border (truncated
+## back-propagation), the memory does not: trained on windows of 512 bytes, the model learns to use
+## a state that is thousands of bytes old.
 ##
-## Two things would go wrong if rows only ever read on. The batches would follow the order of the
-## files, and the model would hardly ever see the zero state that every prompt starts from. So at
-## each step one row in eight jumps to a random place and starts from zero. (With --jump 1 all do:
-## random windows, on which transformers are trained.)
+## If rows only ever read on, batches would follow the order of the files, and the model would
+## hardly see the zero state that every prompt starts from. So at each step one row in eight jumps
+## to a random place and starts from zero. (With --jump 1 all do, as transformers are trained.)
 
 
 class Windows:
@@ -141,9 +137,8 @@ def add_dropout(model: Mamba, p: float) -> None:
     def drop(module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
         return F.dropout(output, p, module.training)
 
-    for layer in model.backbone.layers:
-        layer.mixer.out_proj.register_forward_hook(drop)
-    model.backbone.embedding.register_forward_hook(drop)
+    for module in (model.backbone.embedding, *(x.mixer.out_proj for x in model.backbone.layers)):
+        module.register_forward_hook(drop)
 
 
 def learning_rate(step: int, steps: int, warmup: int) -> float:
@@ -174,19 +169,16 @@ def evaluate(model: Mamba, texts: list[Text], window: int = 4096) -> float:
     return nats / count
 
 
-def export(
-    config: MambaConfig, weights: dict[str, Tensor], tokenizer: Tokenizer, folder: Path
-) -> Mamba:
+def export(model: Mamba, weights: dict[str, Tensor], tokenizer: Tokenizer, folder: Path) -> Mamba:
     """Save with matrices in float16: half the bytes, eleven bits of each. Returns what it saved.
 
     A_log, D, biases and norms stay in float32. They are few, and A_log sits in an exponent.
     """
-    copy = Mamba(config)
+    copy = type(model)(model.config)
     copy.load_state_dict(weights)
-    for group in copy.param_groups(weight_decay=1.0):
-        if group["weight_decay"] > 0:  # the matrices: what decays is what may be rounded
-            for parameter in group["params"]:
-                parameter.data = parameter.data.half()
+    matrices, _ = copy.param_groups(weight_decay=1.0)  # what decays is what may be rounded
+    for parameter in matrices["params"]:
+        parameter.data = parameter.data.half()
     copy.save_pretrained(folder)
     if not isinstance(tokenizer, ByteTokenizer):
         tokenizer.tokenizer.save(str(folder / "tokenizer.json"))
@@ -278,17 +270,20 @@ def make_model(options: argparse.Namespace) -> tuple[Mamba, Tokenizer]:
 
 
 # A run goes on only if all options but these are what they were when it began.
-FREE = "data out evaluate evaluate_every prompt device parallel accumulate graph compile".split()
+FREE = "data out evaluate evaluate_every prompt device parallel accumulate graph".split()
 
 
-def train(options: argparse.Namespace) -> None:
+def train(
+    options: argparse.Namespace, make_model: Callable = make_model, evaluate: Callable = evaluate
+) -> None:
+    """benchmarks/transformer.py trains a model of another kind, and measures it in another way."""
     (rank, world, device), checkpoint = which_process(options.device), options.out / "training.pt"
     model, tokenizer = make_model(options)
     text, held_out = read_texts(options, tokenizer)
     batch, seqlen, parts = options.batch, options.seqlen, options.accumulate
     if batch % (n := world * parts):
-        made_of = f"{world} processes x --accumulate {parts}"
-        raise ValueError(f"--batch {batch} must be a multiple of {n} = {made_of}")
+        n = f"{n} = {world} processes x --accumulate {parts}"
+        raise ValueError(f"--batch {batch} must be a multiple of {n}")
     if (length := len(text[0])) <= seqlen:
         raise ValueError(f"{length} tokens to train on are too few for --seqlen {seqlen}")
     if options.packed and not isinstance(tokenizer, ByteTokenizer) and not tokenizer.eos_token_ids:
@@ -296,13 +291,9 @@ def train(options: argparse.Namespace) -> None:
     if options.graph and (world > 1 or device.type != "cuda"):
         raise ValueError(f"--graph needs one process and a GPU, got {world} and {device.type}")
     options.out.mkdir(parents=True, exist_ok=True)
-    TemporaryFile(dir=options.out).close()  # if nothing can be written, it is to fail now
     model.to(device)
     if options.dropout:  # blocks with a hook, even an idle one, run without their fused kernels
         add_dropout(model, options.dropout)
-    if options.compile:
-        for layer in model.backbone.layers:
-            layer.compile()
     shared = share(model, options.parallel, world, device) if world > 1 else model
     lr = torch.tensor(options.lr, device=device)  # a recorded step would not look at a number
     groups = model.param_groups(options.weight_decay)
@@ -317,6 +308,7 @@ def train(options: argparse.Namespace) -> None:
     jumped = torch.zeros(batch // world, dtype=torch.bool, device=device)
 
     losses, measured, seconds = [], {}, 0.0
+    whole = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # in the first process
     fixed = {name: value for name, value in vars(options).items() if name not in FREE}
     all_ids = (ids.numpy() for ids, _ in (text, *held_out))
     fixed["texts"] = ", ".join(f"{len(ids)} tokens {zlib.crc32(ids):08x}" for ids in all_ids)
@@ -324,14 +316,11 @@ def train(options: argparse.Namespace) -> None:
         saved = read_file(checkpoint)
         for name, value in fixed.items():
             if value != (before := saved["fixed"].get(name)):
-                raise ValueError(
-                    f"{checkpoint} was begun with {name} = {before}, not {value}: "
-                    "delete it to begin anew, or choose another --out"
-                )
+                said = f"{checkpoint} was begun with {name} = {before}, not {value}"
+                raise ValueError(f"{said}: delete it to begin anew, or choose another --out")
         losses, measured, seconds = saved["losses"], saved["measured"], saved["seconds"]
-        windows.position, weights, moments = (saved[n] for n in ("position", "weights", "moments"))
-        both = {"model_state_dict": weights, "optim_state_dict": moments}
-        whole = dcp.StateDictOptions(full_state_dict=True)
+        windows.position = saved["position"]
+        both = {"model_state_dict": saved["weights"], "optim_state_dict": saved["moments"]}
         dcp.set_state_dict(model, optimizer, **both, options=whole)
         state.conv.copy_(saved["conv"][:, mine])
         state.h.copy_(saved["h"][:, mine])
@@ -391,7 +380,6 @@ def train(options: argparse.Namespace) -> None:
             dist.all_reduce(recent)
         losses, interval = losses + recent.tolist(), time.perf_counter() - mark
         seconds += interval
-        whole = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # in the first process
         weights, moments = dcp.get_state_dict(model, optimizer, options=whole)
         if not all(each.half().isfinite().all() for each in (recent, *weights.values())):
             raise ValueError(f"loss or float16 weight not finite by step {i + 1}: lower --lr")
@@ -409,16 +397,16 @@ def train(options: argparse.Namespace) -> None:
             if device.type == "cuda":
                 said += f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
             said += f"  train {recent.mean():.4f}"
-            plain = export(model.config, weights, tokenizer, options.out).to(device)
+            plain = export(model, weights, tokenizer, options.out).to(device)
             if held_out:
                 measured[i + 1] = evaluate(plain, held_out)
                 said += f"  hold-out {measured[i + 1]:.4f}"
-            prompt = torch.tensor([tokenizer.encode(options.prompt)], device=device)
-            sampling = {"temperature": 0.8, "seed": 0, "vocab_size": tokenizer.vocab_size}
-            tokens = stream(plain, prompt, max_new_tokens=200, **sampling)
-            sample = tokenizer.decode([token.item() for token in tokens])
-            bar.write(f"{said} nats per token\n{options.prompt}{sample}\n")
-            del plain, tokens  # training needs their memory
+            bar.write(f"{said} nats per token")
+            if prompt := options.prompt:
+                sampling = {"temperature": 0.8, "seed": 0, "max_new_tokens": 200}
+                sample = generate(plain, tokenizer, prompt, eos_token_id=None, **sampling)
+                bar.write(f"{prompt}{sample}\n")
+            del plain  # training needs its memory
             write_curve(options.out, losses, measured)
             # Written aside and moved: an interruption must not cost the only checkpoint.
             torch.save(saved, checkpoint.with_suffix(".partial"))
@@ -433,10 +421,7 @@ def train(options: argparse.Namespace) -> None:
         dist.destroy_process_group()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, nargs="+", required=True, help="text files, and folders of them")
     add("--separator", metavar="TEXT", help="what stands between documents (None: files)")
@@ -461,29 +446,29 @@ def main() -> None:
     add("--clip", type=float, default=1.0, help="the largest norm of a gradient")
     add("--dropout", type=float, default=0.25, help="share of what enters the stream")
     add("--evaluate-every", type=int, default=300, help="steps between losses, samples, saves")
-    add("--prompt", default="\n", metavar="TEXT", help="how samples begin")
+    add("--prompt", default="\n", metavar="TEXT", help="how samples begin; an empty one: none")
     add("--parallel", choices=("ddp", "fsdp"), default="ddp", help="how torchrun's processes share")
     add("--graph", action="store_true", help="record a step as a CUDA graph (one GPU)")
-    add("--compile", action="store_true", help="torch.compile the blocks")
     add("--seed", type=int, default=0, help="of the weights, the windows and the dropout")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
     options = parser.parse_args()
-    for name in ("batch", "accumulate", "seqlen", "steps", "evaluate_every"):
-        if (value := getattr(options, name)) < 1:
-            parser.error(f"{name} must be at least 1, got {value}")
-    if not options.prompt:
-        parser.error("prompt must have at least one character, or there is nothing to continue")
-    for name in ("validation_share", "jump", "dropout"):
-        if not 0 <= (value := getattr(options, name)) <= 1:
-            parser.error(f"{name} must be from 0 to 1, got {value}")
-    for name in ("lr", "clip", "warmup", "weight_decay", "evaluate_window"):
-        if (value := getattr(options, name)) < 0:
-            parser.error(f"{name} must not be negative, got {value}")
+    low = dict.fromkeys(("batch", "accumulate", "seqlen", "steps", "evaluate_every"), 1)
+    high = dict.fromkeys(("validation_share", "jump", "dropout"), 1)
+    for name in (*low, *high, "lr", "clip", "warmup", "weight_decay", "evaluate_window"):
+        value, least, most = getattr(options, name), low.get(name, 0), high.get(name, math.inf)
+        if not least <= value <= most:
+            parser.error(f"{name} must be from {least} to {most}, got {value}")
     if options.evaluate and not (options.hold_out or options.validation_share):
         parser.error("--evaluate needs a text to measure on: --hold-out or --validation-share")
     for name in ("tokenizer", "d_model", "n_layer") if options.init_from else ():
         if (value := getattr(options, name)) != parser.get_default(name):
             parser.error(f"{name} = {value} is for a new model: --init-from has its own")
+    return options
+
+
+def main() -> None:
+    title, defaults = __doc__.split("\n")[0], argparse.ArgumentDefaultsHelpFormatter
+    options = parse_arguments(argparse.ArgumentParser(description=title, formatter_class=defaults))
     try:
         if options.evaluate is None:
             return train(options)

@@ -1,11 +1,22 @@
-"""The benchmark of the CPU: it runs in tiny sizes, and it measures what it says."""
+"""Benchmarks run in tiny sizes, and they measure what they say."""
 
 import importlib
+import itertools
+import math
+import random
+import re
 import sys
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+
+from generate import DEFAULT_MODEL
+from mamba import Mamba
+from test_mamba import random_model
 
 HERE = Path(__file__).parent.parent / "benchmarks"
 
@@ -39,3 +50,113 @@ def test_the_peak_of_tensors_counts_what_is_held_at_a_time(cpu):
         return [held + 1 for _ in range(4)]  # together, but less
 
     assert cpu.peak_of_tensors(run) == pytest.approx(5000 * 4, abs=256)
+
+
+@pytest.fixture
+def transformer(monkeypatch):
+    monkeypatch.syspath_prepend(HERE)
+    return importlib.import_module("transformer")
+
+
+def kneser_ney(text: bytes, gram: bytes, whole: bool = True) -> float:
+    """P(last byte of gram | those before it), straight from the definition."""
+    if not gram:
+        return 1 / 256
+
+    def count(size):  # of grams; in a shorter context, of the bytes that came before them
+        found = Counter(text[i : i + size] for i in range(len(text) - size + 1))
+        return found if whole else Counter(each[1:] for each in found)
+
+    counts = count(len(gram) if whole else len(gram) + 1)
+    here = {each: n for each, n in counts.items() if each[:-1] == gram[:-1]}
+    shorter = kneser_ney(text, gram[1:], whole=False)
+    if not here:
+        return shorter
+    once, twice = max(1, [*counts.values()].count(1)), [*counts.values()].count(2)
+    discount = once / (once + 2 * twice)
+    own = max(here.get(gram, 0) - discount, 0)
+    return (own + discount * len(here) * shorter) / sum(here.values())
+
+
+def test_the_probabilities_of_the_n_gram_sum_to_one_and_are_those_of_kneser_and_ney(transformer):
+    dice = random.Random(0)
+    text = bytes(dice.choices(b"abcd", [8, 4, 2, 1], k=300)) + b"abcabcxyz"
+    model = transformer.NGram(text, order=4)
+    contexts = [text[7:10], b"dda", b"zzz", b"\0bc", text[-3:], b"xyz"]
+    for context in contexts:
+        grams = np.array([[*context, byte] for byte in range(256)], dtype=np.uint8)
+        assert model(grams).sum() == pytest.approx(1, abs=1e-12)
+        expected = [kneser_ney(text, bytes(gram)) for gram in grams[90:125]]
+        assert model(grams)[90:125] == pytest.approx(expected, rel=1e-9)
+    expected = -sum(math.log(kneser_ney(text, b"abcabq"[i : i + 4])) for i in range(3))
+    assert model.nats(b"abcabq") == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_transformer_is_as_large_sees_the_past_only_and_knows_distances(transformer):
+    mamba = Mamba.from_pretrained(DEFAULT_MODEL)
+    model = transformer.Transformer(transformer.as_large_as(mamba.config))
+    sizes = transformer.parameters(model), transformer.parameters(mamba)
+    assert sizes[0] == pytest.approx(sizes[1], rel=2e-3)
+    ids = torch.randint(256, (2, 40))
+    with torch.no_grad():
+        before, ids[:, 20] = model(ids), ids[:, 20] ^ 1
+        change = (model(ids) - before).abs().amax(dim=(0, 2))
+    assert change[:20].max() == 0 and change[20:].min() > 1e-6
+    query, key = torch.randn(2, 1, 1, 1, 64).expand(2, 1, 30, 1, 64)
+    query, key = transformer.rotated(query)[0, :, 0], transformer.rotated(key)[0, :, 0]
+    scores = query @ key.T
+    for distance in (0, 1, 7):
+        same = scores.diagonal(-distance)
+        assert torch.allclose(same, same[0], atol=1e-4)
+    assert scores[:, 0].std() > 0.1
+
+
+@pytest.mark.parametrize("length", [2, 8, 9, 10, 12, 13, 14, 39])
+def test_each_byte_is_measured_once_and_with_half_a_window_of_the_past(transformer, length):
+    model = transformer.Transformer(random_model(d_model=16, n_layer=2, vocab_size=256).config)
+    torch.nn.init.normal_(model.lm_head.weight)
+    ids, window, nats = torch.randint(256, (length,)), 8, 0.0
+    for i in range(1, length):
+        start = 0 if i <= window else next(s for s in itertools.count(0, 4) if s >= i - window)
+        assert start == 0 or window / 2 < i - start <= window
+        nats += F.cross_entropy(model(ids[None, start:i])[0, -1], ids[i]).item()
+    text = (ids.to(torch.uint8), torch.zeros(length, dtype=torch.bool))
+    found = transformer.evaluate(model, [text], window, batch=3)
+    assert found == pytest.approx(nats / (length - 1), rel=1e-5)
+    assert transformer.evaluate(model, [text, text], window) == pytest.approx(found, rel=1e-6)
+
+
+def test_the_table_has_a_row_for_each_and_the_transformer_is_trained_once(
+    transformer, monkeypatch, tmp_path, capsys
+):
+    """What is in the text costs a compressor little, and chance costs it 8 ln 2 nats a byte."""
+
+    def table(options: str) -> list[list[float]]:
+        call = "transformer.py --data text seen chance --hold-out seen chance --mamba mamba"
+        tiny = "--d-model 16 --n-layer 2 --steps 4 --evaluate-every 2 --batch 2 --seqlen 16"
+        monkeypatch.setattr(sys, "argv", f"{call} {tiny} --device cpu {options}".split())
+        transformer.main()
+        table.printed = capsys.readouterr().out
+        rows = re.findall(r"^\| ([\w-]+) \| (.*) \| (.*) \| (.*) \|$", table.printed, re.M)
+        return {name: [float(number) for number in numbers] for name, *numbers in rows[1:]}
+
+    monkeypatch.chdir(tmp_path)
+    dice = random.Random(0)
+    text = bytes(dice.choices(b"abcdefgh .", k=30_000))
+    Path("text").write_bytes(text)
+    Path("seen").write_bytes(text[9000:11000])
+    Path("chance").write_bytes(dice.randbytes(2000))
+    random_model(vocab_size=256).save_pretrained("mamba")
+    rows = table("--out out")
+    assert [*rows] == ["xz", "bzip2", "5-gram", "mamba", "transformer"]
+    assert all(row[2] == pytest.approx((row[0] + row[1]) / 2, abs=1e-4) for row in rows.values())
+    assert rows["xz"][1] < 0.1 and math.log(256) < rows["xz"][0] < 6
+    assert rows["bzip2"][1] < math.log(16) and rows["5-gram"][1] < math.log(10)
+    assert "transformer: 4 steps in " in table.printed and "step 4 " in table.printed
+    again = table("--rows transformer --evaluate out")
+    assert again == {"transformer": rows["transformer"]} and "step 4 " not in table.printed
+    for wrong in ("--packed", "--tokenizer mamba", "--validation-share 0.1"):
+        with pytest.raises(SystemExit, match="2"):
+            table(wrong)
+    with pytest.raises(SystemExit, match=r"transformer\.py: error: .*nothing"):
+        table("--rows transformer --evaluate nothing")

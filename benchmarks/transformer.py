@@ -114,8 +114,10 @@ def look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndar
 
 ## The transformer has the frame of Mamba: embedding, norms, residual blocks, tied head. In place of
 ## the MambaBlocks stand attention and MLP in turn: one layer of it is two residual blocks.
-## Rotary positions (arXiv 2104.09864), SwiGLU (arXiv 2002.05202), no biases; normal weights of
-## standard deviation 0.02, smaller in what adds to the stream, as in GPT-2.
+## Rotary positions (arXiv 2104.09864), SwiGLU (arXiv 2002.05202), no biases. Weights start normal,
+## as large as PyTorch's would be, and smaller in what adds to the stream. (Tried with width 64 for
+## 600 steps, on another play: 1.83 to 1.85 nats per byte in three runs; uniform, as PyTorch's are,
+## 1.86 and 1.87, and if nothing is smaller 1.91; with GPT-2's standard deviation of 0.02, 1.88.)
 
 
 class Attention(nn.Module):
@@ -177,8 +179,8 @@ class Transformer(Mamba):
         self.backbone["layers"] = nn.ModuleList(ResidualBlock(config, k(config)) for k in kinds)
         for name, weight in self.backbone.layers.named_parameters():
             if name.endswith("proj.weight") and not weight.is_meta:
-                small = len(kinds) ** 0.5 if "out_proj" in name else 1
-                nn.init.normal_(weight, std=0.02 / small)
+                blocks = len(kinds) if "out_proj" in name else 1
+                nn.init.normal_(weight, std=(3 * config.d_model * blocks) ** -0.5)
 
 
 def parameters(model: nn.Module) -> int:

@@ -724,9 +724,8 @@ def scan_chunked(
 ## Recomputation -----------------------------------------------------------------------------------
 ##
 ## Training keeps several tensors of (b, l, d, n) for the backward pass. But all can be computed
-## again from the state at the start of a chunk. So: one chunk after the other, keep only the h
-## between them, and let the backward pass run each chunk again before it differentiates it (section
-## 3.3.2).
+## again from the state at the start of a chunk (section 3.3.2). So: one chunk after the other, keep
+## only the h between them, and let the backward pass run each again before it differentiates it.
 ##
 ## The gradient of (2a) is a recurrence of the same kind, from the end to the start. Let G_t be the
 ## gradient of the loss with respect to h_t, by way of y_t and of h_{t+1}, and ∂q that of any q:
@@ -736,9 +735,8 @@ def scan_chunked(
 ##
 ## At the last step of a chunk the second term of G is ∂h, of the h that is handed on; in return the
 ## chunk hands Ā_1 G_1 to the one before it. The rest, from Ā and v back to Δ, A, B and x, has no
-## recurrence and is left to autograd. A CPU likes it too: a short chunk stays in its cache, and
-## every step is done once. Time is the first axis and the channels are the last: every operation
-## runs along long rows in memory.
+## recurrence and is left to autograd. A short chunk stays in a CPU's cache. And with time as the
+## first axis and channels as the last every operation runs along long rows in memory.
 
 
 class RecomputedChunk(torch.autograd.Function):
@@ -872,8 +870,8 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
 
 
 def are_our_own(*modules: nn.Module) -> bool:
-    """Whether these, without those inside of them, are modules of ours: a hook, an adapter or a
-    quantised weight would be passed by where a kernel takes the place of the modules."""
+    """Whether these, without those inside of them, are our own: a hook, an adapter or a quantised
+    weight would be passed by. (Hooks on all modules at once are not looked for.)"""
     own = Mamba, ResidualBlock, MambaBlock, RMSNorm, DeltaProjection
     own += nn.Linear, nn.Conv1d, nn.Embedding, nn.ModuleDict, nn.ModuleList
     # Asked of every block in every prompt: plain loops, and no attributes of modules.
@@ -970,7 +968,7 @@ def window_after(raw: Tensor, past: Tensor, reset: Tensor | None) -> tuple[Tenso
 def adapted_conv(
     raw: Tensor, conv1d: nn.Module, past: Tensor, reset: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`causal_conv` by a call of the module as it is: an adapter such as LoRA, or with hooks."""
+    """`causal_conv` by a call of the module, with its adapter or hooks. Reset only at the start."""
     if reset is not None and reset[:, 1:].any():
         raise ValueError(
             "conv1d has a hook or an adapter and would look across a reset inside the sequence: "
@@ -993,7 +991,8 @@ def at_least_float32(*tensors: Tensor) -> Any:
 def expm1_over(a: Tensor) -> Tensor:
     """(exp(a) - 1) / a, with value and gradient right down to a = 0, where it is 1."""
     # The gradient of the quotient, a difference of numbers near 1/a, loses all digits as a -> 0.
-    small = a.abs() < 0.03  # seven terms of the series are exact to 1e-15, their gradient to 1e-12
+    # Seven terms of the series are exact to 1e-15 here, their gradient to 1e-12.
+    small = a.abs() < 0.03
     # Both branches are computed, and NaN times 0 is NaN: keep 0/0 out of the one not taken.
     quotient_a = torch.where(small, 1.0, a)
     series = 1 + a / 2 * (1 + a / 3 * (1 + a / 4 * (1 + a / 5 * (1 + a / 6 * (1 + a / 7)))))

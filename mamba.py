@@ -576,7 +576,8 @@ def selective_scan(
     x, dt, z (b, l, d), A (d, n), B, C (b, l, n), D, dt_bias (d,), h0 (b, d, n), reset (b, l) bool;
     or one token, with h0 and without the axis l: no scan. Returns y in x's dtype, h_last (b, d, n)
     in float32 (float64 for float64 inputs). scan: a name in SCANS, or "triton", the fused kernel,
-    which "auto" takes where it can. Raises ValueError, RuntimeError where "triton" cannot run.
+    which "auto" takes where it can. Raises ValueError for what does not fit, RuntimeError where
+    "triton" is asked for and cannot run.
     """
     tensors, one_token, needs = (x, dt, A, B, C, D, z, h0), x.ndim == 2, {"d_state": A.shape[-1]}
     if not one_token and (kernels := companion(scan, *tensors, dt_bias, rule=rule, **needs)):

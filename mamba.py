@@ -27,6 +27,8 @@ axes: b batch, l seqlen, d d_inner (channels), n d_state (states of a channel).
     h       (b, d, n)        the state, always float32 (float64 for float64 inputs)
     A_bar, B_bar  (b, d, n)  Ā and B̄: A and B for one step of length Δ
 
+Their names in the paper's Algorithm 2 and in other codes: a table at the end of part II.
+
 The core of Mamba in numbers: one channel, one state, A = -1, B = C = 1, from h = 0. Each token has
 its own Δ, which gives Ā = exp(ΔA) and B̄ = ΔB. Then h_t = Ā h_{t-1} + B̄ x_t and y_t = C h_t.
 
@@ -174,8 +176,8 @@ class Mamba(nn.Module):
         logits, state = model(input_ids, state)        # the same, continuing from a state
         logits, state = model.step(token_ids, state)   # (b,) -> (b, padded_vocab_size)
 
-    Raises ValueError for ids of another shape or type and a state that does not fit, IndexError for
-    an id without a row. In part III: from_pretrained, save_pretrained, param_groups (optimisers).
+    Raises ValueError for what does not fit, IndexError for an id without a row. In part III:
+    from_pretrained, save_pretrained, param_groups (optimisers).
     """
 
     def __init__(self, config: MambaConfig) -> None:
@@ -436,10 +438,8 @@ class MambaBlock(nn.Module):
 
 
 class DeltaProjection(nn.Linear):
-    """A Linear whose bias is left to `selective_scan`, which adds it once, in float32: it starts at
-    -7 to -2, and bfloat16, with its 8 significant bits, would round away much of what is added. A
-    plain Linear gives the same up to this rounding (but then without dt_bias, or it counts twice).
-    """
+    """A Linear whose bias `selective_scan` adds, in float32: it starts at -7 to -2, and bfloat16
+    would round away much of what is added. (With a plain Linear no dt_bias, or it counts twice.)"""
 
     def forward(self, low_rank: Tensor) -> Tensor:
         return F.linear(low_rank, self.weight)
@@ -447,11 +447,10 @@ class DeltaProjection(nn.Linear):
 
 @dataclass
 class MambaState:
-    """All that a block, or a model, remembers of the past. A model's has the layers as an axis in
-    front. It is a value, which nothing here changes, and cannot be shortened as a cache of keys
-    can: to go back, keep an earlier one. `torch.save(vars(state), file)`, and to go on
-    `MambaState(**torch.load(file))`; `state.map(Tensor.cuda)`; `state[:, parents]` for beams.
-    """
+    """All that a block, or a model (with an axis of layers in front), remembers. A value, which
+    nothing here changes, and which cannot be shortened as a cache of keys can: to go back, keep an
+    earlier one. `torch.save(vars(state), file)`, and to go on `MambaState(**torch.load(file))`;
+    `state.map(Tensor.cuda)`; `state[:, parents]` for beams."""
 
     conv: Tensor  # (b, d, d_conv - 1): the last raw inputs of the convolution, oldest first
     h: Tensor  # (b, d, n): the state of the SSM, float32 (float64 in a float64 model)
@@ -565,8 +564,6 @@ def scan_sequential(
 ## combination of all before it: four times the multiplications of the loop, in 2 log2(l) rounds in
 ## place of l. It pays where b d n numbers do not fill the machine; on a CPU they do. (No such tree
 ## runs here: part II cuts time into chunks.) Nothing like it holds for an LSTM's tanh(W h + v).
-##
-## The selective scan is the recurrence with what surrounds it: the piece to lift elsewhere.
 
 
 def selective_scan(
@@ -579,8 +576,8 @@ def selective_scan(
     x, dt, z (b, l, d), A (d, n), B, C (b, l, n), D, dt_bias (d,), h0 (b, d, n), reset (b, l) bool;
     or one token, with h0 and without the axis l: no scan. Returns y in x's dtype, h_last (b, d, n)
     in float32 (float64 for float64 inputs). scan: a name in SCANS, or "triton", the fused kernel,
-    which "auto" takes where it can. Raises ValueError for shapes that do not fit and unknown names,
-    RuntimeError if "triton" is asked for and cannot run.
+    which "auto" takes where it can. Raises ValueError for what does not fit, RuntimeError where
+    "triton" is asked for and cannot run.
     """
     tensors, one_token, needs = (x, dt, A, B, C, D, z, h0), x.ndim == 2, {"d_state": A.shape[-1]}
     if not one_token and (kernels := companion(scan, *tensors, dt_bias, rule=rule, **needs)):
@@ -623,15 +620,13 @@ SCANS = {"auto": scan_sequential, "sequential": scan_sequential}  # part II puts
 ##
 ## Two cumulative sums, which every parallel machine has. log Ā needs no logarithm: it is ΔA. The
 ## sum over j needs it, because exp(-a*_j) overflows as soon as a*_j < -88. And a logarithm wants
-## positive v: write v = v⁺ - v⁻, two non-negative parts, scan both and subtract. Ā must be positive
-## as well; under "bilinear" it need not be.
+## positive v: write v = v⁺ - v⁻, two non-negative parts, scan both and subtract.
 ##
-## Error. The share of v_j in h_t is exp(log v_j - a*_j + a*_t). An exponent is rounded relative to
-## the size of its terms, so each share is wrong by a factor of about 1 ± ε (|a*| + |log v|), with
-## ε = 1.2e-7 in float32: 5e-5 after decays that sum to |a*| = 400, a tenth at 1e6. The sums are
-## therefore restarted in every chunk, where |a*| is at most the chunk's own |A| ΣΔ. Two things
-## remain. Where v⁺ and v⁻ cancel, the error stays as large as what has cancelled. And the gradients
-## of Δ and A have |ΔA| times this error, more than is left of them where decays are extreme.
+## Error. An exponent is rounded relative to its terms, so the share of v_j in h_t, exp(log v_j -
+## a*_j + a*_t), is wrong by a factor of about 1 ± ε (|a*| + |log v|), with ε = 1.2e-7 in float32:
+## 5e-5 after decays that sum to |a*| = 400, a tenth at 1e6. Hence the sums restart in every chunk.
+## But where v⁺ and v⁻ cancel, the error stays as large as what has cancelled, and the gradients of
+## Δ and A have |ΔA| times this error, more than is left of them where decays are extreme.
 
 
 def scan_logspace(
@@ -639,7 +634,6 @@ def scan_logspace(
     *, rule: str = "mamba", reset: Tensor | None = None, chunk: int = 64,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Heinsen's scan, chunk after chunk, `chunk` steps long. Shapes as in scan_sequential.
-
     Error about ε (|A| ΣΔ + |log v| + 104 · resets), the largest over the chunks, ε = 1.2e-7,
     relative to the sum of the sizes of all that h adds up. Raises ValueError for rule "bilinear".
     """
@@ -682,11 +676,10 @@ def scan_logspace(
 ##   2. Walk over the chunks with h <- P h + end: l / k steps. Gives each chunk's true start state.
 ##   3. Run all chunks at once again, each from its true start state: k steps. Gives y.
 ##
-## 2 k + l / k steps instead of l, fewest for k = sqrt(l / 2): 128 in place of 2048. P needs no
-## product of k factors: exp(Δ_k A) ... exp(Δ_1 A) = exp(A ΣΔ). (Under "bilinear" Ā is no
-## exponential: P is what the chunk makes of a state of ones when no input comes.) Nothing is
-## divided by running products of decays, which may underflow to 0 (as in mamba-mini, the code that
-## named this form "chunk-parallel"): no chunk is too long and no decay too strong.
+## 2 k + l / k steps instead of l, fewest for k = sqrt(l / 2): 128 in place of 2048. P is no product
+## of k factors but exp(A ΣΔ) (or, under "bilinear", what the chunk makes of a state of ones without
+## input). Nothing is divided by running products of decays, which may underflow to 0 (mamba-mini,
+## which named this form "chunk-parallel", does that): no decay is too strong.
 
 
 def scan_chunked(
@@ -694,9 +687,7 @@ def scan_chunked(
     *, rule: str = "mamba", reset: Tensor | None = None, chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """All chunks at once, then from chunk to chunk, then all at once again. As scan_sequential.
-
-    chunk: steps per chunk; None takes sqrt(l / 2). It changes the speed and the rounding only.
-    """
+    chunk None takes sqrt(l / 2). It changes the speed and the rounding only."""
     batch, seqlen, _ = x.shape
     chunk = max(1, round(math.sqrt(seqlen / 2))) if chunk is None else chunk
     check_chunk(chunk)
@@ -733,10 +724,9 @@ def scan_chunked(
 
 ## Recomputation -----------------------------------------------------------------------------------
 ##
-## Training keeps what the backward pass needs: several tensors of (b, l, d, n), each n times as
-## large as x. But all of it can be computed again from the state at the start of a chunk. So: one
-## chunk after the other, keep only the h between them, and let the backward pass run each chunk
-## again before it differentiates it (section 3.3.2 does the same on a GPU).
+## Training keeps several tensors of (b, l, d, n) for the backward pass. But all can be computed
+## again from the state at the start of a chunk (section 3.3.2). So: one chunk after the other, keep
+## only the h between them, and let the backward pass run each again before it differentiates it.
 ##
 ## The gradient of (2a) is a recurrence of the same kind, from the end to the start. Let G_t be the
 ## gradient of the loss with respect to h_t, by way of y_t and of h_{t+1}, and ∂q that of any q:
@@ -745,12 +735,9 @@ def scan_chunked(
 ##     ∂Ā_t = G_t h_{t-1}                    ∂v_t = G_t
 ##
 ## At the last step of a chunk the second term of G is ∂h, of the h that is handed on; in return the
-## chunk hands Ā_1 G_1 to the chunk before it. The rest, from Ā and v = B̄ x back to Δ, A, B and x,
-## has no recurrence and is left to autograd.
-##
-## One chunk at a time is also what a CPU likes: it has few cores to run chunks side by side, but a
-## short chunk stays in its cache, and every step is done once. Time is the first axis here and the
-## channels are the last: every operation runs along long rows in memory.
+## chunk hands Ā_1 G_1 to the one before it. The rest, from Ā and v back to Δ, A, B and x, has no
+## recurrence and is left to autograd. A short chunk stays in a CPU's cache. And with time as the
+## first axis and channels as the last every operation runs along long rows in memory.
 
 
 class RecomputedChunk(torch.autograd.Function):
@@ -815,9 +802,7 @@ def scan_recompute(
     *, rule: str = "mamba", reset: Tensor | None = None, chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Chunk after chunk, with only the states between them kept. Shapes as in scan_sequential.
-
-    chunk: steps per chunk; None takes 8 to 64, about 1 MB of states where the sizes allow it. For
-    second derivatives and torch.func take another scan: this one is differentiable once.
+    chunk: None takes 8 to 64, about 1 MB of states. Differentiable once, and not under torch.func.
     """
     if chunk is None:
         chunk = min(64, max(8, 2**18 // max(1, x.shape[0] * A.numel())))
@@ -836,16 +821,14 @@ def scan_recompute(
 
 ## The fused kernel, and the choice ----------------------------------------------------------------
 ##
-## All scans above move tensors of (b, l, d, n) through memory, n times more than x and y have. On
-## a GPU that traffic, not arithmetic, is the time. A fused kernel reads x, dt, B, C and z once,
-## keeps h in registers and writes y once; for the backward pass it computes h again instead of
-## having stored it (section 3.3.2). It is a text of its own, triton_scan.py, and goes on from here.
+## All scans above move tensors of (b, l, d, n) through memory, and on a GPU that traffic, not
+## arithmetic, is the time. triton_scan.py goes on from here, a lesson of its own: a kernel that
+## reads x, dt, B, C and z once, keeps h in registers, writes y once, and backward computes h again.
 ## scan="auto" is that kernel on a GPU, where it takes the tensors, and else the following.
 
 
 def scan_auto(x: Tensor, *others: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """Recompute on a CPU, else, and for torch.func, torch.jit and torch.compile, chunked: compilers
-    unroll loops, and 2 sqrt(2 l) steps are fewer than l."""
+    """Recompute on a CPU; else, and for compilers, which unroll loops, chunked: fewer steps."""
     plain = torch.compiler.is_compiling() or torch.jit.is_tracing() or in_functorch()
     run = scan_recompute if x.device.type == "cpu" and not plain else scan_chunked
     return run(x, *others, **options)
@@ -888,10 +871,8 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
 
 
 def are_our_own(*modules: nn.Module) -> bool:
-    """Whether these, without those inside of them, are modules of ours. A hook, an adapter or a
-    quantised weight may do anything, and whoever computes a model without calling its modules would
-    pass it by. (Hooks on all modules at once, as those that count operations, are not looked for.)
-    """
+    """Whether these, without those inside of them, are our own: a hook, an adapter or a quantised
+    weight would be passed by. (Hooks on all modules at once are not looked for.)"""
     own = Mamba, ResidualBlock, MambaBlock, RMSNorm, DeltaProjection
     own += nn.Linear, nn.Conv1d, nn.Embedding, nn.ModuleDict, nn.ModuleList
     # Asked of every block in every prompt: plain loops, and no attributes of modules.
@@ -911,8 +892,7 @@ def is_our_own(model: nn.Module) -> bool:
 
 
 def kernels_for(layer: nn.Module, stream: Tensor) -> ModuleType | None:
-    """triton_scan.py if it is to run this ResidualBlock as a whole, else None: the modules are
-    called one by one, and the scan and the convolution may still be kernels."""
+    """triton_scan.py if it is to run this ResidualBlock as a whole, else None."""
     if not stream.is_cuda or stream.ndim != 3 or torch.compiler.is_compiling():
         return None
     block = layer.mixer
@@ -945,9 +925,8 @@ def causal_conv(
 ) -> tuple[Tensor, Tensor]:
     """A convolution along time that sees nothing to the right, one filter per channel, then SiLU.
 
-    raw (b, l, d), past (b, d, d_conv - 1): the inputs before raw, oldest first; or one token, raw
-    (b, d). With reset (b, l), no term reaches back over the start of a document. scan: as in
-    `selective_scan`. Returns x in the shape of raw, and the past of what follows.
+    raw (b, l, d), or (b, d), one token; past (b, d, d_conv - 1): the inputs before, oldest first.
+    reset (b, l): no term reaches over the start of a document. Returns x and the next past.
     """
     if not is_plain(conv1d, nn.Conv1d):
         return adapted_conv(raw, conv1d, past, reset)
@@ -964,8 +943,7 @@ def causal_conv(
     if kernels := companion(scan, raw, weight, bias, past, d_conv=reach + 1):
         return kernels.causal_conv_triton(raw, weight, bias, past, reset, silu=True), next_past
 
-    ## Tap number j sees the sequence d_conv - 1 - j steps late. The sum is float32: bfloat16
-    ## would round it four times.
+    ## Tap j sees the sequence d_conv - 1 - j steps late. The sum is float32, to be rounded once.
     window = at_least_float32(torch.cat([past.mT, raw], dim=1))  # (b, d_conv - 1 + l, d)
     x = window.new_zeros(()) if bias is None else at_least_float32(bias)
     for j in range(reach + 1):
@@ -991,8 +969,7 @@ def window_after(raw: Tensor, past: Tensor, reset: Tensor | None) -> tuple[Tenso
 def adapted_conv(
     raw: Tensor, conv1d: nn.Module, past: Tensor, reset: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`causal_conv` for a module that is called as it is: an adapter such as LoRA, or with hooks.
-    Raises ValueError for a reset after the first position, over which it would look."""
+    """`causal_conv` by a call of the module, with its adapter or hooks. Reset only at the start."""
     if reset is not None and reset[:, 1:].any():
         raise ValueError(
             "conv1d has a hook or an adapter and would look across a reset inside the sequence: "
@@ -1014,8 +991,8 @@ def at_least_float32(*tensors: Tensor) -> Any:
 
 def expm1_over(a: Tensor) -> Tensor:
     """(exp(a) - 1) / a, with value and gradient right down to a = 0, where it is 1."""
-    # The gradient of the quotient is a difference of two numbers near 1/a: it loses all its digits
-    # as a -> 0. Below 0.03 seven terms of the series are exact to 1e-15, their gradient to 1e-12.
+    # The gradient of the quotient, a difference of numbers near 1/a, loses all digits as a -> 0.
+    # Seven terms of the series are exact to 1e-15 here, their gradient to 1e-12.
     small = a.abs() < 0.03
     # Both branches are computed, and NaN times 0 is NaN: keep 0/0 out of the one not taken.
     quotient_a = torch.where(small, 1.0, a)
@@ -1023,11 +1000,29 @@ def expm1_over(a: Tensor) -> Tensor:
     return torch.where(small, series, torch.expm1(quotient_a) / quotient_a)
 
 
+## The same things in other texts ------------------------------------------------------------------
+##
+##   here            Algorithm 2  mamba_simple.py  selective_scan_ref  mamba-minimal   mamba-mini
+##   u               -            hidden_states    -                   x               -
+##   raw, z          -            x, z (in xz)     -, z                x, res          -
+##   conv            -            conv_state       -                   -               -
+##   x               x            x                u                   x, then u       us
+##   low_rank, B, C  -, B, C      parts of x_dbl   -, B, C             parts of x_dbl  -, Bs, Cs
+##   dt              s_Δ(x)       dt               delta               -               dts
+##   dt_bias         Parameter    dt_proj.bias     delta_bias          dt_proj.bias    delta_bias
+##   delta           Δ            dt (in step)     delta, later        delta, later    dts, later
+##   A_bar           Ā            dA (in step)     deltaA              deltaA          -
+##   B_bar x = v     B̄ x          dB x (in step)   deltaB_u            deltaB_u        dtBus
+##   h, h_last       -            ssm_state        x, last_state       x               hs, hprefix
+##
+## conv_state has d_conv columns, with the newest input. selective_scan_ref and mamba-mini have
+## (b, d, l) and (b, n, l). Algorithm 2's B, L, D, N are sizes, too: b, l, d, n. In log space
+## Heinsen's a, b, x are Ā, v, h and a_star is a*; exp(a*) is mamba-mini's Ats, ΔA mamba-tiny's dA.
+
+
 ## ================================================================================================
 ## Part III: nothing below is about Mamba (checks, optimisers, files)
 ## ================================================================================================
-##
-## Checks. Errors are raised here, at the boundary, with the offending value and what was expected.
 
 
 def check_config(config: MambaConfig) -> None:
@@ -1119,9 +1114,6 @@ def check_chunk(chunk: int) -> None:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
 
 
-## Optimisers.
-
-
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups for torch.optim.AdamW, of any module that contains MambaBlocks: with weight decay
     the weights of projections, convolutions and embeddings, without it all else."""
@@ -1134,8 +1126,7 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def mark_parameters(block: MambaBlock, *_: Any) -> None:
-    """The marks of the official layer, for code that looks for them. A parameter that takes the
-    place of another has none: they are set again after loading, copying and moving."""
+    """The marks of the official layer. New parameters have none, so again after loading, moving."""
     block.A_log._no_weight_decay = block.D._no_weight_decay = True
     if getattr(block.dt_proj, "bias", None) is not None:
         block.dt_proj.bias._no_reinit = True
@@ -1168,8 +1159,7 @@ Mamba.param_groups = param_groups
 torch.export.register_dataclass(MambaState, serialized_type_name=f"{__name__}.MambaState")
 
 
-## Files. A folder or a repository of the Hub holds config.json and the weights, in the layout of
-## state-spaces/mamba-* or in that of transformers (mamba-*-hf).
+## Files: config.json and the weights, as in state-spaces/mamba-* or transformers (mamba-*-hf).
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HEAD, EMBEDDING = "lm_head.weight", "backbone.embedding.weight"
@@ -1185,11 +1175,10 @@ def load(
 ) -> Mamba:  # fmt: skip
     """A model with the weights of a local folder, or of a repository: "state-spaces/mamba-130m".
 
-    dtype None means float32, whatever the file holds. Every weight must be there with its own
-    shape, and nothing else. Raises FileNotFoundError for a folder, repository or file that is not
+    dtype None means float32, whatever the file holds. Raises FileNotFoundError for what is not
     there or not within reach, ValueError for a config.json of another kind of model or a wrong
-    argument, RuntimeError for weights that are damaged or do not fit, and for what else the Hub,
-    the disk or the device refuses.
+    argument, RuntimeError for weights that are damaged or do not fit exactly, and for what else the
+    Hub, the disk or the device refuses.
     """
     if (dtype := dtype or torch.float32) not in FLOATS:
         raise ValueError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype!r}")
@@ -1219,11 +1208,8 @@ def load(
 
 
 def save(model: Mamba, path: str | os.PathLike) -> None:
-    """Write a folder that `from_pretrained` loads, in the layout of state-spaces/mamba-*.
-
-    Its tensors say whether the embeddings are tied. Raises RuntimeError, and writes nothing, if
-    weights and config do not fit together.
-    """
+    """Write a folder that `from_pretrained` loads, in the layout of state-spaces/mamba-*. Raises
+    RuntimeError, and writes nothing, if weights and config do not fit together."""
     from safetensors.torch import save_file
 
     folder, weights = Path(path), dict(model.state_dict())
@@ -1244,11 +1230,10 @@ def save(model: Mamba, path: str | os.PathLike) -> None:
     temporary.replace(folder / "model.safetensors")
 
 
-## config.json has one of two layouts. That of the state-spaces/mamba-* repositories keeps the
-## fields of the SSM in "ssm_cfg" and all others at the top. That of transformers has everything at
-## the top, under other names, with defaults of its own, and ignores what it does not know. null is
-## the default. Here stands for each field our name, or a list of the values that are implemented;
-## if it is empty, the field changes nothing.
+## config.json has one of two layouts. That of state-spaces/mamba-* keeps the fields of the SSM in
+## "ssm_cfg". That of transformers has other names and defaults, and ignores what it does not know.
+## Here stands for each field our name, or a list of the values that are implemented; an empty one
+## says that the field changes nothing.
 
 SSM_FIELDS = "d_state d_conv expand dt_rank dt_min dt_max dt_init dt_scale dt_init_floor".split()
 SSM_FIELDS += ["conv_bias", "bias"]
@@ -1376,8 +1361,7 @@ def check_fit(what: str, model: Mamba, weights: dict[str, Tensor]) -> None:
         raise RuntimeError(f"{what} do not fit together (weights: {'; '.join(said)})")
 
 
-## What is said of some errors of the Hub's client and of those derived from them. The others speak
-## for themselves. By name, because the client is imported only when it is needed.
+## What is said of errors of the Hub's client, by name: it is imported only when it is needed.
 
 OUT_OF_REACH = "{file} is not in the cache and the Hub is out of reach ({why}): check the network"
 HUB_FAULTS = dict(
@@ -1396,10 +1380,8 @@ def file_finder(
     name_or_path: str | os.PathLike, revision: str | None = None,
     cache_dir: str | os.PathLike | None = None, local_files_only: bool = False,
 ) -> Callable[..., Path]:  # fmt: skip
-    """find(*files): the path of the first of these files that a folder or repository has.
-
-    The Hub is asked once for its list of files; what is found is downloaded if need be. If it does
-    not answer (no network, HF_HUB_OFFLINE, an expired login), its cache is looked through.
+    """find(*files): the path of the first of these files that a folder or repository has. If the
+    Hub does not answer (no network, HF_HUB_OFFLINE, an expired login), its cache is looked through.
     """
     folder, name = Path(name_or_path).expanduser(), str(name_or_path).rstrip("/")
     where, listed, failure = {"revision": revision, "cache_dir": cache_dir}, set(), None

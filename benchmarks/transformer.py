@@ -10,11 +10,10 @@ A row of the table for each of --rows; all learn from --data without the hold-ou
                  The dictionary of xz holds all of it; bzip2 looks back at most 900 kB
     5-gram       over bytes, interpolated, by Kneser and Ney: four bytes predict the next
     mamba        --mamba, each hold-out read once from its first byte to its last
-    transformer  as many parameters, trained here by examples/train.py: its loop, its options and
-                 their defaults, which are those of the shipped model. Its rows always jump, since
-                 it has no state to carry. Measured in windows of --seqlen bytes, each half a window
-                 after the last one: but for the first, a byte is predicted from half a window of
-                 the past at least
+    transformer  as many parameters, trained here by examples/train.py: its loop, its options, their
+                 defaults. Its rows always jump, since it has no state to carry. Measured in windows
+                 of --seqlen bytes, each half a window after the last one: but for the first window,
+                 each byte is predicted from half a window of the past at least
 
 The same number of steps is the same number of bytes. For the same time, give as many --steps as the
 transformer takes in it. --lr and --dropout are to be chosen on a text that is not a hold-out:

@@ -131,6 +131,7 @@ def train(
     run, recorded = step, 3 if on_gpu and steps > 3 else 0
     if recorded:
         side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(recorded):
                 step()

@@ -12,6 +12,8 @@ The functions are there to be lifted out. They read what `watch` sees in a layer
     h = states(layers[2])                                   # (b, l, d, n)
     alpha = hidden_attention(layers[2], channels=[0, 300])  # (b, 2, l, l)
     mean = mean_attention(layers[2])                        # (b, l, l)
+
+demo.ipynb tells with them what the shipped model does.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +33,7 @@ if __name__ == "__main__":  # from a clone that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from generate import DEFAULT_MODEL, Parser, Tokenizer, load_tokenizer
-from mamba import Mamba, MambaBlock, at_least_float32, discretize
+from mamba import Mamba, MambaBlock, MambaConfig, at_least_float32, discretize
 
 ## x_proj reads x and gives B and C, dt_proj gives dt: hooks on these two see all that a scan reads.
 
@@ -178,6 +181,13 @@ def token_label(tokenizer: Tokenizer, token_id: int) -> str:
 ## other layers make of y; and x_s has seen, through the convolution, the three tokens before s.
 
 
+def spell(axis: Any, labels: list[str]) -> None:
+    """Write the tokens along an axis of a picture, one at each integer."""
+    style = {"family": "monospace", "fontsize": min(10, 440 / len(labels)), "parse_math": False}
+    axis.set_ticks(range(len(labels)), labels, **style)
+    axis.set_tick_params(length=0)
+
+
 def draw(inside: dict[str, Tensor], rule: str, labels: list[str], title: str, out: Path) -> None:
     """Δ, the norm of the state and the mean hidden attention of one text (b = 1), into a file."""
     try:
@@ -220,12 +230,46 @@ def draw(inside: dict[str, Tensor], rule: str, labels: list[str], title: str, ou
     bottom.spines[["top", "right"]].set_visible(False)
     for axis in (top, middle, bottom):
         axis.set_xlim(-0.5, len(labels) - 0.5)
-    if short:
-        style = {"family": "monospace", "fontsize": min(10, 440 / len(labels)), "parse_math": False}
-        for axis in (top.xaxis, middle.xaxis, bottom.xaxis, bottom.yaxis):
-            axis.set_ticks(range(len(labels)), labels, **style)
-            axis.set_tick_params(length=0)
+    for axis in (top.xaxis, middle.xaxis, bottom.xaxis, bottom.yaxis) if short else ():
+        spell(axis, labels)
     figure.savefig(out)
+
+
+def draw_block(axes: Any, config: MambaConfig) -> None:
+    """A residual block of mamba.py, from left to right, with the widths of a model."""
+    boxes = {  # center, width, color
+        "norm": (0.8, 1.5, 1.0, "black"), "in_proj": (2.2, 1.5, 1.2, "black"),
+        "conv1d\nsilu": (4.0, 2, 1.3, "gray"), "select": (5.8, 3, 1.2, "darkorange"),
+        f"selective scan\nh: {config.d_inner} × {config.d_state}": (7.5, 2, 2.0, "royalblue"),
+        "silu": (7.5, 1, 1.0, "black"), "×": (9.2, 1.5, 0.5, "seagreen"),
+        "out_proj": (10.5, 1.5, 1.2, "black"), "+": (11.6, 0, 0.5, "black"),
+    }  # fmt: skip
+    texts = {
+        f"the stream, {config.d_model} numbers a token": (0.1, 0.1, "black"),
+        "z, the gate": (3.2, 1.1, "black"), f"x, {config.d_inner}": (5.0, 2.1, "gray"),
+        "Δ, B, C": (6.6, 3.1, "darkorange"), "y": (8.8, 2.1, "seagreen"),
+    }  # fmt: skip
+    arrows = [  # the corners of a line
+        ("black", (-0.6, 0), (11.35, 0)), ("black", (-0.2, 0), (-0.2, 1.5), (0.3, 1.5)),
+        ("black", (1.3, 1.5), (1.6, 1.5)), ("gray", (2.8, 1.5), (3.0, 1.5), (3.0, 2), (3.35, 2)),
+        ("black", (3.0, 1.5), (3.0, 1), (7.0, 1)), ("gray", (4.65, 2), (6.5, 2)),
+        ("darkorange", (4.85, 2), (4.85, 3), (5.2, 3)),
+        ("darkorange", (6.4, 3), (7.5, 3), (7.5, 2.36)),
+        ("seagreen", (8.5, 2), (9.2, 2), (9.2, 1.75)), ("black", (8.0, 1), (9.2, 1), (9.2, 1.25)),
+        ("seagreen", (9.45, 1.5), (9.9, 1.5)), ("black", (11.1, 1.5), (11.6, 1.5), (11.6, 0.25)),
+        ("black", (11.85, 0), (12.4, 0)),
+    ]  # fmt: skip
+    for color, *corners, last in arrows:
+        axes.plot(*zip(*corners, strict=True), color=color, linewidth=1)
+        style = {"arrowstyle": "->", "color": color, "shrinkA": 0, "shrinkB": 0}
+        axes.annotate("", last, corners[-1], arrowprops=style)
+    for text, (x, y, width, color) in boxes.items():
+        xs, height = (x - width / 2, x + width / 2), 0.25 if len(text) == 1 else 0.36
+        axes.fill_between(xs, y - height, y + height, facecolor="white", edgecolor=color, zorder=2)
+        axes.text(x, y, text, color=color, ha="center", va="center", zorder=3)
+    for text, (x, y, color) in texts.items():
+        axes.text(x, y, text, color=color)
+    axes.axis("off")
 
 
 @torch.no_grad()

@@ -149,6 +149,12 @@ def learning_rate(step: int, steps: int, warmup: int) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+## The weights of each step are off to a side, that of the last few batches, each to another one.
+## Their average is nearer to the middle. As with the moments of Adam, the newest counts 1 - β, each
+## step before it β times as much as the next, and all is divided by the sum of what counts,
+## 1 - β^steps. It is the average that is measured and saved as the model; training does not see it.
+
+
 @torch.no_grad()
 def evaluate(model: Mamba, texts: list[Text], window: int = 4096) -> float:
     """Mean loss in nats per token, each text read once from its first token to its last.
@@ -175,7 +181,7 @@ def export(model: Mamba, weights: dict[str, Tensor], tokenizer: Tokenizer, folde
     A_log, D, biases and norms stay in float32. They are few, and A_log sits in an exponent.
     """
     copy = type(model)(model.config)
-    copy.load_state_dict(weights)
+    copy.load_state_dict(weights, strict=False)  # an average has the embedding once, not twice
     matrices, _ = copy.param_groups(weight_decay=1.0)  # what decays is what may be rounded
     for parameter in matrices["params"]:
         parameter.data = parameter.data.half()
@@ -295,7 +301,8 @@ def train(
     if options.dropout:  # blocks with a hook, even an idle one, run without their fused kernels
         add_dropout(model, options.dropout)
     shared = share(model, options.parallel, world, device) if world > 1 else model
-    lr = torch.tensor(options.lr, device=device)  # a recorded step would not look at a number
+    # Tensors, as a recorded step would not look at numbers again.
+    lr, newest = (torch.tensor(value, device=device) for value in (options.lr, 1.0))
     groups = model.param_groups(options.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=True)
 
@@ -321,6 +328,9 @@ def train(
         losses, measured, seconds = saved["losses"], saved["measured"], saved["seconds"]
         windows.position = saved["position"]
         both = {"model_state_dict": saved["weights"], "optim_state_dict": saved["moments"]}
+        dcp.get_optimizer_state_dict(model, optimizer)  # makes places for what Adam keeps
+        for weight in model.parameters() if options.average else ():
+            optimizer.state[weight]["average"] = torch.zeros_like(weight)
         dcp.set_state_dict(model, optimizer, **both, options=whole)
         state.conv.copy_(saved["conv"][:, mine])
         state.h.copy_(saved["h"][:, mine])
@@ -351,6 +361,11 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip)
         optimizer.step()
         optimizer.zero_grad()
+        with torch.no_grad():
+            for weight in model.parameters() if options.average else ():
+                # Among the moments it is saved, loaded and shared between processes as they are.
+                average = optimizer.state[weight].setdefault("average", weight.clone())
+                average.lerp_(weight, newest)
         return total
 
     run = recorded(step, optimizer).__next__ if options.graph else step
@@ -365,6 +380,7 @@ def train(
         dice = torch.Generator().manual_seed(seed := options.seed * 1_000_003 + i)
         torch.manual_seed(seed * 1024 + rank)  # for dropout
         lr.fill_(options.lr * learning_rate(i, options.steps, options.warmup))
+        newest.fill_((1 - options.average) / (1 - options.average ** (i + 1)))
         for place, values in zip((ids, reset, jumped), windows.next(dice), strict=True):
             values = values[mine].pin_memory() if place.is_cuda else values[mine]
             place.copy_(values, non_blocking=True)
@@ -397,7 +413,8 @@ def train(
             if device.type == "cuda":
                 said += f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
             said += f"  train {recent.mean():.4f}"
-            plain = export(model, weights, tokenizer, options.out).to(device)
+            averages = {n: of["average"] for n, of in moments["state"].items() if "average" in of}
+            plain = export(model, averages or weights, tokenizer, options.out).to(device)
             if held_out:
                 measured[i + 1] = evaluate(plain, held_out)
                 said += f"  hold-out {measured[i + 1]:.4f}"
@@ -444,6 +461,7 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     add("--lr", type=float, default=2e-3, help="the highest learning rate")
     add("--weight-decay", type=float, default=0.1, help="of matrices")
     add("--clip", type=float, default=1.0, help="the largest norm of a gradient")
+    add("--average", type=float, default=0.998, help="its share that a step leaves (0: none)")
     add("--dropout", type=float, default=0.25, help="share of what enters the stream")
     add("--evaluate-every", type=int, default=300, help="steps between losses, samples, saves")
     add("--prompt", default="\n", metavar="TEXT", help="how samples begin; an empty one: none")
@@ -458,6 +476,8 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
         value, least, most = getattr(options, name), low.get(name, 0), high.get(name, math.inf)
         if not least <= value <= most:
             parser.error(f"{name} must be from {least} to {most}, got {value}")
+    if not 0 <= options.average < 1:
+        parser.error(f"average must be from 0 to below 1, got {options.average}")
     if options.evaluate and not (options.hold_out or options.validation_share):
         parser.error("--evaluate needs a text to measure on: --hold-out or --validation-share")
     for name in ("tokenizer", "d_model", "n_layer") if options.init_from else ():

@@ -282,13 +282,15 @@ def losses(folder: str) -> Tensor:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_training_is_this_loop(run, packed):
-    printed = run(f"--out whole --evaluate-every 4 {'--packed --separator ,' * packed}")
+    printed = run(
+        f"--out whole --average 0.9 --evaluate-every 4 {'--packed --separator ,' * packed}"
+    )
     saved = torch.load("whole/training.pt")
 
     torch.manual_seed(5)  # the same by hand
     model = Mamba(MambaConfig(8, n_layer=2, vocab_size=256, tokenizer="bytes"))
     optimizer = torch.optim.AdamW(model.param_groups(weight_decay=0.1), betas=(0.9, 0.95))
-    state, means = model.init_state(6), []
+    state, means, average = model.init_state(6), [], {}
     factors = [0.5, 1, *(0.01 + 0.99 * (1 + math.cos(math.pi * i / 4)) / 2 for i in range(4))]
     text = VERSE.upper() + b"\n\n" + VERSE  # hold-outs apart, in the order of the names
     assert bytes(run.text.tolist()) == text.replace(b",", b"\n\n" if packed else b",")
@@ -304,7 +306,12 @@ def test_training_is_this_loop(run, packed):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         means.append(loss.item())
+        for name, weight in model.named_parameters():
+            average[name] = 0.9 * average.get(name, 0) + weight.detach()
     assert_all_close(saved["weights"], model.state_dict(), 1e-4)
+    found = {name: of["average"] for name, of in saved["moments"]["state"].items()}
+    shares = sum(0.9**i for i in range(6))
+    assert_all_close(found, {name: total / shares for name, total in average.items()}, 1e-4)
     assert_close("state", saved["h"], state.h, 1e-4)
     assert losses("whole")[:, 0].tolist() == pytest.approx(means, abs=1e-5)
     said = re.findall(r"^(step .) .* train (\S+)  hold-out (\S+) nats.*\n\n.", printed, re.M)
@@ -456,9 +463,15 @@ def test_words_are_learnt_with_the_tokenizer_of_a_model_and_further_from_that_mo
         assert Path("further", name).read_bytes() == Path("words", name).read_bytes()
 
 
-def test_what_is_saved_and_measured_is_the_model_without_dropout_matrices_as_float16(run):
-    printed = run("--out out --dropout 0.9")
-    exact, rounded = torch.load("out/training.pt")["weights"], load_file("out/model.safetensors")
+@pytest.mark.parametrize("average", [0, 0.9])
+def test_what_is_saved_and_measured_is_the_average_without_dropout_matrices_as_float16(
+    run, average
+):
+    printed = run(f"--out out --dropout 0.9 --average {average}")
+    exact, rounded = torch.load("out/training.pt"), load_file("out/model.safetensors")
+    moments, exact = exact["moments"]["state"], exact["weights"]
+    assert all(("average" in of) == (average > 0) for of in moments.values())
+    exact |= {name: of["average"] for name, of in moments.items() if average}
     for name, tensor in rounded.items():
         matrix = exact[name].ndim > 1 and not name.endswith("A_log")
         expected = exact[name].half() if matrix else exact[name]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from generate import ByteTokenizer
-from mamba import Mamba
+from mamba import Mamba, MambaConfig
 from test_mamba import RULES, assert_close, by_hand, random_model, random_state, scan_inputs
 
 
@@ -175,6 +175,22 @@ def test_a_text_of_one_token_and_one_too_long_for_labels_are_drawn(run):
         assert top.images[0].get_array().shape == (64, seqlen), "bands of like channels"
         labels = [(text.get_text(), text.get_fontsize()) for text in top.get_xticklabels()]
         assert (labels == [("$\\a$", min(10, 440 / seqlen))] * seqlen) == (seqlen <= 80)
+
+
+def test_the_picture_of_the_block_names_the_widths_and_every_name_fits_into_its_box():
+    figure = Figure(figsize=(7, 2.7), layout="constrained")
+    axes, config = figure.subplots(), MambaConfig(d_model=256, d_state=8)
+    look.draw_block(axes, config)
+    figure.draw_without_rendering()
+    boxes = [box.get_window_extent() for box in axes.collections]
+    names = [text.get_text() for text in axes.texts if text.get_text()]
+    assert {"the stream, 256 numbers a token", "x, 512", "selective scan\nh: 512 × 8"} < {*names}
+    for text in axes.texts:
+        if text.get_ha() == "center":
+            around = text.get_window_extent()
+            inside = [box for box in boxes if box.contains(around.x0, around.y0)]
+            assert len(inside) == 1 and inside[0].contains(around.x1, around.y1), text.get_text()
+    assert len(boxes) == 9
 
 
 @pytest.mark.parametrize(("options", "code", "words"), [

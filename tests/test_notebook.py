@@ -1,7 +1,7 @@
 """demo.ipynb runs from top to bottom without a network, and shows what is committed.
 
-pytest tests/test_notebook.py
-python tests/test_notebook.py      # runs the notebook and stores its outputs
+pytest tests/test_notebook.py      # with 20 steps of each training
+python tests/test_notebook.py      # runs the notebook as it is and stores its outputs
 """
 
 import copy
@@ -10,6 +10,7 @@ import importlib.util
 import os
 import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -65,31 +66,67 @@ def committed():
 
 @pytest.fixture(scope="module")
 def fresh(committed, tmp_path_factory):
-    return execute(committed, tmp_path_factory.mktemp("huggingface"))
+    """Run with 20 steps of each training and shorter contexts, which are most of the time."""
+    quick, count = copy.deepcopy(committed), 0
+    for cell in code_cells(quick):
+        cell.source, trainings = re.subn(r"steps=\d+, lr", "steps=20, lr", cell.source)
+        cell.source, measured = re.subn(r"arange\(5, 13\)", "arange(5, 7)", cell.source)
+        count += trainings + measured
+    assert count == 4
+    return execute(quick, tmp_path_factory.mktemp("huggingface"))
 
 
 NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]\d+)?")
-CAUSE = re.compile(r"(the Hub is out of reach) \(.*\)")  # why is put differently everywhere
+
+
+def words(text: str) -> str:
+    return re.sub(" +", " ", NUMBER.sub("#", text))
 
 
 def test_every_cell_runs_without_a_network_and_shows_what_is_committed(committed, fresh):
-    """Rounding errors may differ fivefold, other fractions in their last digit."""
+    """Rounding errors may differ fivefold, shares and other fractions in their last digit. What was
+    trained for fewer steps answers less."""
     for new, old in zip(code_cells(fresh), code_cells(committed), strict=True):
-        texts = [CAUSE.sub(r"\1", printed(cell)) for cell in (new, old)]
-        assert NUMBER.sub("#", texts[0]) == NUMBER.sub("#", texts[1]), f"{old.id} prints another"
-        for a, b in zip(*map(NUMBER.findall, texts), strict=True):
+        texts = printed(new), printed(old)
+        assert words(texts[0]) == words(texts[1]), f"{old.id} prints another"
+        numbers = () if "learners" in old.source else zip(*map(NUMBER.findall, texts), strict=True)
+        for a, b in numbers:
             if "e" in a or "e" in b:
                 assert 0.2 < float(a) / float(b) < 5, f"{old.id}: {a} where {b} is committed"
             else:
-                unit = 10.0 ** -len(b.partition(".")[2]) if "." in b else 0
+                unit = 10.0 ** -len(b.partition(".")[2]) if "." in b else float("%" in texts[1])
                 assert abs(float(a) - float(b)) <= 1.01 * unit, f"{old.id}: {a}, {b} is committed"
-        assert len(figures(new)) == len(figures(old)) == int("plt.show()" in old.source), old.id
-        assert all(5_000 < len(image) < 130_000 for image in figures(old)), old.id
+        draws = re.search(r"^(show|train)\(", old.source, re.MULTILINE) is not None
+        for cell in (new, old):
+            assert len(figures(cell)) == draws, f"{old.id} must draw {draws} pictures"
+            assert all(5_000 < len(image) < 130_000 for image in figures(cell)), old.id
+
+
+def test_what_is_said_about_the_outputs_is_true_of_those_that_are_committed(committed):
+    """They depend on weights and on training: made anew, they might not show what the text says."""
+    said = "".join(printed(cell) for cell in code_cells(committed))
+
+    def row(name: str) -> list[float]:
+        line = re.search(rf"^{name} .*", said, re.MULTILINE)[0]
+        return [float(number.rstrip("%")) for number in re.findall(r"\d+%|\d\.\d\d", line)]
+
+    for fact in ("a word begins", "a line begins", "in a name"):
+        there, elsewhere, verse_there, verse_elsewhere = row(fact)
+        assert min(there - elsewhere, verse_there - verse_elsewhere) > 30, fact
+    assert row("a line begins")[2] > 80, "the line channel is a memory cell"
+    assert row("a vowel")[0] - row("a vowel")[1] < 40, "no channel of vowels"
+    assert row("selection")[0] > 95 and row("no selection")[0] < 80
+    large, small = row("Mamba, 1024 numbers"), row("Mamba, 64 numbers")
+    assert min(row("attention")) > 98 and all(a > b for a, b in zip(large, small, strict=True))
+    assert all(shares == sorted(shares, reverse=True) for shares in (large, small))
+    spread, unknown = row("the level itself:")[0], row("no times")[0]
+    assert max(row("event time") + row("gaps as input")) < 0.2 and 0.4 < unknown < spread / 2
 
 
 def test_the_first_cell_finds_the_project_or_says_what_to_do(tmp_path, committed, monkeypatch):
     """From above, below and elsewhere, where an unrelated folder may have the name."""
     folder, cell = tmp_path / "above" / "mamba", code_cells(committed)[0].source
+    monkeypatch.setattr(sys, "path", [*sys.path])
     for name in ("mamba.py", "generate.py", "examples", "checkpoints/shakespeare"):
         (folder / name).mkdir(parents=True)
     ours = importlib.machinery.ModuleSpec("mamba", None, origin=str(folder / "mamba.py"))
@@ -98,7 +135,7 @@ def test_the_first_cell_finds_the_project_or_says_what_to_do(tmp_path, committed
         monkeypatch.chdir(start)
         monkeypatch.setattr("importlib.util.find_spec", {"mamba": found}.get)
         exec(cell, {})
-        assert Path.cwd() == folder
+        assert Path.cwd() == folder and sys.path[:2] == [str(folder), str(folder / "examples")]
     (folder / "generate.py").rmdir()
     with pytest.raises(FileNotFoundError, match=r"beside mamba\.py, gen.*, examples, .*!git clone"):
         exec(cell, {})
@@ -111,7 +148,7 @@ def test_cells_are_short_and_their_outputs_say_nothing_about_the_machine(committ
     """No warnings, paths, dates or times of day; no metadata but the kernel's name."""
     cells = [*enumerate(code_cells(committed), start=1), *enumerate(code_cells(fresh), start=1)]
     for count, cell in cells:
-        assert len([line for line in cell.source.splitlines() if line]) <= 12, cell.id
+        assert len([line for line in cell.source.splitlines() if line]) <= 25, cell.id
         assert cell.execution_count == count and cell.metadata == {}, cell.id
         for output in cell.outputs:
             assert output.output_type != "error", cell.id
@@ -119,7 +156,7 @@ def test_cells_are_short_and_their_outputs_say_nothing_about_the_machine(committ
             text = output.get("text", "") + output.get("data", {}).get("text/plain", "")
             assert not re.search(OF_A_MACHINE, text), f"{cell.id}: {text}"
     assert set(committed.metadata) == {"kernelspec"}
-    assert NOTEBOOK.stat().st_size < 600_000
+    assert NOTEBOOK.stat().st_size < 1_000_000
 
 
 def main() -> None:
@@ -128,6 +165,7 @@ def main() -> None:
 
     import nbformat
 
+    begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as cache:
         notebook = execute(nbformat.read(NOTEBOOK, as_version=4), Path(cache))
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
@@ -135,7 +173,8 @@ def main() -> None:
     for cell in notebook.cells:
         cell.metadata = {}
     nbformat.write(notebook, NOTEBOOK)
-    print(f"{NOTEBOOK.name}: {len(code_cells(notebook))} code cells run", file=sys.stderr)
+    ran = f"{len(code_cells(notebook))} code cells run in {time.perf_counter() - begun:.0f} s"
+    print(f"{NOTEBOOK.name}: {ran}", file=sys.stderr)
 
 
 if __name__ == "__main__":

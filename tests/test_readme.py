@@ -31,7 +31,7 @@ def test_the_python_on_the_page_runs_from_top_to_bottom(tmp_path, monkeypatch, c
 
 
 def test_the_command_that_strips_the_teaching_leaves_the_program():
-    pattern = re.search(r"^grep -v '(.*)' mamba.py", README, re.MULTILINE)[1]
+    pattern = re.search(r"`grep -v '(.*)' mamba.py", README)[1]
     for path in (ROOT / "mamba.py", ROOT / "generate.py"):
         command, source = ["grep", "-v", pattern, str(path)], path.read_text()
         stripped = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -39,10 +39,16 @@ def test_the_command_that_strips_the_teaching_leaves_the_program():
         assert ast.dump(ast.parse(stripped)) == ast.dump(ast.parse(source)), "another program"
 
 
-def test_every_file_that_the_page_links_or_lists_is_there():
-    names = re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r"^\| `([^`]+)` \|", README, re.M)
-    files = [name for name in names if "model" not in name]  # no rows of load times
-    assert len(files) > 6 and [name for name in files if not (ROOT / name).exists()] == []
+def test_every_file_that_the_page_links_or_lists_is_there_and_as_long_as_it_says():
+    links = re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r'src="([^"]+)"', README)
+    listed = re.findall(r"^\| `([^`]+)` \| ([\d,]*) ?\|", README, re.M)
+    names = {*links, *(name for name, _ in listed)}
+    assert len(listed) > 9 and [name for name in names if not (ROOT / name).exists()] == []
+    for name, lines in listed:
+        found = f"{(ROOT / name).read_text().count(chr(10)):,}" if lines else ""
+        assert lines == found, name
+    length = dict(listed)["mamba.py"]
+    assert f"| 1, {length} |" in README  # beside others
 
 
 ## Rows of "How to copy pieces": the names that a row lists, by the first of them.

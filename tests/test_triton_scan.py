@@ -17,6 +17,7 @@ import math
 import os
 import re
 import sys
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -628,6 +629,30 @@ def test_a_compiled_function_that_scans_gives_the_same_values_and_gradients():
     actual = results(compiled, inputs, upstream, **options)
     assert [tensor.dtype for tensor in actual.values()] == [t.dtype for t in expected.values()]
     assert_results(actual, expected)
+
+
+def test_the_table_in_the_file_says_how_the_launchers_cut_these_shapes(monkeypatch):
+    three, product = r"\((\d+), (\d+), (\d+)\) +", r" +(\d+) x (\d+) x (\d+)"
+    row = three + r"(\w+)" + product + product + r" = (\d+) +(\d+)$"
+    rows = re.findall(row, Path(triton_scan.__file__).read_text(), re.MULTILINE)
+    assert len(rows) == 4 and {row[3] for row in rows} == {"forward", "backward"}
+    launched: list = []
+
+    def record(kernel, grid, *_, **constants):
+        launched.append((kernel, grid, constants))
+
+    monkeypatch.setattr(triton_scan, "launch", record)
+    for *sizes, which, M, J, C, blocks, segments, batch, programs, launches in rows:
+        launched.clear()
+        b, seqlen, d = map(int, sizes)
+        shapes = (b, seqlen, d), (b, seqlen, d), (d, 16), (b, seqlen, 16), (b, seqlen, 16)
+        inputs = [torch.empty(shape, dtype=BF16, device="meta") for shape in shapes] + [None] * 5
+        *_, borders, wide = triton_scan.scan_forward(*inputs, True, "mamba", True)
+        triton_scan.scan_backward(inputs[0], None, *inputs, borders, wide, True, "mamba")
+        kernel = getattr(triton_scan, f"{which}_kernel")
+        found = [(c["M"], c["J"], c["CHANNELS"], *grid) for k, grid, c in launched if k is kernel]
+        assert found == [tuple(map(int, (M, J, C, blocks, segments, batch)))] * int(launches)
+        assert int(programs) == math.prod(found[0][3:])
 
 
 @pytest.mark.skipif(GPU, reason="it is the same on every device, and much to compile there")

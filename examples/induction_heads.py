@@ -1,6 +1,6 @@
 """Induction heads: what stood after this token, the last time it was there?
 
-    python examples/induction_heads.py --small   # a few minutes on a CPU: a table, a picture
+    python examples/induction_heads.py --small   # a minute on a CPU: a table, a picture
     python examples/induction_heads.py           # the paper's sizes, for a GPU
 
 The task of section 4.1.2 of the paper (arXiv 2312.00752; sizes of its appendix E.1, but half of its
@@ -46,8 +46,8 @@ PAPER = 1.0
 SIZES = {  # length and rows in training, learning rate and how it ends, lengths that are asked
     "paper": {"d_model": 64, "length": 256, "batch": 8, "steps": 25 * 4096, "lr": 1e-3, "fade": 0.2,
               "asked": [2**k for k in range(6, 21)]},
-    "small": {"d_model": 16, "length": 32, "batch": 32, "steps": 700, "lr": 1e-2, "fade": 0.2,
-              "asked": [2**k for k in range(4, 12)]},
+    "small": {"d_model": 16, "length": 16, "batch": 32, "steps": 500, "lr": 1e-2, "fade": 0.2,
+              "asked": [2**k for k in range(3, 11)]},
 }  # fmt: skip
 COLORS = {"selective": "royalblue", "fixed": "darkorange"}
 LABELS = {"selective": "Δ, B, C from the token (Mamba)", "fixed": "Δ, B, C fixed (as in S4)"}

@@ -166,7 +166,7 @@ def token_label(tokenizer: Tokenizer, token_id: int) -> str:
     return (text if text.isprintable() else repr(text)[1:-1]).replace("\\x", "")
 
 
-## What the picture shows, with the tokens from left to right in all three parts.
+## What the picture shows, with the tokens from left to right in all its parts.
 ##
 ##   Δ        Over the channel's own (geometric) mean, channels that react alike side by side.
 ##            Orange: the token counts for more than others do, it is written in and the past let
@@ -183,7 +183,7 @@ def token_label(tokenizer: Tokenizer, token_id: int) -> str:
 
 def spell(axis: Any, labels: list[str]) -> None:
     """Write the tokens along an axis of a picture, one at each integer."""
-    style = {"family": "monospace", "fontsize": min(10, 440 / len(labels)), "parse_math": False}
+    style = {"family": "monospace", "fontsize": min(10, 330 / len(labels)), "parse_math": False}
     axis.set_ticks(range(len(labels)), labels, **style)
     axis.set_tick_params(length=0)
 
@@ -209,14 +209,15 @@ def draw(inside: dict[str, Tensor], rule: str, labels: list[str], title: str, ou
     # What lies in the future is absent, not small: it gets no colour.
     alpha = alpha.masked_fill(torch.ones_like(alpha).triu(1).bool(), torch.nan)
 
-    figure = Figure(figsize=(8, 10.5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(13, 5.5), dpi=150, layout="constrained")
     figure.suptitle(title, parse_math=False)
-    sizes = {"height_ratios": (2, 1, 7), "width_ratios": (1, 0.025)}
-    (top, top_bar), (middle, nothing), (bottom, bottom_bar) = figure.subplots(3, 2, **sizes)
-    nothing.remove()
+    sizes = {"height_ratios": (2, 1), "width_ratios": (1.2, 0.025, 1, 0.025)}
+    places = ["Δ", "Δ bar", "alpha", "alpha bar"], ["state", ".", "alpha", "alpha bar"]
+    axes = figure.subplot_mosaic(places, **sizes)
+    top, middle, right = axes["Δ"], axes["state"], axes["alpha"]
     grid = {"aspect": "auto", "interpolation": "nearest"}
     image = top.imshow(ratio.numpy(), cmap="PuOr_r", norm=LogNorm(1 / 4, 4), **grid)
-    bar = figure.colorbar(image, cax=top_bar, extend="both", label="Δ / the channel's mean")
+    bar = figure.colorbar(image, cax=axes["Δ bar"], extend="both", label="Δ / the channel's mean")
     bar.set_ticks([1 / 4, 1 / 2, 1, 2, 4], labels=["1/4", "1/2", "1", "2", "4"])
     bar.minorticks_off()
     top.set(ylabel="channels, sorted", yticks=[])
@@ -224,13 +225,13 @@ def draw(inside: dict[str, Tensor], rule: str, labels: list[str], title: str, ou
     middle.plot(norm.numpy(), "o-" if short else "-", color="royalblue", markersize=3)
     middle.set(ylabel="state, ‖h‖", ylim=(0, None))
     middle.spines[["top", "right"]].set_visible(False)
-    image = bottom.imshow(alpha.numpy(), cmap="magma_r", norm=LogNorm(high / 1e3, high), **grid)
-    figure.colorbar(image, cax=bottom_bar, extend="min", label="|alpha|, mean over channels")
-    bottom.set(xlabel="s, the token that is read", ylabel="t, the token that reads")
-    bottom.spines[["top", "right"]].set_visible(False)
-    for axis in (top, middle, bottom):
+    image = right.imshow(alpha.numpy(), cmap="magma_r", norm=LogNorm(high / 1e3, high), **grid)
+    figure.colorbar(image, cax=axes["alpha bar"], extend="min", label="|alpha|, mean over channels")
+    right.set(xlabel="s, the token that is read", ylabel="t, the token that reads")
+    right.spines[["top", "right"]].set_visible(False)
+    for axis in (top, middle, right):
         axis.set_xlim(-0.5, len(labels) - 0.5)
-    for axis in (top.xaxis, middle.xaxis, bottom.xaxis, bottom.yaxis) if short else ():
+    for axis in (top.xaxis, middle.xaxis, right.xaxis, right.yaxis) if short else ():
         spell(axis, labels)
     figure.savefig(out)
 

@@ -1,6 +1,6 @@
 """Associative recall: how many pairs of key and value does a state of fixed size hold?
 
-    python examples/recall.py --small   # a few minutes on a CPU: a table, a picture
+    python examples/recall.py --small   # two minutes on a CPU: a table, a picture
     python examples/recall.py           # the vocabulary of Zoology, for a GPU
 
 The task of Zoology (arXiv 2312.04927), multi-query associative recall. First come pairs, then all

@@ -1,6 +1,6 @@
 """Selective copying: repeat what was said, and leave out the noise between.
 
-    python examples/selective_copying.py --small   # a few minutes on a CPU: a table, a picture
+    python examples/selective_copying.py --small   # a minute on a CPU: a table, a picture
     python examples/selective_copying.py           # the paper's task, for a GPU
 
 The task of section 4.1.1 of the paper (arXiv 2312.00752). Data tokens stand at random places among
@@ -12,7 +12,7 @@ say the next of them, in the order in which they came:
 If the places were always the same, a fixed filter as long as the sequence would do: take what came
 so many steps ago. Here the distance differs from token to token. A model that selects can set Δ to
 nearly 0 where it reads noise, so that its state stands still; what is left is a sequence without
-noise, and there the distance is the same each time. (That is one way. After --small, of 32 places,
+noise, and there the distance is the same each time. (That is one way. After --small, of 24 places,
 Δ is about as large on noise as on data: what these models write differs by x and B.) Two layers are
 trained, and beside them two whose Δ, B and C are the same for every token (`FixedBlock`), as S4's.
 
@@ -52,7 +52,7 @@ SIZES = {  # places for noise and data, one after the other; data tokens; rows i
     # of each length; learning rate and how it ends
     "paper": {"d_model": 64, "lengths": [32, 128, 512, 4096], "data": 16, "batch": 64,
               "steps": 6_000, "lr": 1e-3, "fade": 0.4},
-    "small": {"d_model": 32, "lengths": [32], "data": 3, "batch": 32,
+    "small": {"d_model": 16, "lengths": [24], "data": 3, "batch": 32,
               "steps": 400, "lr": 1e-2, "fade": 0.2},
 }  # fmt: skip
 

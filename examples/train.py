@@ -24,6 +24,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 import torch.distributed as dist
@@ -181,7 +182,7 @@ def export(model: Mamba, weights: dict[str, Tensor], tokenizer: Tokenizer, folde
     A_log, D, biases and norms stay in float32. They are few, and A_log sits in an exponent.
     """
     copy = type(model)(model.config)
-    copy.load_state_dict(weights, strict=False)  # an average has the embedding once, not twice
+    copy.load_state_dict(weights, strict=False)  # lm_head, if tied, is not among parameters
     matrices, _ = copy.param_groups(weight_decay=1.0)  # what decays is what may be rounded
     for parameter in matrices["params"]:
         parameter.data = parameter.data.half()
@@ -297,6 +298,7 @@ def train(
     if options.graph and (world > 1 or device.type != "cuda"):
         raise ValueError(f"--graph needs one process and a GPU, got {world} and {device.type}")
     options.out.mkdir(parents=True, exist_ok=True)
+    TemporaryFile(dir=options.out).close()  # if nothing can be written, it is to fail now
     model.to(device)
     if options.dropout:  # blocks with a hook, even an idle one, run without their fused kernels
         add_dropout(model, options.dropout)
@@ -413,8 +415,9 @@ def train(
             if device.type == "cuda":
                 said += f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
             said += f"  train {recent.mean():.4f}"
-            averages = {n: of["average"] for n, of in moments["state"].items() if "average" in of}
-            plain = export(model, averages or weights, tokenizer, options.out).to(device)
+            if options.average:
+                weights = {n: moments["state"][n]["average"] for n, _ in model.named_parameters()}
+            plain = export(model, weights, tokenizer, options.out).to(device)
             if held_out:
                 measured[i + 1] = evaluate(plain, held_out)
                 said += f"  hold-out {measured[i + 1]:.4f}"

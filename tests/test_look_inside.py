@@ -139,7 +139,7 @@ def test_the_picture_shows_what_is_in_the_layer(run, capsys):
     model, ids = Mamba.from_pretrained("model"), torch.tensor([list(prompt.encode())])
     with look.watch(model) as layers, torch.no_grad():
         model(ids)
-    top, _, middle, bottom, _ = run.figures[0].axes
+    top, _, right, _, middle = run.figures[0].axes
     assert run.figures[0].get_suptitle() == "Layer 2 of model"
 
     delta = layers[2]["delta"][0]
@@ -155,15 +155,15 @@ def test_the_picture_shows_what_is_in_the_layer(run, capsys):
     assert steps in ({1}, {31}), "neither the one way round nor the other"
     norm = look.states(layers[2], rule="zoh")[0].flatten(1).norm(dim=1)
     assert_close("‖h‖", torch.tensor(middle.lines[0].get_ydata()), norm, 1e-6)
-    alpha, image = look.mean_attention(layers[2], "zoh")[0], bottom.images[0].get_array()
+    alpha, image = look.mean_attention(layers[2], "zoh")[0], right.images[0].get_array()
     assert torch.equal(torch.tensor(image.mask), torch.ones_like(alpha).triu(1).bool())
     assert_close("|alpha|", torch.tensor(image.filled(0)), alpha.tril(), 1e-6)
     high = alpha.max().item()
-    assert bottom.images[0].get_clim() == pytest.approx((high / 1e3, high))
+    assert right.images[0].get_clim() == pytest.approx((high / 1e3, high))
     assert top.images[0].get_clim() == (1 / 4, 4) and middle.get_ylim()[0] == 0
     labels = [look.token_label(ByteTokenizer(), i) for i in prompt.encode()]
     assert " ".join(labels) == r"T o ␣ b e , ↵ c3 bc $ a $ \t 00 \ 7f"
-    for axis in (top.xaxis, middle.xaxis, bottom.xaxis, bottom.yaxis):
+    for axis in (top.xaxis, middle.xaxis, right.xaxis, right.yaxis):
         assert [text.get_text() for text in axis.get_ticklabels()] == labels
 
 
@@ -174,7 +174,7 @@ def test_a_text_of_one_token_and_one_too_long_for_labels_are_drawn(run):
         top = run.figures[-1].axes[0]
         assert top.images[0].get_array().shape == (64, seqlen), "bands of like channels"
         labels = [(text.get_text(), text.get_fontsize()) for text in top.get_xticklabels()]
-        assert (labels == [("$\\a$", min(10, 440 / seqlen))] * seqlen) == (seqlen <= 80)
+        assert (labels == [("$\\a$", min(10, 330 / seqlen))] * seqlen) == (seqlen <= 80)
 
 
 def test_the_picture_of_the_block_names_the_widths_and_every_name_fits_into_its_box():

@@ -48,7 +48,7 @@ def test_every_file_that_the_page_links_or_lists_is_there_and_as_long_as_it_says
         found = f"{(ROOT / name).read_text().count(chr(10)):,}" if lines else ""
         assert lines == found, name
     length = dict(listed)["mamba.py"]
-    assert f"| 1, {length} |" in README  # beside others
+    assert f"| 1: {length} |" in README  # beside others
 
 
 ## Rows of "How to copy pieces": the names that a row lists, by the first of them.

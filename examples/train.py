@@ -5,10 +5,10 @@
         --accumulate 4 --init-from state-spaces/mamba-130m
     torchrun --nproc-per-node 2 examples/train.py --data many --packed --parallel fsdp
 
-The first line made checkpoints/shakespeare. Every --evaluate-every steps the script prints losses
-and a sample, and writes to --out loss.csv, loss.png, the model as generate.py and from_pretrained
-load it, and training.pt: the same command goes on from there, in any number of processes, and ends
-as if nothing had stopped it. --evaluate FOLDER measures a model, and trains nothing.
+The first line made checkpoints/shakespeare, with --average 0. Every --evaluate-every steps the
+script prints losses and a sample, and writes to --out loss.csv, loss.png, the model as generate.py
+and from_pretrained load it, and training.pt: the same command goes on from there, in any number of
+processes, and ends as if nothing had stopped it. --evaluate FOLDER measures a model only.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -78,13 +79,15 @@ def read_text(paths: list[Path], tokenizer: Tokenizer, separator: str | None = N
 def read_texts(options: argparse.Namespace, tokenizer: Tokenizer) -> tuple[Text, list[Text]]:
     """The text to train on and those to measure on."""
     files, out = set(), options.out.absolute()
-    for path in map(Path.absolute, options.data):  # each file is read once, however it is named
+    for path in map(
+        Path, map(os.path.abspath, options.data)
+    ):  # each file is read once, however it is named
         # A folder stands for all files in it, but for what is hidden and what a run has written.
         inside = {p for p in path.rglob("*") if p.is_file() and out not in p.parents}
         seen = {p for p in inside if "/." not in f"/{p.relative_to(path).as_posix()}"}
         files |= seen if path.is_dir() else {path}
     if missing := set(options.hold_out) - {path.name for path in files}:
-        raise ValueError(f"--hold-out {' '.join(sorted(missing))}: not among --data")
+        raise ValueError(f"--hold-out {' '.join(sorted(missing))}: no names of files of --data")
     kept = sorted(path for path in files if path.name in options.hold_out)
     texts = [read_text([path], tokenizer, options.separator) for path in kept]
     train = read_text(sorted(files.difference(kept)), tokenizer, options.separator)
@@ -142,18 +145,35 @@ def add_dropout(model: Mamba, p: float) -> None:
         module.register_forward_hook(drop)
 
 
+## The weights of each step are off to a side, that of the last few batches, each to another one.
+## Their average is nearer to the middle. As with the moments of Adam, the newest counts 1 - β, each
+## step before it β times as much as the next, and all is divided by the sum of what counts,
+## 1 - β^steps. It is the average that is measured and saved as the model; training does not see it.
+## (With β = 0.998 it spans 500 steps: a run of a few hundred is better without.)
+
+
+def keep_average(optimizer: torch.optim.Optimizer, newest: Tensor) -> None:
+    """After each step, move an average of each weight towards it by the share `newest`.
+
+    It stands among Adam's moments, and is saved, loaded and shared between processes as they are.
+    """
+
+    @torch.no_grad()
+    def update(*_: Any) -> None:
+        for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
+            if "average" not in (kept := optimizer.state[weight]):
+                kept["average"] = weight.clone()
+            kept["average"].lerp_(weight, newest)
+
+    optimizer.register_step_post_hook(update)
+
+
 def learning_rate(step: int, steps: int, warmup: int) -> float:
     """The factor on --lr: a linear warm-up, then half a cosine down to a hundredth."""
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-## The weights of each step are off to a side, that of the last few batches, each to another one.
-## Their average is nearer to the middle. As with the moments of Adam, the newest counts 1 - β, each
-## step before it β times as much as the next, and all is divided by the sum of what counts,
-## 1 - β^steps. It is the average that is measured and saved as the model; training does not see it.
 
 
 @torch.no_grad()
@@ -307,6 +327,8 @@ def train(
     lr, newest = (torch.tensor(value, device=device) for value in (options.lr, 1.0))
     groups = model.param_groups(options.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=True)
+    if options.average:
+        keep_average(optimizer, newest)
 
     # All that a step reads, in its place: rows of this process and, of all, where windows are.
     mine = slice(rank * batch // world, (rank + 1) * batch // world)
@@ -330,9 +352,7 @@ def train(
         losses, measured, seconds = saved["losses"], saved["measured"], saved["seconds"]
         windows.position = saved["position"]
         both = {"model_state_dict": saved["weights"], "optim_state_dict": saved["moments"]}
-        dcp.get_optimizer_state_dict(model, optimizer)  # makes places for what Adam keeps
-        for weight in model.parameters() if options.average else ():
-            optimizer.state[weight]["average"] = torch.zeros_like(weight)
+        dcp.get_optimizer_state_dict(model, optimizer)  # makes places for all that is kept
         dcp.set_state_dict(model, optimizer, **both, options=whole)
         state.conv.copy_(saved["conv"][:, mine])
         state.h.copy_(saved["h"][:, mine])
@@ -363,11 +383,6 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip)
         optimizer.step()
         optimizer.zero_grad()
-        with torch.no_grad():
-            for weight in model.parameters() if options.average else ():
-                # Among the moments it is saved, loaded and shared between processes as they are.
-                average = optimizer.state[weight].setdefault("average", weight.clone())
-                average.lerp_(weight, newest)
         return total
 
     run = recorded(step, optimizer).__next__ if options.graph else step
@@ -421,16 +436,17 @@ def train(
             if held_out:
                 measured[i + 1] = evaluate(plain, held_out)
                 said += f"  hold-out {measured[i + 1]:.4f}"
-            bar.write(f"{said} nats per token")
-            if prompt := options.prompt:
-                sampling = {"temperature": 0.8, "seed": 0, "max_new_tokens": 200}
-                sample = generate(plain, tokenizer, prompt, eos_token_id=None, **sampling)
-                bar.write(f"{prompt}{sample}\n")
-            del plain  # training needs its memory
             write_curve(options.out, losses, measured)
             # Written aside and moved: an interruption must not cost the only checkpoint.
             torch.save(saved, checkpoint.with_suffix(".partial"))
             checkpoint.with_suffix(".partial").replace(checkpoint)
+            bar.write(f"{said} nats per token")
+            if prompt := options.prompt:
+                sampling = {"temperature": 0.8, "seed": 0, "max_new_tokens": 200}
+                sample = generate(plain, tokenizer, prompt, eos_token_id=None, **sampling)
+                letters = sys.stdout.encoding or "utf-8"  # of a terminal, which may lack some
+                bar.write(f"{prompt}{sample}\n".encode(letters, "replace").decode(letters))
+            del plain  # training needs its memory
         mark = time.perf_counter()  # what it takes to look is not training
     bar.close()
     if rank == 0:
@@ -463,7 +479,7 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     add("--warmup", type=int, default=100, help="steps until the learning rate is whole")
     add("--lr", type=float, default=2e-3, help="the highest learning rate")
     add("--weight-decay", type=float, default=0.1, help="of matrices")
-    add("--clip", type=float, default=1.0, help="the largest norm of a gradient")
+    add("--clip", type=float, default=1.0, help="largest norm of a gradient (inf: any)")
     add("--average", type=float, default=0.998, help="its share that a step leaves (0: none)")
     add("--dropout", type=float, default=0.25, help="share of what enters the stream")
     add("--evaluate-every", type=int, default=300, help="steps between losses, samples, saves")
@@ -474,13 +490,15 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
     options = parser.parse_args()
     low = dict.fromkeys(("batch", "accumulate", "seqlen", "steps", "evaluate_every"), 1)
-    high = dict.fromkeys(("validation_share", "jump", "dropout"), 1)
-    for name in (*low, *high, "lr", "clip", "warmup", "weight_decay", "evaluate_window"):
+    high = dict.fromkeys(("validation_share", "jump", "dropout"), 1) | {"seed": 2**32}
+    for name in (*low, *high, "lr", "warmup", "weight_decay", "evaluate_window"):
         value, least, most = getattr(options, name), low.get(name, 0), high.get(name, math.inf)
         if not least <= value <= most:
             parser.error(f"{name} must be from {least} to {most}, got {value}")
     if not 0 <= options.average < 1:
         parser.error(f"average must be from 0 to below 1, got {options.average}")
+    if not options.clip > 0:
+        parser.error(f"clip must be above 0, or inf for none, got {options.clip}")
     if options.evaluate and not (options.hold_out or options.validation_share):
         parser.error("--evaluate needs a text to measure on: --hold-out or --validation-share")
     for name in ("tokenizer", "d_model", "n_layer") if options.init_from else ():

@@ -200,6 +200,8 @@ def as_large_as(mamba: MambaConfig) -> MambaConfig:
 
 
 def make_transformer(options: argparse.Namespace) -> tuple[Transformer, ByteTokenizer]:
+    if options.d_model % (2 * max(1, options.d_model // 64)):
+        raise ValueError(f"--d-model {options.d_model} does not give heads of an even width")
     torch.manual_seed(options.seed)
     mamba = MambaConfig(options.d_model, options.n_layer, 256, tokenizer="bytes")
     return Transformer(as_large_as(mamba)), ByteTokenizer()
@@ -259,8 +261,8 @@ def main() -> None:
     for name in ("packed", "evaluate_window", "init_from", "validation_share"):
         if value := getattr(options, name):
             parser.error(f"{name} = {value} is not for this table")
-    if options.tokenizer != "bytes" or not options.hold_out:
-        parser.error("it takes bytes, and at least one --hold-out")
+    if options.tokenizer != "bytes" or not options.hold_out or options.seqlen < 2:
+        parser.error("it takes bytes, at least one --hold-out, and --seqlen of at least 2")
     options.jump, options.prompt = 1.0, ""  # no state to read on from, or to sample with
     names = sorted(options.hold_out)
     table = [("nats per byte", *names, "all"), ("---",) * (len(names) + 2)]

@@ -1015,9 +1015,10 @@ def expm1_over(a: Tensor) -> Tensor:
 ##   B_bar x = v     B̄ x          dB x (in step)   deltaB_u            deltaB_u        dtBus
 ##   h, h_last       -            ssm_state        x, last_state       x               hs, hprefix
 ##
-## conv_state has d_conv columns, with the newest input. selective_scan_ref and mamba-mini have
-## (b, d, l) and (b, n, l). Algorithm 2's B, L, D, N are sizes, too: b, l, d, n. In log space
-## Heinsen's a, b, x are Ā, v, h and a_star is a*; exp(a*) is mamba-mini's Ats, ΔA mamba-tiny's dA.
+## "later": the same name again. conv_state has d_conv columns, ours d_conv - 1: it also has the
+## newest input. selective_scan_ref and mamba-mini have (b, d, l) and (b, n, l). Algorithm 2's B, L,
+## D, N are sizes, too: b, l, d, n. In log space Heinsen's a, b, x are Ā, v, h and a_star is a*;
+## exp(a*) is mamba-mini's Ats, ΔA mamba-tiny's dA.
 
 
 ## ================================================================================================

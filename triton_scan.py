@@ -14,8 +14,9 @@ Symbols as in mamba.py: x, dt, z, y (b, l, d), A (d, n), B and C (b, l, n), the 
 
 A lesson, for those who have read mamba.py and know the vector addition of Triton's tutorials: from
 `first_kernel` to the last one in steps. Each says what was slow, what changed and what it gained:
-ms forward / backward on an NVIDIA H100, of batch 8, 2048 channels, 2048 steps, n = 16, bfloat16,
-where no other size is named. (benchmarks/NOTES.md has more, and what failed.)
+ms forward / backward on an NVIDIA H100, of 8 x 2048 x 2048 (batch x channels x steps), n = 16,
+bfloat16, where no other size is named; from step 7 on of earlier versions, to be compared within a
+pair. At the end it is 0.257 / 1.19. (benchmarks/NOTES.md has more, and what failed.)
 
     The problem             what limits a GPU here; how the work lies over it (a picture); words
     The first kernel        scan_chunked of mamba.py, fused                     3.08
@@ -94,7 +95,7 @@ from torch import Tensor
 ##                lanes with j = 0        lanes with j = 1
 ##     lane       0     1   ...   15     16    17   ...   31      lane = j C + c
 ##     channel    0     1   ...   15      0     1   ...   15      c = 0 ... C - 1, C = 16 (CHANNELS)
-##     step t    0-7   0-7  ...  0-7    8-15  8-15  ...  8-15     the states n = j M + m, M = 8
+##     t, states 0-7   0-7  ...  0-7    8-15  8-15  ...  8-15     the states n = j M + m, M = 8
 ##        ...
 ##       t + 7   0-7   0-7  ...  0-7    8-15  8-15  ...  8-15     T = 8 steps: 64 numbers a lane
 ##
@@ -102,7 +103,7 @@ from torch import Tensor
 ## and then over two lanes. A sum over c, for dB and dC, is over 16 lanes and then over programs.
 ## How shapes are cut, for n = 16:
 ##
-##     x (b, l, d)        kernel      M x J x C     blocks x segments x b = programs    launches
+##     x (b, l, d)        kernel      M x J x C     blocks x segments x b = programs    slices
 ##     (8, 2048, 2048)    forward     8 x 2 x 16    128 x 1 x 8 = 1024                  1
 ##     (1, 2048, 1536)    forward     16 x 1 x 32   48 x 32 x 1 = 1536                  1
 ##     (8, 2048, 2048)    backward    8 x 2 x 16    128 x 1 x 8 = 1024                  4
@@ -126,9 +127,9 @@ from torch import Tensor
 ## ================================================================================================
 ##
 ## `scan_chunked` of mamba.py, fused. A program holds the states of 32 channels as (channels,
-## states) and walks through one chunk of time. Launched twice: from zero states it gives the end of
-## each chunk, e; PyTorch chains these with h <- exp(A ΣΔ) h + e; then from the true starts it gives
-## y. All of it takes 3.08 ms, softplus and gate not counted. The limit with them is 0.181.
+## states) and walks through one chunk of time (later on: a segment). Launched twice: from zero
+## states it gives the end of each chunk, e; PyTorch chains these with h <- exp(A ΣΔ) h + e; then
+## from the true starts it gives y. All takes 3.08 ms, without softplus and gate; the limit is 0.181.
 
 
 @triton.jit
@@ -367,8 +368,8 @@ def chosen(here1, value1, here2, value2):
 ## Slow: a tile still waits for its loads. A change that halved the instructions left the time as it
 ## was (benchmarks/NOTES.md): with few warps on a scheduler nothing else is there to run.
 ##
-## Changed: `num_stages` of the loop. While one tile is computed, the next two are copied to shared
-## memory (cp.async), which takes no register and stops nobody.
+## Changed: `num_stages` of the loops over tiles (`tl.range`). While one tile is computed, the next
+## two, backward three, are copied to shared memory (cp.async): no register, and nobody waits.
 ##
 ## Gained: 0.58 -> 0.281 ms and 1.71 -> 1.25. (Two stages, with step 4: 0.36, 1.54.)
 
@@ -397,7 +398,8 @@ def load_tile(
 ## `widen_kernel` converts B and C once for all.
 ##
 ## Gained: 0.281 -> 0.259 ms and 1.25 -> 1.19 by the first. By the second 184 -> 137 instructions,
-## 0.35 -> 0.33 ms, in an early version with T = 4.
+## 0.35 -> 0.33 ms, in an early version with T = 4. (With two lanes a channel, which take softplus
+## and silu twice, the limit is 0.217.)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -697,13 +699,13 @@ def forward_kernel(
 ## the L2 cache). Then, from the last tile to the first: forward through it, with h in registers,
 ## and backward through the same registers.
 ##
-## Gained: two exponentials a state and step, 0.27 ms, for 1.4 ms of memory; computed, not timed.
+## Gained: one exponential more a state and step, 0.13 ms, for 1.4 ms of memory; not timed.
 
 
 ## Step 7. Sums over channels ----------------------------------------------------------------------
 ##
 ## Slow: the sums over d, for dB and dC, go across lanes, and a processor does one exchange between
-## lanes a clock for all of its schedulers. With n = 16 and two lanes a channel a lane has 8
+## lanes a clock for all of its schedulers. With n = 16 and two lanes a channel (step 8) it has 8
 ## products for dB and 8 for dC a step; to sum each over 16 lanes the usual way takes 16 x 4.
 ##
 ## Changed: `sum_channels` halves the values with each exchange. First lanes c and c ^ 8: the one
@@ -1172,7 +1174,7 @@ def sum_totals_kernel(
 ## timed; PyTorch's wrapper for operators takes as long again; and backward was twenty launches.
 ##
 ## Changed: `launch` remembers what Triton found out; `operator` gives the wrapper to torch.compile
-## only; nothing is set to zero, one kernel adds up all parts of a sum: six launches.
+## only; nothing is set to zero, one kernel adds up all parts of a sum.
 ##
 ## Gained: 1 x 1536 x 2048 backward 0.98 -> 0.46 ms by the first two. By the third 1.07 -> 0.16 ms,
 ## but not with the same processor before and after.
@@ -1658,7 +1660,7 @@ def selective_scan_triton(
 ## there and back, and SiLU reads and writes it once more. Memory is the limit.
 ##
 ## Changed: a program takes (b, l, d) as it is, walks along a strip of time and keeps the last W - 1
-## inputs of its 128 channels in registers: x is read once, the result written once.
+## inputs of its 128 channels in registers: x is read about once, the result written once.
 ##
 ##     pre_t = bias + Σ_k w_k x_{t-k}        out_t = silu(pre_t)        k = 0 ... W - 1 steps back
 ##

@@ -78,10 +78,10 @@ def read_text(paths: list[Path], tokenizer: Tokenizer, separator: str | None = N
 
 def read_texts(options: argparse.Namespace, tokenizer: Tokenizer) -> tuple[Text, list[Text]]:
     """The text to train on and those to measure on."""
-    files, out = set(), options.out.absolute()
-    for path in map(
-        Path, map(os.path.abspath, options.data)
-    ):  # each file is read once, however it is named
+    # Each file is read once, however it is named: "a/../b" is "b".
+    out, *given = (Path(os.path.abspath(path)) for path in (options.out, *options.data))
+    files = set()
+    for path in given:
         # A folder stands for all files in it, but for what is hidden and what a run has written.
         inside = {p for p in path.rglob("*") if p.is_file() and out not in p.parents}
         seen = {p for p in inside if "/." not in f"/{p.relative_to(path).as_posix()}"}
@@ -480,7 +480,7 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     add("--lr", type=float, default=2e-3, help="the highest learning rate")
     add("--weight-decay", type=float, default=0.1, help="of matrices")
     add("--clip", type=float, default=1.0, help="largest norm of a gradient (inf: any)")
-    add("--average", type=float, default=0.998, help="its share that a step leaves (0: none)")
+    add("--average", type=float, default=0.998, help="of weights: share kept a step (0: none)")
     add("--dropout", type=float, default=0.25, help="share of what enters the stream")
     add("--evaluate-every", type=int, default=300, help="steps between losses, samples, saves")
     add("--prompt", default="\n", metavar="TEXT", help="how samples begin; an empty one: none")

@@ -119,7 +119,8 @@ def test_a_folder_is_each_of_its_files_once_but_not_what_is_hidden_or_written_by
         Path(folder, "text").write_bytes(VERSE)
     Path("sub/more").write_bytes(VERSE)
     Path("empty.txt").unlink()
-    run(f"--data . read.txt {Path('read.txt').absolute()} --steps 1 --out out")
+    named = f"read.txt {Path('read.txt').absolute()} sub/../read.txt"
+    run(f"--data . {named} --steps 1 --out sub/../out")
     assert bytes(run.text.tolist()) == b"\n\n".join([VERSE.upper(), VERSE, VERSE])
 
 

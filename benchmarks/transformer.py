@@ -34,7 +34,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 if __name__ == "__main__":  # from a clone that is not installed
@@ -266,7 +265,7 @@ def main() -> None:
     options.jump, options.prompt = 1.0, ""  # no state to read on from, or to sample with
     names = sorted(options.hold_out)
     table = [("nats per byte", *names, "all"), ("---",) * (len(names) + 2)]
-    try:
+    with train.in_a_sentence("transformer.py"):
         text, texts = train.read_texts(options, ByteTokenizer())
         sizes = np.array([len(ids) for ids, _ in texts])
         for name in rows:
@@ -274,8 +273,6 @@ def main() -> None:
             found.append(float(sizes @ found / sizes.sum()))
             table.append((name, *(f"{each:.4f}" for each in found)))
             print(*table[-1], flush=True)
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-        raise SystemExit(f"transformer.py: error: {error}") from error
     print(*(f"| {' | '.join(cells)} |" for cells in table), sep="\n")
 
 

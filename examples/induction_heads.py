@@ -24,6 +24,7 @@ import functools
 import importlib.util
 import itertools
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -36,6 +37,8 @@ from torch import Tensor, nn
 
 if __name__ == "__main__":  # from a clone that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from recorded import recorded
 
 from mamba import Mamba, MambaBlock, MambaConfig
 
@@ -100,48 +103,44 @@ def ask(model: Mamba, rows: int, length: int) -> tuple[Tensor, Tensor]:
 
 def train(
     model: Mamba, ask: Callable[[Mamba], tuple[Tensor, Tensor]], steps: int, lr: float,
-    *, fade: float = 0.0, say: str = "",
+    *, fade: float = 0.0, clip: float = math.inf, say: str = "",
 ) -> Tensor:  # fmt: skip
     """AdamW without weight decay, on cross-entropy. Returns losses and shares answered (2, steps).
 
     ask(model) makes new sequences at each call, and returns logits (..., tokens) and the tokens
     that are right (...): what is answered in training was never seen before. The learning rate
-    falls to 0 over the last `fade` of the steps.
+    falls to 0 over the last `fade` of the steps. clip: the largest norm of a gradient.
     """
     device = model.lm_head.weight.device
     on_gpu, found = device.type == "cuda", torch.zeros(2, steps, device=device)
     rate = torch.tensor(lr, device=device)  # not a number, which a recorded step would not look up
-    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.0, capturable=on_gpu)
+    ## Adam divides a gradient by its own size, so that small ones move a weight as far as large
+    ## ones, until they are no larger than eps. PyTorch's eps of 1e-8 is too large here. All answers
+    ## at the length in training are soon right, and the gradients nearly nothing, while Δ on noise
+    ## is still too large for sequences thousands of times as long. With 1e-15 Δ goes on falling.
+    optimizer = torch.optim.AdamW(
+        model.parameters(), rate, betas=(0.9, 0.95), eps=1e-15, weight_decay=0.0, capturable=on_gpu
+    )
     count = torch.zeros(1, dtype=torch.long, device=device)
 
-    def step() -> None:
+    def step() -> Tensor:
         if fade:
             rate.copy_(lr * ((steps - count) / (fade * steps)).clamp(max=1).squeeze())
         logits, wanted = ask(model)
         loss = F.cross_entropy(logits.flatten(0, -2), wanted.flatten())
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         right = (logits.argmax(-1) == wanted).float().mean()
         found.index_copy_(1, count, torch.stack([loss.detach(), right]).unsqueeze(1))
-        count.add_(1).remainder_(steps)
+        count.add_(1)
+        return loss.detach()
 
-    ## On a GPU a step of a model this small is nearly all Python. So it is recorded once as a CUDA
-    ## graph, with its random numbers and its optimizer, and replayed.
-    run, recorded = step, 3 if on_gpu and steps > 3 else 0
-    if recorded:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(recorded):
-                step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-        run = graph.replay
+    # On a GPU a step of a model this small is nearly all Python, so it is recorded.
+    run = recorded(step, optimizer).__next__ if on_gpu else step
     begun = time.perf_counter()
-    for i in range(recorded, steps):
+    for i in range(steps):
         run()
         if say and (i + 1) % max(1, steps // 20) == 0:
             loss, right = found[:, max(0, i - 50) : i + 1].mean(1).tolist()

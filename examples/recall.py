@@ -48,10 +48,10 @@ from mamba import Mamba, MambaConfig, MambaState, causal_conv
 SIZES = {  # keys, and as many values; numbers of pairs; questions for each in a step of training
     "zoology": {"words": 4096, "pairs": [2**k for k in range(2, 9)], "questions": 2048,
                 "d_model": 64, "d_state": [4, 16, 64],
-                "steps": 20_000, "lr": 3e-3, "fade": 0.2},
+                "steps": 20_000, "lr": 3e-3, "fade": 0.2, "clip": 1.0},
     "small": {"words": 32, "pairs": [2**k for k in range(1, 6)], "questions": 64,
               "d_model": 64, "d_state": [1, 4, 16],
-              "steps": 640, "lr": 2e-2, "fade": 0.2},
+              "steps": 640, "lr": 2e-2, "fade": 0.2, "clip": 1.0},
 }  # fmt: skip
 
 
@@ -190,13 +190,13 @@ def main() -> None:
     options = command_line(__doc__.split("\n")[0], "recall.png", (0,))
     sizes = SIZES["small" if options.small else "zoology"]
     words, pairs = sizes["words"], sizes["pairs"]
-    lr, fade, steps = sizes["lr"], sizes["fade"], options.steps or sizes["steps"]
+    steps, how = options.steps or sizes["steps"], {x: sizes[x] for x in ("lr", "fade", "clip")}
     learn = functools.partial(ask_all, questions=sizes["questions"], pairs=pairs, words=words)
 
     def run(d_state: int | None, seed: int) -> list[float]:
         model = make_model(d_state, sizes["d_model"], words).to(options.device)
         say = f"{name(d_state, sizes)}, seed {seed}"
-        train(model, learn, steps, lr, fade=fade, say=say)
+        train(model, learn, steps, **how, say=say)
         exams = (functools.partial(ask, questions=2048, pairs=p, words=words) for p in pairs)
         return [accuracy(model, exam) for exam in exams]
 

@@ -1,14 +1,15 @@
 """Train a Mamba language model on text: from scratch or further, on one device or on many.
 
-    python examples/train.py --data texts/*.txt --hold-out macbeth_gut.txt twelfth_night_gut.txt
+    python examples/train.py --data texts --hold-out hamlet_gut.txt --graph
     python examples/train.py --data mine.txt --validation-share 0.1 --lr 1e-4 --batch 16 \
         --accumulate 4 --init-from state-spaces/mamba-130m
     torchrun --nproc-per-node 2 examples/train.py --data many --packed --parallel fsdp
 
-The first line made checkpoints/shakespeare, with --average 0. Every --evaluate-every steps the
-script prints losses and a sample, and writes to --out loss.csv, loss.png, the model as generate.py
-and from_pretrained load it, and training.pt: the same command goes on from there, in any number of
-processes, and ends as if nothing had stopped it. --evaluate FOLDER measures a model only.
+Every --evaluate-every steps the script prints losses and a sample, and writes to --out loss.csv,
+loss.png, the model as generate.py and from_pretrained load it, and training.pt: the same command
+goes on from there, in any number of processes, and ends as if nothing had stopped it. --evaluate
+FOLDER measures a model only. The defaults are those for a small model of a few megabytes of text,
+which it reads many times; with --init-from, there is no dropout, and weight decay is 0.1.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -40,6 +43,7 @@ if __name__ == "__main__":  # from a clone that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from chunked_loss import chunked_cross_entropy
+from recorded import recorded
 
 from generate import ByteTokenizer, Tokenizer, generate, load_tokenizer
 from mamba import Mamba, MambaConfig, file_finder, read_config, read_file
@@ -115,41 +119,50 @@ def read_texts(options: argparse.Namespace, tokenizer: Tokenizer) -> tuple[Text,
 
 
 class Windows:
-    """Windows (batch, seqlen + 1) of one long text, and which rows jumped since the last one."""
+    """Windows of one long text: of its ids, and of whatever else there is for each of them."""
 
-    def __init__(self, text: Text, batch: int, seqlen: int, jump: float = 1 / 8) -> None:
-        (self.ids, self.reset), self.seqlen, self.jump = text, seqlen, jump
+    def __init__(
+        self, text: tuple[Tensor, ...], batch: int, seqlen: int, jump: float = 1 / 8
+    ) -> None:
+        (self.ids, *self.others), self.seqlen, self.jump = text, seqlen, jump
         self.position = torch.full((batch,), len(self.ids))  # all rows must jump
 
-    def next(self, dice: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """ids (batch, seqlen + 1) int64, reset (batch, seqlen) bool and jumped (batch,) bool."""
+    def next(self, dice: torch.Generator) -> list[Tensor]:
+        """ids (batch, seqlen + 1) int64, which rows jumped (batch,), others (batch, seqlen, ...)"""
         last, rows = len(self.ids) - self.seqlen - 1, self.position.shape
         jumped = (torch.rand(rows, generator=dice) < self.jump) | (self.position > last)
         places = torch.randint(last + 1, rows, generator=dice)
         self.position = torch.where(jumped, places, self.position)
         indices = self.position.unsqueeze(1) + torch.arange(self.seqlen + 1)
         self.position = self.position + self.seqlen
-        return self.ids[indices].long(), self.reset[indices[:, :-1]], jumped
+        return [self.ids[indices].long(), jumped, *(x[indices[:, :-1]] for x in self.others)]
 
 
-def add_dropout(model: Mamba, p: float) -> None:
+def add_dropout(model: Mamba, p: float, depth: float) -> None:
     """Dropout on all that enters the residual stream: the embedding's output and every block's.
 
-    Forward hooks, so that the model stays what it is: nothing of this is saved or left behind.
+    And stochastic depth (arXiv 1603.09382): a share `depth` of the rows goes without what a block
+    adds, and the others get 1/(1 - depth) of it. (Its state reads on in all of them.) Forward
+    hooks, so that nothing of this is saved or left behind in the model.
     """
 
     def drop(module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
         return F.dropout(output, p, module.training)
 
+    def drop_rows(module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
+        return output * F.dropout(output.new_ones(len(output), 1, 1), depth, module.training)
+
     for module in (model.backbone.embedding, *(x.mixer.out_proj for x in model.backbone.layers)):
         module.register_forward_hook(drop)
+    for layer in model.backbone.layers if depth else ():
+        layer.mixer.out_proj.register_forward_hook(drop_rows)
 
 
 ## The weights of each step are off to a side, that of the last few batches, each to another one.
-## Their average is nearer to the middle. As with the moments of Adam, the newest counts 1 - β, each
-## step before it β times as much as the next, and all is divided by the sum of what counts,
-## 1 - β^steps. It is the average that is measured and saved as the model; training does not see it.
-## (With β = 0.998 it spans 500 steps: a run of a few hundred is better without.)
+## Their average is nearer to the middle. At step t it moves towards the newest weights by 3/(t + 3)
+## of the way, and so spans about the last third of all steps, until this is 1 - β, and from there
+## on the last 1/(1 - β). (arXiv 1212.1824 has such averages.) It is what is measured and saved as
+## the model; training does not see it.
 
 
 def keep_average(optimizer: torch.optim.Optimizer, newest: Tensor) -> None:
@@ -201,17 +214,17 @@ def export(model: Mamba, weights: dict[str, Tensor], tokenizer: Tokenizer, folde
 
     A_log, D, biases and norms stay in float32. They are few, and A_log sits in an exponent.
     """
-    copy = type(model)(model.config)
-    copy.load_state_dict(weights, strict=False)  # lm_head, if tied, is not among parameters
-    matrices, _ = copy.param_groups(weight_decay=1.0)  # what decays is what may be rounded
+    saved = type(model)(model.config)
+    saved.load_state_dict(weights, strict=False)  # lm_head, if tied, is not among parameters
+    matrices, _ = saved.param_groups(weight_decay=1.0)  # what decays is what may be rounded
     for parameter in matrices["params"]:
         parameter.data = parameter.data.half()
-    copy.save_pretrained(folder)
+    saved.save_pretrained(folder)
     if not isinstance(tokenizer, ByteTokenizer):
         tokenizer.tokenizer.save(str(folder / "tokenizer.json"))
         ends = {"eos_token_id": [*tokenizer.eos_token_ids]}
         (folder / "generation_config.json").write_text(json.dumps(ends))
-    return copy.float()
+    return saved.float()
 
 
 def write_curve(folder: Path, losses: list[float], measured: dict[int, float]) -> None:
@@ -232,8 +245,9 @@ def write_curve(folder: Path, losses: list[float], measured: dict[int, float]) -
 
 ## Several processes share the rows of each batch. With DDP each holds the whole model, and they
 ## average the gradients. With FSDP each holds its part of every weight, gradient and moment of
-## Adam, and a block's weights are gathered when its turn comes. Either way the gradient is that of
-## the mean over all rows: the losses are those of one process, up to rounding and the dropout.
+## Adam, and weights are gathered when their turn comes: those of four blocks at once, since each
+## time costs milliseconds of Python. Either way the gradient is that of the mean over all rows: the
+## losses are those of one process, up to rounding and the dropout.
 
 
 def which_process(name: str) -> tuple[int, int, torch.device]:
@@ -255,32 +269,10 @@ def share(model: Mamba, how: str, world: int, device: torch.device) -> nn.Module
     if how == "ddp":
         return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     mesh = dist.init_device_mesh(device.type, (world,))
-    for module in (*model.backbone.layers, model):
-        fully_shard(module, mesh=mesh)
+    layers = [*model.backbone.layers]
+    for unit in (*(layers[i : i + 4] for i in range(0, len(layers), 4)), model):
+        fully_shard(unit, mesh=mesh)
     return model
-
-
-## On a GPU, Python takes longer to ask for the work of a small model than the GPU to do it. A CUDA
-## graph is a whole step, its dice and its optimizer included, recorded once and then asked for in
-## one call. It reads and writes where it did when it was recorded.
-
-
-def recorded(step: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    """The losses of steps, the first three as they are, which makes them ready to be recorded."""
-    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    for _ in range(3):
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            loss = step()
-        torch.cuda.current_stream().wait_stream(side)
-        yield loss
-    for group in optimizer.param_groups:
-        group["capturable"] = True
-    with torch.cuda.graph(graph):
-        loss = step()
-    while True:
-        graph.replay()
-        yield loss.clone()
 
 
 def make_model(options: argparse.Namespace) -> tuple[Mamba, Tokenizer]:
@@ -301,9 +293,13 @@ FREE = "data out evaluate evaluate_every prompt device parallel accumulate graph
 
 
 def train(
-    options: argparse.Namespace, make_model: Callable = make_model, evaluate: Callable = evaluate
-) -> None:
-    """benchmarks/transformer.py trains a model of another kind, and measures it in another way."""
+    options: argparse.Namespace, make_model: Callable = make_model, evaluate: Callable = evaluate,
+    teach: Callable | None = None,
+) -> None:  # fmt: skip
+    """benchmarks/transformer.py trains a model of another kind, and measures it in another way.
+    distill.py teaches, for each token of the text, a probability of each that may follow, in the
+    place of the one that does; the training losses are then those to the teachers.
+    """
     (rank, world, device), checkpoint = which_process(options.device), options.out / "training.pt"
     model, tokenizer = make_model(options)
     text, held_out = read_texts(options, tokenizer)
@@ -320,8 +316,8 @@ def train(
     options.out.mkdir(parents=True, exist_ok=True)
     TemporaryFile(dir=options.out).close()  # if nothing can be written, it is to fail now
     model.to(device)
-    if options.dropout:  # blocks with a hook, even an idle one, run without their fused kernels
-        add_dropout(model, options.dropout)
+    if options.dropout or options.depth_dropout:  # blocks with a hook run without fused kernels
+        add_dropout(model, options.dropout, options.depth_dropout)
     shared = share(model, options.parallel, world, device) if world > 1 else model
     # Tensors, as a recorded step would not look at numbers again.
     lr, newest = (torch.tensor(value, device=device) for value in (options.lr, 1.0))
@@ -330,26 +326,34 @@ def train(
     if options.average:
         keep_average(optimizer, newest)
 
-    # All that a step reads, in its place: rows of this process and, of all, where windows are.
-    mine = slice(rank * batch // world, (rank + 1) * batch // world)
-    windows = Windows(text, batch, seqlen, options.jump)
-    state = model.init_state(batch // world)
-    ids = torch.zeros(batch // world, seqlen + 1, dtype=torch.long, device=device)
-    reset = torch.zeros(batch // world, seqlen, dtype=torch.bool, device=device)
-    jumped = torch.zeros(batch // world, dtype=torch.bool, device=device)
-
-    losses, measured, seconds = [], {}, 0.0
-    whole = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # in the first process
+    losses, measured, seconds, saved = [], {}, 0.0, None
     fixed = {name: value for name, value in vars(options).items() if name not in FREE}
     all_ids = (ids.numpy() for ids, _ in (text, *held_out))
     fixed["texts"] = ", ".join(f"{len(ids)} tokens {zlib.crc32(ids):08x}" for ids in all_ids)
     if checkpoint.exists():
         saved = read_file(checkpoint)
-        for name, value in fixed.items():
-            if value != (before := saved["fixed"].get(name)):
+        for name in saved["fixed"] | fixed:
+            if (value := fixed.get(name)) != (before := saved["fixed"].get(name)):
                 said = f"{checkpoint} was begun with {name} = {before}, not {value}"
                 raise ValueError(f"{said}: delete it to begin anew, or choose another --out")
         losses, measured, seconds = saved["losses"], saved["measured"], saved["seconds"]
+
+    # All that a step reads, in its place: rows of this process and, of all, where windows are.
+    mine = slice(rank * batch // world, (rank + 1) * batch // world)
+    taught = torch.empty(len(text[0]), 0)  # nothing
+    if teach and len(losses) < options.steps:
+        taught = teach(text[0], text[1] & options.packed, device)
+    windows = Windows((*text, taught), batch, seqlen, options.jump)
+    state = model.init_state(batch // world)
+    ids = torch.zeros(batch // world, seqlen + 1, dtype=torch.long, device=device)
+    jumped = torch.zeros(batch // world, dtype=torch.bool, device=device)
+    reset, expected = (
+        torch.zeros(batch // world, seqlen, *x.shape[1:], dtype=x.dtype, device=device)
+        for x in windows.others
+    )
+
+    whole = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # in the first process
+    if saved:
         windows.position = saved["position"]
         both = {"model_state_dict": saved["weights"], "optim_state_dict": saved["moments"]}
         dcp.get_optimizer_state_dict(model, optimizer)  # makes places for all that is kept
@@ -361,6 +365,11 @@ def train(
     for group in optimizer.param_groups:  # what was loaded has a rate of its own, or was recorded
         group |= {"lr": lr, "capturable": False}
 
+    def loss_of(u: Tensor, rows: slice) -> Tensor:
+        if teach:
+            return F.cross_entropy(model.lm_head(u).flatten(0, 1), expected[rows].flatten(0, 1))
+        return chunked_cross_entropy(u.flatten(0, 1), model.lm_head.weight, ids[rows, 1:].flatten())
+
     def step() -> Tensor:
         """From ids, reset and state to the loss; in their places, the next state and weights."""
         total, size = torch.zeros((), device=device), len(ids) // parts
@@ -371,12 +380,9 @@ def train(
                 shared.require_backward_grad_sync = i + size == len(ids)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 # The loss inside of `forward`: DDP averages the gradients of nothing else.
-                loss, after = shared(
-                    ids[rows, :-1], state[:, rows], reset=reset[rows] if options.packed else None,
-                    head=lambda u, targets=ids[rows, 1:]: chunked_cross_entropy(
-                        u.flatten(0, 1), model.lm_head.weight, targets.flatten()
-                    ),
-                )  # fmt: skip
+                forget = reset[rows] if options.packed else None
+                head = partial(loss_of, rows=rows)
+                loss, after = shared(ids[rows, :-1], state[:, rows], reset=forget, head=head)
             (loss / parts).backward()
             state.conv[:, rows], state.h[:, rows] = after.conv.detach(), after.h.detach()
             total += loss.detach() / parts
@@ -397,8 +403,8 @@ def train(
         dice = torch.Generator().manual_seed(seed := options.seed * 1_000_003 + i)
         torch.manual_seed(seed * 1024 + rank)  # for dropout
         lr.fill_(options.lr * learning_rate(i, options.steps, options.warmup))
-        newest.fill_((1 - options.average) / (1 - options.average ** (i + 1)))
-        for place, values in zip((ids, reset, jumped), windows.next(dice), strict=True):
+        newest.fill_(max(1 - options.average, 3 / (i + 4)))
+        for place, values in zip((ids, jumped, reset, expected), windows.next(dice), strict=True):
             values = values[mine].pin_memory() if place.is_cuda else values[mine]
             place.copy_(values, non_blocking=True)
         new.append(run())
@@ -475,22 +481,27 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     add("--accumulate", type=int, default=1, help="parts in which a process takes its rows")
     add("--seqlen", type=int, default=512, help="tokens of a row")
     add("--jump", type=float, default=1 / 8, help="share of rows that do not read on")
-    add("--steps", type=int, default=1800, help="in all, with those before an interruption")
+    add("--steps", type=int, default=5000, help="in all, with those before an interruption")
     add("--warmup", type=int, default=100, help="steps until the learning rate is whole")
     add("--lr", type=float, default=2e-3, help="the highest learning rate")
-    add("--weight-decay", type=float, default=0.1, help="of matrices")
+    add("--weight-decay", type=float, default=1.0, help="of matrices")
     add("--clip", type=float, default=1.0, help="largest norm of a gradient (inf: any)")
     add("--average", type=float, default=0.998, help="of weights: share kept a step (0: none)")
-    add("--dropout", type=float, default=0.25, help="share of what enters the stream")
-    add("--evaluate-every", type=int, default=300, help="steps between losses, samples, saves")
+    add("--dropout", type=float, default=0.1, help="share of what enters the stream")
+    add("--depth-dropout", type=float, default=0.1, help="share of rows that skip a block")
+    add("--evaluate-every", type=int, default=500, help="steps between losses, samples, saves")
     add("--prompt", default="\n", metavar="TEXT", help="how samples begin; an empty one: none")
     add("--parallel", choices=("ddp", "fsdp"), default="ddp", help="how torchrun's processes share")
     add("--graph", action="store_true", help="record a step as a CUDA graph (one GPU)")
     add("--seed", type=int, default=0, help="of the weights, the windows and the dropout")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
+    if parser.parse_known_args()[0].init_from:
+        parser.set_defaults(dropout=0.0, depth_dropout=0.0, weight_decay=0.1)
     options = parser.parse_args()
     low = dict.fromkeys(("batch", "accumulate", "seqlen", "steps", "evaluate_every"), 1)
-    high = dict.fromkeys(("validation_share", "jump", "dropout"), 1) | {"seed": 2**32}
+    high = dict.fromkeys(("validation_share", "jump", "dropout", "depth_dropout"), 1) | {
+        "seed": 2**32
+    }
     for name in (*low, *high, "lr", "warmup", "weight_decay", "evaluate_window"):
         value, least, most = getattr(options, name), low.get(name, 0), high.get(name, math.inf)
         if not least <= value <= most:
@@ -507,21 +518,28 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return options
 
 
+@contextmanager
+def in_a_sentence(script: str) -> Iterator[None]:
+    """What a user can mend is said without a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+        # What is wrong in all processes is said by the first, what is wrong in one by this one.
+        quiet = isinstance(error, ValueError) and os.environ.get("RANK", "0") != "0"
+        raise SystemExit(1 if quiet else f"{script}: error: {error}") from error
+    except KeyboardInterrupt as error:
+        raise SystemExit(f"{script}: stopped: the same command goes on") from error
+
+
 def main() -> None:
     title, defaults = __doc__.split("\n")[0], argparse.ArgumentDefaultsHelpFormatter
     options = parse_arguments(argparse.ArgumentParser(description=title, formatter_class=defaults))
-    try:
+    with in_a_sentence("train.py"):
         if options.evaluate is None:
             return train(options)
         model = Mamba.from_pretrained(options.evaluate, device=options.device)
         _, texts = read_texts(options, load_tokenizer(model.config, options.evaluate))
         print(f"{options.evaluate}: hold-out {evaluate(model, texts):.4f} nats per token")
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-        # What is wrong in all processes is said by the first, what is wrong in one by this one.
-        quiet = isinstance(error, ValueError) and os.environ.get("RANK", "0") != "0"
-        raise SystemExit(1 if quiet else f"train.py: error: {error}") from error
-    except KeyboardInterrupt as error:
-        raise SystemExit("train.py: stopped: the same command goes on") from error
 
 
 if __name__ == "__main__":

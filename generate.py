@@ -742,7 +742,7 @@ def sample(
     if temperature == 0:
         return logits.argmax(-1)
     if logits.is_cuda and top_k == 0 and logits.dtype != torch.float64 and logits.stride(1) == 1:
-        ## To sort 50,000 numbers takes a GPU as long as half a step of mamba-130m. triton_scan.py
+        ## To sort 50,000 numbers takes a GPU as long as a step of mamba-130m. triton_scan.py
         ## draws from all, looks whether the token would have been kept, and if not draws again.
         with contextlib.suppress(ImportError):
             from triton_scan import sample_triton

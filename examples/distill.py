@@ -44,7 +44,8 @@ def expect(
     """For each byte of a text, ids and reset (l,), the probabilities of the next (l, 256), float16.
 
     text_share of them is on the byte that comes, the rest is the mean of what the teachers say.
-    (After the last byte none comes, and no window of the training asks.)
+    (After the last byte none comes, and no window of the training asks.) Raises ValueError if a
+    teacher says what is not finite.
     """
     length, columns = len(ids), -(-len(ids) // ROWS)
     found = torch.zeros(ROWS, columns, 256, dtype=torch.float16)

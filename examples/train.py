@@ -9,7 +9,7 @@ Every --evaluate-every steps the script prints losses and a sample, and writes t
 loss.png, the model as generate.py and from_pretrained load it, and training.pt: the same command
 goes on from there, in any number of processes, and ends as if nothing had stopped it. --evaluate
 FOLDER measures a model only. The defaults are those for a small model of a few megabytes of text,
-which it reads many times; with --init-from, there is no dropout, and weight decay is 0.1.
+which it reads many times; with --init-from there is no dropout, and weight decay is 0.1.
 """
 
 from __future__ import annotations
@@ -484,11 +484,11 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     add("--steps", type=int, default=5000, help="in all, with those before an interruption")
     add("--warmup", type=int, default=100, help="steps until the learning rate is whole")
     add("--lr", type=float, default=2e-3, help="the highest learning rate")
-    add("--weight-decay", type=float, default=1.0, help="of matrices")
+    add("--weight-decay", type=float, default=1.0, help="of matrices (--init-from: 0.1)")
     add("--clip", type=float, default=1.0, help="largest norm of a gradient (inf: any)")
     add("--average", type=float, default=0.998, help="of weights: share kept a step (0: none)")
-    add("--dropout", type=float, default=0.1, help="share of what enters the stream")
-    add("--depth-dropout", type=float, default=0.1, help="share of rows that skip a block")
+    add("--dropout", type=float, default=0.1, help="of what enters the stream (--init-from: 0)")
+    add("--depth-dropout", type=float, default=0.1, help="rows without a block (--init-from: 0)")
     add("--evaluate-every", type=int, default=500, help="steps between losses, samples, saves")
     add("--prompt", default="\n", metavar="TEXT", help="how samples begin; an empty one: none")
     add("--parallel", choices=("ddp", "fsdp"), default="ddp", help="how torchrun's processes share")
@@ -499,9 +499,8 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
         parser.set_defaults(dropout=0.0, depth_dropout=0.0, weight_decay=0.1)
     options = parser.parse_args()
     low = dict.fromkeys(("batch", "accumulate", "seqlen", "steps", "evaluate_every"), 1)
-    high = dict.fromkeys(("validation_share", "jump", "dropout", "depth_dropout"), 1) | {
-        "seed": 2**32
-    }
+    shares = "validation_share", "jump", "dropout", "depth_dropout"
+    high = dict.fromkeys(shares, 1) | {"seed": 2**32}
     for name in (*low, *high, "lr", "warmup", "weight_decay", "evaluate_window"):
         value, least, most = getattr(options, name), low.get(name, 0), high.get(name, math.inf)
         if not least <= value <= most:

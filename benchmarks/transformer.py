@@ -17,8 +17,8 @@ A row of the table for each of --rows; all learn from --data without the hold-ou
 
 The same number of steps is the same number of bytes. For the same time, give as many --steps as the
 transformer takes in it. --lr and --dropout are to be chosen on a text that is not a hold-out:
-without the hold-outs in --data, and with another play as --hold-out. --evaluate FOLDER measures the
-transformer of this folder and trains nothing.
+without the hold-outs in --data, and with another play as --hold-out. --init-from FOLDER trains the
+transformer of this folder further; --evaluate FOLDER measures it and trains nothing.
 """
 
 from __future__ import annotations
@@ -199,9 +199,11 @@ def as_large_as(mamba: MambaConfig) -> MambaConfig:
 
 
 def make_transformer(options: argparse.Namespace) -> tuple[Transformer, ByteTokenizer]:
+    torch.manual_seed(options.seed)
+    if name := options.init_from:
+        return Transformer.from_pretrained(name), ByteTokenizer()
     if options.d_model % (2 * max(1, options.d_model // 64)):
         raise ValueError(f"--d-model {options.d_model} does not give heads of an even width")
-    torch.manual_seed(options.seed)
     mamba = MambaConfig(options.d_model, options.n_layer, 256, tokenizer="bytes")
     return Transformer(as_large_as(mamba)), ByteTokenizer()
 
@@ -257,7 +259,7 @@ def main() -> None:
     parser.add_argument("--mamba", type=Path, default=DEFAULT_MODEL, help="the folder of a model")
     options = train.parse_arguments(parser)
     rows, mamba = (vars(options).pop(name) for name in ("rows", "mamba"))
-    for name in ("packed", "evaluate_window", "init_from", "validation_share"):
+    for name in ("packed", "evaluate_window", "validation_share"):
         if value := getattr(options, name):
             parser.error(f"{name} = {value} is not for this table")
     if options.tokenizer != "bytes" or not options.hold_out or options.seqlen < 2:

@@ -1,6 +1,6 @@
 """Look inside a layer: its steps Δ, its state at every token, and its hidden attention matrix.
 
-    python examples/look_inside.py "To be, or not to be, that is the question" --layer 2
+    python examples/look_inside.py "To be, or not to be, that is the question:" --layer 6
 
 draws them into look_inside.png, for the model that ships here; --out names another picture, --model
 another model. It needs matplotlib (pip install matplotlib).

@@ -119,23 +119,21 @@ def read_texts(options: argparse.Namespace, tokenizer: Tokenizer) -> tuple[Text,
 
 
 class Windows:
-    """Windows of one long text: of its ids, and of whatever else there is for each of them."""
+    """Windows of one long text, and which rows jumped since the last ones."""
 
-    def __init__(
-        self, text: tuple[Tensor, ...], batch: int, seqlen: int, jump: float = 1 / 8
-    ) -> None:
-        (self.ids, *self.others), self.seqlen, self.jump = text, seqlen, jump
+    def __init__(self, text: Text, batch: int, seqlen: int, jump: float = 1 / 8) -> None:
+        (self.ids, self.reset), self.seqlen, self.jump = text, seqlen, jump
         self.position = torch.full((batch,), len(self.ids))  # all rows must jump
 
-    def next(self, dice: torch.Generator) -> list[Tensor]:
-        """ids (batch, seqlen + 1) int64, which rows jumped (batch,), others (batch, seqlen, ...)"""
+    def next(self, dice: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """ids (batch, seqlen + 1) int64, reset (batch, seqlen) bool and jumped (batch,) bool."""
         last, rows = len(self.ids) - self.seqlen - 1, self.position.shape
         jumped = (torch.rand(rows, generator=dice) < self.jump) | (self.position > last)
         places = torch.randint(last + 1, rows, generator=dice)
         self.position = torch.where(jumped, places, self.position)
         indices = self.position.unsqueeze(1) + torch.arange(self.seqlen + 1)
         self.position = self.position + self.seqlen
-        return [self.ids[indices].long(), jumped, *(x[indices[:, :-1]] for x in self.others)]
+        return self.ids[indices].long(), self.reset[indices[:, :-1]], jumped
 
 
 def add_dropout(model: Mamba, p: float, depth: float) -> None:
@@ -293,13 +291,9 @@ FREE = "data out evaluate evaluate_every prompt device parallel accumulate graph
 
 
 def train(
-    options: argparse.Namespace, make_model: Callable = make_model, evaluate: Callable = evaluate,
-    teach: Callable | None = None,
-) -> None:  # fmt: skip
-    """benchmarks/transformer.py trains a model of another kind, and measures it in another way.
-    distill.py teaches, for each token of the text, a probability of each that may follow, in the
-    place of the one that does; the training losses are then those to the teachers.
-    """
+    options: argparse.Namespace, make_model: Callable = make_model, evaluate: Callable = evaluate
+) -> None:
+    """benchmarks/transformer.py trains a model of another kind, and measures it in another way."""
     (rank, world, device), checkpoint = which_process(options.device), options.out / "training.pt"
     model, tokenizer = make_model(options)
     text, held_out = read_texts(options, tokenizer)
@@ -340,17 +334,11 @@ def train(
 
     # All that a step reads, in its place: rows of this process and, of all, where windows are.
     mine = slice(rank * batch // world, (rank + 1) * batch // world)
-    taught = torch.empty(len(text[0]), 0)  # nothing
-    if teach and len(losses) < options.steps:
-        taught = teach(text[0], text[1] & options.packed, device)
-    windows = Windows((*text, taught), batch, seqlen, options.jump)
+    windows = Windows(text, batch, seqlen, options.jump)
     state = model.init_state(batch // world)
     ids = torch.zeros(batch // world, seqlen + 1, dtype=torch.long, device=device)
+    reset = torch.zeros(batch // world, seqlen, dtype=torch.bool, device=device)
     jumped = torch.zeros(batch // world, dtype=torch.bool, device=device)
-    reset, expected = (
-        torch.zeros(batch // world, seqlen, *x.shape[1:], dtype=x.dtype, device=device)
-        for x in windows.others
-    )
 
     whole = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # in the first process
     if saved:
@@ -366,8 +354,6 @@ def train(
         group |= {"lr": lr, "capturable": False}
 
     def loss_of(u: Tensor, rows: slice) -> Tensor:
-        if teach:
-            return F.cross_entropy(model.lm_head(u).flatten(0, 1), expected[rows].flatten(0, 1))
         return chunked_cross_entropy(u.flatten(0, 1), model.lm_head.weight, ids[rows, 1:].flatten())
 
     def step() -> Tensor:
@@ -404,7 +390,7 @@ def train(
         torch.manual_seed(seed * 1024 + rank)  # for dropout
         lr.fill_(options.lr * learning_rate(i, options.steps, options.warmup))
         newest.fill_(max(1 - options.average, 3 / (i + 4)))
-        for place, values in zip((ids, jumped, reset, expected), windows.next(dice), strict=True):
+        for place, values in zip((ids, reset, jumped), windows.next(dice), strict=True):
             values = values[mine].pin_memory() if place.is_cuda else values[mine]
             place.copy_(values, non_blocking=True)
         new.append(run())

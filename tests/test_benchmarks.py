@@ -176,6 +176,9 @@ def test_the_table_has_a_row_for_each_and_the_transformer_is_trained_once(
     again = table("--rows transformer --evaluate out")
     assert again == {"transformer": rows["transformer"]} and "step 4 " not in table.printed
     assert read_file(Path("out/training.pt"))["fixed"]["jump"] == 1
+    sizes = "--d-model 256 --n-layer 10"  # the defaults: those of the model that goes on
+    further = table(f"--rows transformer --init-from out --out more --lr 0 --steps 1 {sizes}")
+    assert further["transformer"] == pytest.approx(again["transformer"], abs=5e-3), "its weights"
     for wrong in ("--packed", "--tokenizer mamba", "--validation-share 0.1", "--seqlen 1"):
         with pytest.raises(SystemExit, match="2"):
             table(wrong)

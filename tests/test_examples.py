@@ -18,7 +18,6 @@ import warnings
 from functools import partial
 from pathlib import Path
 
-import distill
 import pytest
 import torch
 import torch.nn.functional as F
@@ -130,11 +129,11 @@ def test_a_folder_is_each_of_its_files_once_but_not_what_is_hidden_or_written_by
 def test_training_windows_read_on_where_they_stopped_and_one_row_in_eight_jumps():
     text = torch.arange(256, dtype=torch.uint8).repeat(999)
     windows, dice = train.Windows((text, text == 7), 400, seqlen=10), torch.Generator()
-    before, jumped, _ = windows.next(dice)
+    before, _, jumped = windows.next(dice)
     assert jumped.all(), "the first windows start from the zero state"
     jumps = 0
     for _ in range(50):
-        ids, jumped, reset = windows.next(dice)
+        ids, reset, jumped = windows.next(dice)
         assert ids.shape == (400, 11) and (ids.diff(dim=1) % 256 == 1).all()
         assert (ids[~jumped, 0] == before[~jumped, -1]).all()
         assert torch.equal(reset, ids[:, :-1] == 7)
@@ -192,88 +191,34 @@ def test_the_loss_in_chunks_of_short_floats_rounds_the_gradient_of_the_logits_on
     assert all(1e-4 < error < (4e-3 if autocast else 6e-3) for error in errors[1:]), errors
 
 
-def test_the_command_of_the_card_makes_the_shipped_model_and_further_training_is_milder(
+def test_the_commands_of_the_card_make_the_shipped_model_and_further_training_is_milder(
     monkeypatch,
 ):
     made, card = [], (ROOT / "checkpoints/shakespeare/README.md").read_text()
     monkeypatch.setattr(train, "train", lambda options: made.append(vars(options)))
-    (ours,) = re.findall(r"^python examples/(.* --out .*)$", card.replace("\\\n", ""), re.M)
-    for command in (ours, "train.py --data text", "train.py --data text --init-from mine"):
+    first, second = re.findall(r"^python examples/(.* --out .*)$", card.replace("\\\n", ""), re.M)
+    for command in (first, second, "train.py --data text", "train.py --data text --init-from mine"):
         monkeypatch.setattr(sys, "argv", command.split())
         train.main()
     config = Mamba.from_pretrained(ROOT / "checkpoints" / "shakespeare").config
-    assert made[0].items() >= {
-        "d_model": config.d_model, "n_layer": config.n_layer, "batch": 64, "seqlen": 512,
-        "steps": 1800, "warmup": 100, "dropout": 0.25, "lr": 2e-3, "evaluate_every": 300,
-        "seed": 0, "weight_decay": 0.1, "clip": 1.0, "jump": 0.125, "packed": False,
-        "separator": None, "accumulate": 1, "validation_share": 0.0, "evaluate_window": 0,
-        "average": 0.0, "depth_dropout": 0.0, "init_from": None, "tokenizer": "bytes",
-    }.items()  # fmt: skip
+    both = {
+        "d_model": config.d_model, "n_layer": config.n_layer, "batch": 32, "seqlen": 1024,
+        "dropout": 0.15, "depth_dropout": 0.15, "weight_decay": 1.0, "average": 0.998, "seed": 0,
+        "clip": 1.0, "jump": 0.125, "packed": False, "separator": None, "accumulate": 1,
+        "validation_share": 0.0, "evaluate_window": 0, "tokenizer": "bytes",
+        "hold_out": ["hamlet_gut.txt"], "graph": True,
+    }  # fmt: skip
+    assert made[0].items() >= (both | {
+        "data": [Path("texts"), Path("held-out/hamlet_gut.txt")], "steps": 10_000, "lr": 4e-3,
+        "warmup": 100, "evaluate_every": 1000, "init_from": None,
+    }).items()  # fmt: skip
+    assert made[1].items() >= (both | {
+        "data": [Path("texts/*_gut.txt"), Path("held-out/hamlet_gut.txt")], "steps": 800,
+        "lr": 5e-4, "warmup": 50, "evaluate_every": 100, "init_from": str(made[0]["out"]),
+    }).items()  # fmt: skip
     names = "dropout", "depth_dropout", "weight_decay"
-    found = [[options[name] for name in names] for options in made[1:]]
+    found = [[options[name] for name in names] for options in made[2:]]
     assert found == [[0.1, 0.1, 1.0], [0.0, 0.0, 0.1]]
-
-
-def test_a_pupil_learns_the_mean_of_its_teachers_and_the_text(run, monkeypatch):
-    """Rows of the text are parts of it, read side by side, each from the zero state."""
-    for seed in (1, 2):
-        run(f"--out {seed} --seed {seed} --lr 0.1 --steps 3")
-    ids = torch.frombuffer(bytearray(VERSE), dtype=torch.uint8)
-    reset, size, mean = ids == ord(","), -(-len(ids) // distill.ROWS), 0
-    for model in (Mamba.from_pretrained("1"), Mamba.from_pretrained("2")):
-        parts = zip(ids.long().split(size), reset.split(size), strict=True)
-        logits = torch.cat([model(part[None], reset=cut[None])[0] for part, cut in parts])
-        mean = mean + logits[:-1].softmax(-1) / 2
-    for share in (0.0, 0.3):
-        options = {"teachers": ["1", "2"], "text_share": share, "window": 2}
-        found = distill.expect(ids, reset, torch.device("cpu"), **options)
-        expected = (1 - share) * mean + share * F.one_hot(ids[1:].long(), 256)
-        assert found.dtype == torch.float16 and found.shape == (len(ids), 256)
-        assert_close("expected", found[:-1].float(), expected, 1e-3)
-
-    monkeypatch.setattr(train, "main", distill.main)
-    command = "distill.py --teachers 1 2 --text-share 0.3"
-    assert run("--out pupil --steps 1 --accumulate 2", command).startswith("1 reads the text\n2 re")
-    ids, _, _, wanted = run.windows[0]
-    torch.manual_seed(5)
-    model = Mamba(MambaConfig(8, n_layer=2, vocab_size=256))
-    loss = -(wanted * model(ids[:, :-1]).log_softmax(-1)).sum(-1).mean()
-    assert losses("pupil")[0, 0].item() == pytest.approx(loss.item(), rel=1e-4)
-    said = r"distill\.py: error: .*training.pt was begun with text_share = 0.3, not 0.4"
-    with pytest.raises(SystemExit, match=said):
-        run("--out pupil --text-share 0.4 --steps 1", command)
-    assert "reads" not in run("--out pupil --steps 1", command), "there is nothing left to learn"
-
-
-ITS_OWN = "--d-model 256 --n-layer 10"  # the defaults: with --init-from they say nothing
-
-
-@pytest.mark.parametrize(("options", "words"), [
-    ("--teachers typo", "'typo' is neither"),
-    ("--teachers small", "small is no model of the 256 bytes"),
-    ("--teachers words", "words is no model of the 256 bytes"),
-    (f"--teachers good --init-from small {ITS_OWN}", "small is no model of the 256 bytes"),
-    ("--teachers good --out ./good", "would be written over"),
-    ("--teachers broken", "broken: not all that it says is finite"),
-    ("--teachers good --text-share 1.1", "text_share must be from 0 to 1, got 1.1"),
-    ("--teachers good --text-share -0.1", "text_share must be from 0 to 1, got -0.1"),
-    ("--teachers good --tokenizer words", "it trains models of bytes"),
-    ("--teachers good --evaluate good", "it does not measure"),
-])  # fmt: skip
-def test_what_cannot_teach_is_refused(run, monkeypatch, capsys, options, words):
-    sizes = {"good": (256, "bytes"), "small": (100, "bytes"), "words": (256, ""),
-             "broken": (256, "bytes")}  # fmt: skip
-    for name, (vocab_size, tokenizer) in sizes.items():
-        model = Mamba(MambaConfig(8, vocab_size=vocab_size, tokenizer=tokenizer))
-        if name == "broken":
-            model.backbone.norm_f.weight.data.fill_(math.nan)
-        model.save_pretrained(name)
-    monkeypatch.setattr(train, "main", distill.main)
-    with pytest.raises(SystemExit) as error:
-        run(f"--out out {options}", "distill.py")
-    said = f"{error.value}{capsys.readouterr().err}"
-    assert words in said and "distill.py: error: " in said
-    assert not Path("out/model.safetensors").exists()
 
 
 def test_evaluation_reads_each_text_once_and_forgets_only_where_it_says():
@@ -301,9 +246,9 @@ def run(monkeypatch, tmp_path, capsys):
             run.windows.append(super().next(dice))
             return run.windows[-1]
 
-    def run(options: str, command: str = "train.py") -> str:
+    def run(options: str) -> str:
         run.windows = []
-        start = f"""{command} --data read.txt kept.txt more.txt --hold-out kept.txt --device cpu
+        start = """train.py --data read.txt kept.txt more.txt --hold-out kept.txt --device cpu
             --d-model 8 --n-layer 2 --batch 6 --seqlen 8 --warmup 2 --lr 0.01 --steps 6 --seed 5
             --dropout 0 --depth-dropout 0 --evaluate-every 2"""
         monkeypatch.setattr(sys, "argv", [*start.split(), *options.split()])
@@ -372,8 +317,8 @@ def test_training_is_this_loop(run, packed):
     factors = [0.5, 1, *(0.01 + 0.99 * (1 + math.cos(math.pi * i / 4)) / 2 for i in range(4))]
     text = VERSE.upper() + b"\n\n" + VERSE  # hold-outs apart, in the order of the names
     assert bytes(run.text.tolist()) == text.replace(b",", b"\n\n")
-    assert 0 < sum(jumped.sum() for _, jumped, *_ in run.windows[1:]) < 30
-    for factor, (ids, jumped, reset, _) in zip(factors, run.windows, strict=True):
+    assert 0 < sum(jumped.sum() for *_, jumped in run.windows[1:]) < 30
+    for factor, (ids, reset, jumped) in zip(factors, run.windows, strict=True):
         for group in optimizer.param_groups:
             group["lr"] = 0.01 * factor
         state = state.detach().map(lambda t, jumped=jumped: t.masked_fill(jumped[:, None, None], 0))
@@ -505,7 +450,7 @@ def test_a_sample_that_a_terminal_cannot_print_costs_nothing(run, monkeypatch):
 def test_packed_documents_have_the_losses_and_gradients_of_documents_read_alone(run):
     """The first moments of Adam after one step are a tenth of the gradient."""
     run("--out packed --packed --separator , --seqlen 80 --steps 1 --clip 1e9")
-    ids, _, reset, _ = run.windows[0]
+    (ids, reset, _) = run.windows[0]
     torch.manual_seed(5)
     model, total = Mamba(MambaConfig(8, n_layer=2, vocab_size=256)), 0
     assert reset.sum() > 6
@@ -530,7 +475,7 @@ def test_the_end_of_a_text_is_measured_in_windows_from_the_zero_state_and_losses
     monkeypatch.delitem(sys.modules, "matplotlib.figure")
     share = "--hold-out --validation-share 0.1 --evaluate-window 9 --data read.txt"
     printed = run(f"--out out --jump 1 --steps 2 {share}")
-    assert all(jumped.all() for _, jumped, *_ in run.windows)
+    assert all(jumped.all() for *_, jumped in run.windows)
     border = int(len(VERSE) * 0.9)
     assert bytes(run.text.tolist()) == VERSE[:border]
     rest, model = VERSE[border:], Mamba.from_pretrained("out")

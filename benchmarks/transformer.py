@@ -42,7 +42,7 @@ if __name__ == "__main__":  # from a clone that is not installed
 
 import train
 
-from generate import DEFAULT_MODEL, ByteTokenizer
+from generate import DEFAULT_MODEL, ByteTokenizer, Tokenizer, load_tokenizer
 from mamba import Mamba, MambaConfig, MambaState, ResidualBlock, read_file
 
 ROWS = ("xz", "bzip2", "5-gram", "mamba", "transformer")
@@ -198,10 +198,11 @@ def as_large_as(mamba: MambaConfig) -> MambaConfig:
     return config
 
 
-def make_transformer(options: argparse.Namespace) -> tuple[Transformer, ByteTokenizer]:
+def make_transformer(options: argparse.Namespace) -> tuple[Transformer, Tokenizer]:
     torch.manual_seed(options.seed)
     if name := options.init_from:
-        return Transformer.from_pretrained(name), ByteTokenizer()
+        model = Transformer.from_pretrained(name)
+        return model, load_tokenizer(model.config, name)
     if options.d_model % (2 * max(1, options.d_model // 64)):
         raise ValueError(f"--d-model {options.d_model} does not give heads of an even width")
     mamba = MambaConfig(options.d_model, options.n_layer, 256, tokenizer="bytes")

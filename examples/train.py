@@ -27,7 +27,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -296,6 +295,7 @@ def train(
     """benchmarks/transformer.py trains a model of another kind, and measures it in another way."""
     (rank, world, device), checkpoint = which_process(options.device), options.out / "training.pt"
     model, tokenizer = make_model(options)
+    kind = type(model).__name__  # before fully_shard makes another of it
     text, held_out = read_texts(options, tokenizer)
     batch, seqlen, parts = options.batch, options.seqlen, options.accumulate
     if batch % (n := world * parts):
@@ -308,7 +308,7 @@ def train(
     if options.graph and (world > 1 or device.type != "cuda"):
         raise ValueError(f"--graph needs one process and a GPU, got {world} and {device.type}")
     options.out.mkdir(parents=True, exist_ok=True)
-    TemporaryFile(dir=options.out).close()  # if nothing can be written, it is to fail now
+    (options.out / "loss.csv").touch()  # if nothing can be written, it is to fail now
     model.to(device)
     if options.dropout or options.depth_dropout:  # blocks with a hook run without fused kernels
         add_dropout(model, options.dropout, options.depth_dropout)
@@ -322,6 +322,7 @@ def train(
 
     losses, measured, seconds, saved = [], {}, 0.0, None
     fixed = {name: value for name, value in vars(options).items() if name not in FREE}
+    fixed["model"] = f"a {kind}"
     all_ids = (ids.numpy() for ids, _ in (text, *held_out))
     fixed["texts"] = ", ".join(f"{len(ids)} tokens {zlib.crc32(ids):08x}" for ids in all_ids)
     if checkpoint.exists():
@@ -497,6 +498,10 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
         parser.error(f"clip must be above 0, or inf for none, got {options.clip}")
     if options.evaluate and not (options.hold_out or options.validation_share):
         parser.error("--evaluate needs a text to measure on: --hold-out or --validation-share")
+    if options.init_from and options.evaluate:
+        parser.error("--evaluate measures a model that is trained: without --init-from")
+    if options.init_from and Path(options.init_from).resolve() == options.out.resolve():
+        parser.error(f"--out {options.out} would be written over: --init-from reads it")
     for name in ("tokenizer", "d_model", "n_layer") if options.init_from else ():
         if (value := getattr(options, name)) != parser.get_default(name):
             parser.error(f"{name} = {value} is for a new model: --init-from has its own")

@@ -450,7 +450,7 @@ def test_a_sample_that_a_terminal_cannot_print_costs_nothing(run, monkeypatch):
 def test_packed_documents_have_the_losses_and_gradients_of_documents_read_alone(run):
     """The first moments of Adam after one step are a tenth of the gradient."""
     run("--out packed --packed --separator , --seqlen 80 --steps 1 --clip 1e9")
-    (ids, reset, _) = run.windows[0]
+    ids, reset, _ = run.windows[0]
     torch.manual_seed(5)
     model, total = Mamba(MambaConfig(8, n_layer=2, vocab_size=256)), 0
     assert reset.sum() > 6
@@ -595,6 +595,22 @@ def test_what_does_not_fit_is_refused(call, words, run):
     with pytest.raises((ValueError, SystemExit), match=words):
         call(run)
     assert not Path("checkpoints").exists() and not Path("out/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ("--init-from small", "the tokenizer has 256 tokens, the model 100"),
+    ("--init-from good --out ./good", "--out good would be written over"),
+    ("--init-from good --evaluate good", "a model that is trained: without --init-from"),
+])  # fmt: skip
+def test_what_cannot_be_trained_further_is_refused(options, words, run, capsys):
+    for name, vocab_size in (("good", 256), ("small", 100)):
+        config = MambaConfig(8, vocab_size=vocab_size, tokenizer="bytes")
+        Mamba(config).save_pretrained(name)
+    before = Path("good/model.safetensors").read_bytes()
+    with pytest.raises(SystemExit) as error:
+        run(f"--d-model 256 --n-layer 10 --out out {options}")
+    assert words in f"{error.value}{capsys.readouterr().err}"
+    assert Path("good/model.safetensors").read_bytes() == before and not Path("out").exists()
 
 
 def test_more_processes_than_rows_are_refused_by_the_first_and_than_gpus_by_the_last(

@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -308,7 +309,7 @@ def train(
     if options.graph and (world > 1 or device.type != "cuda"):
         raise ValueError(f"--graph needs one process and a GPU, got {world} and {device.type}")
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "loss.csv").touch()  # if nothing can be written, it is to fail now
+    TemporaryFile(dir=options.out).close()  # if nothing can be written, it is to fail now
     model.to(device)
     if options.dropout or options.depth_dropout:  # blocks with a hook run without fused kernels
         add_dropout(model, options.dropout, options.depth_dropout)

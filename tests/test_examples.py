@@ -599,7 +599,7 @@ def test_what_does_not_fit_is_refused(call, words, run):
 
 @pytest.mark.parametrize(("options", "words"), [
     ("--init-from small", "the tokenizer has 256 tokens, the model 100"),
-    ("--init-from good --out ./good", "--out good would be written over"),
+    ("--init-from good --out good/../good", "--out good/../good would be written over"),
     ("--init-from good --evaluate good", "a model that is trained: without --init-from"),
 ])  # fmt: skip
 def test_what_cannot_be_trained_further_is_refused(options, words, run, capsys):
@@ -611,6 +611,16 @@ def test_what_cannot_be_trained_further_is_refused(options, words, run, capsys):
         run(f"--d-model 256 --n-layer 10 --out out {options}")
     assert words in f"{error.value}{capsys.readouterr().err}"
     assert Path("good/model.safetensors").read_bytes() == before and not Path("out").exists()
+
+
+def test_a_folder_in_which_nothing_can_be_written_is_an_error_before_the_training(run, monkeypatch):
+    def full(dir: Path) -> None:
+        raise OSError(f"{dir}: no space left")
+
+    monkeypatch.setattr(train, "TemporaryFile", full)
+    with pytest.raises(SystemExit, match=r"train\.py: error: out: no space left"):
+        run("--out out")
+    assert run.windows == []
 
 
 def test_more_processes_than_rows_are_refused_by_the_first_and_than_gpus_by_the_last(

@@ -1053,7 +1053,7 @@ def check_config(config: MambaConfig) -> None:
 def check_ids(config: MambaConfig, ids: Tensor, ndim: int, state: MambaState | None) -> None:
     axes = "(batch, seqlen)" if ndim == 2 else "(batch,)"
     if ids.ndim != ndim or ids.numel() == 0 or ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"expected integer ids {axes}, got {ids.dtype} {tuple(ids.shape)}")
+        raise ValueError(f"expected int64 ids {axes}, got {ids.dtype} {tuple(ids.shape)}")
     if state is not None and (state.h.ndim != 4 or len(state.h) != config.n_layer):
         raise ValueError(
             f"expected the state of a model of {config.n_layer} layers, with h (layers, batch, "

@@ -91,7 +91,7 @@ def read_texts(options: argparse.Namespace, tokenizer: Tokenizer) -> tuple[Text,
         seen = {p for p in inside if "/." not in f"/{p.relative_to(path).as_posix()}"}
         files |= seen if path.is_dir() else {path}
     if missing := set(options.hold_out) - {path.name for path in files}:
-        raise ValueError(f"--hold-out {' '.join(sorted(missing))}: no names of files of --data")
+        raise ValueError(f"--hold-out {' '.join(sorted(missing))}: no file of --data has this name")
     kept = sorted(path for path in files if path.name in options.hold_out)
     texts = [read_text([path], tokenizer, options.separator) for path in kept]
     train = read_text(sorted(files.difference(kept)), tokenizer, options.separator)
@@ -519,7 +519,8 @@ def in_a_sentence(script: str) -> Iterator[None]:
         quiet = isinstance(error, ValueError) and os.environ.get("RANK", "0") != "0"
         raise SystemExit(1 if quiet else f"{script}: error: {error}") from error
     except KeyboardInterrupt as error:
-        raise SystemExit(f"{script}: stopped: the same command goes on") from error
+        said = "stopped: the same command goes on from the last save"
+        raise SystemExit(f"{script}: {said}") from error
 
 
 def main() -> None:

@@ -369,7 +369,7 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_and_ends_with_the_same_bits(
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", only_once(torch.save))
-        with pytest.raises(SystemExit, match=r"train\.py: stopped: the same command goes on"):
+        with pytest.raises(SystemExit, match=r"train\.py: stopped: the same command goes on from"):
             run("--out cut --dropout 0.3")
     before = torch.load("cut/training.pt")["seconds"]
     assert "cut/training.pt: going on after step 2\n" in run("--out cut --dropout 0.3")
@@ -563,7 +563,7 @@ def chunked(u=(6, 4), weight=(5, 4), targets=(6,), chunk=2):
     (chunked(u=(0, 4), targets=(0,)), "not empty"),
     (chunked(targets=(5,)), r"need targets \(6,\) .*got \(5,\), 2"),
     (chunked(chunk=0), "chunk >= 1"),
-    (lambda run: run("--hold-out typo.txt"), "train.py: error: --hold-out typo.txt: no names"),
+    (lambda run: run("--hold-out typo.txt"), "train.py: error: --hold-out typo.txt: no file of"),
     (lambda run: run("--seqlen 424"), "424 tokens to train on are too few for --seqlen 424"),
     (lambda run: run("--hold-out --data nothing"), "0 tokens to train on are too few"),
     (lambda run: run("--data read.txt typo.txt --hold-out"), "error: .*typo.txt"),

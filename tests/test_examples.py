@@ -216,9 +216,9 @@ def test_the_commands_of_the_card_make_the_shipped_model_and_further_training_is
         "data": [Path("texts/*_gut.txt"), Path("held-out/hamlet_gut.txt")], "steps": 800,
         "lr": 5e-4, "warmup": 50, "evaluate_every": 100, "init_from": str(made[0]["out"]),
     }).items()  # fmt: skip
-    names = "dropout", "depth_dropout", "weight_decay"
+    names = "dropout", "depth_dropout", "weight_decay", "average"
     found = [[options[name] for name in names] for options in made[2:]]
-    assert found == [[0.1, 0.1, 1.0], [0.0, 0.0, 0.1]]
+    assert found == [[0.1, 0.1, 1.0, 0.0], [0.0, 0.0, 0.1, 0.0]]
 
 
 def test_evaluation_reads_each_text_once_and_forgets_only_where_it_says():
@@ -250,7 +250,7 @@ def run(monkeypatch, tmp_path, capsys):
         run.windows = []
         start = """train.py --data read.txt kept.txt more.txt --hold-out kept.txt --device cpu
             --d-model 8 --n-layer 2 --batch 6 --seqlen 8 --warmup 2 --lr 0.01 --steps 6 --seed 5
-            --dropout 0 --depth-dropout 0 --evaluate-every 2"""
+            --dropout 0 --depth-dropout 0 --evaluate-every 2 --average 0.998"""
         monkeypatch.setattr(sys, "argv", [*start.split(), *options.split()])
         with warnings.catch_warnings(record=True) as run.warned:
             train.main()

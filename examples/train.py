@@ -159,7 +159,7 @@ def add_dropout(model: Mamba, p: float, depth: float) -> None:
 ## The weights of each step are off to a side, that of the last few batches, each to another one.
 ## Their average is nearer to the middle. At step t it moves towards the newest weights by 3/(t + 3)
 ## of the way, and so spans about the last third of all steps, until this is 1 - β, and from there
-## on the last 1/(1 - β). (arXiv 1212.1824 has such averages.) It is what is measured and saved as
+## on the last 1/(1 - β). (β is --average; arXiv 1212.1824.) It is what is measured and saved as
 ## the model; training does not see it. It is worth much while the learning rate is high: where a
 ## text is soon known by heart, the best model is an early one (--average 0.998). At the end of the
 ## schedule the weights have come to rest, and a short run's last third is too long: it is off.

@@ -21,7 +21,7 @@ def test_the_python_on_the_page_runs_from_top_to_bottom(tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     blocks = re.findall(r"^( *)```python\n(.*?)^ *```", README, re.DOTALL | re.MULTILINE)
-    assert len(blocks) >= 2
+    assert len(blocks) == 2
     names: dict = {}
     for indent, block in blocks:
         exec(re.sub(f"^{indent}", "", block, flags=re.MULTILINE), names)

@@ -236,7 +236,8 @@ class Mamba(nn.Module):
 
     def init_state(self, batch: int) -> MambaState:
         """The state before the first token: zeros, with the layers stacked in front."""
-        return MambaState.stack([layer.mixer.init_state(batch) for layer in self.backbone.layers])
+        layers = self.backbone.layers
+        return MambaState.stack([layers[0].mixer.init_state(batch)] * len(layers))
 
 
 class ResidualBlock(nn.Module):

@@ -247,7 +247,7 @@ def prepare_training(
     }  # fmt: skip
     if how != "graph" or options.device.type != "cuda":
         return Case(row, step, clear)
-    captured = capture(step)
+    captured = capture(lambda: (clear(), step()))  # no old gradients, to which it would add
     captured.replay()
     if abs(value.item() - row["value"]) > 1e-3:
         raise RuntimeError(f"{name}: the replayed graph gives another loss")

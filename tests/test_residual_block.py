@@ -95,6 +95,23 @@ def test_in_bfloat16_it_loses_no_more_than_the_plain_block_does(autocast):
     assert lost <= (1.2 if GPU else 3) * allowed, "the interpreter cuts off what a GPU rounds"
 
 
+def test_of_all_that_is_as_long_as_the_text_a_block_keeps_little_for_its_backward_pass():
+    """The stream, what in_proj and x_proj give, B and C once more, and of the states every 64th."""
+    model, kept = random_model(n_layer=1, d_state=3), {}
+    layer, stream = model.backbone.layers[0], torch.randn(1, 9, 12, device=DEVICE)
+    state = layer.mixer.init_state(1)
+    stream.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.setdefault(tensor.data_ptr(), tensor), lambda tensor: tensor
+    ):
+        triton_scan.residual_block_triton(layer, stream, state.conv, state.h)
+    weights = {parameter.data_ptr() for parameter in layer.parameters()}
+    numbers = {t.numel() for at, t in kept.items() if at not in weights and 9 in t.shape}
+    rank, d_inner, states = model.config.dt_rank, model.config.d_inner, 4  # 3, in tiles of 4
+    assert numbers == {9 * 12, 9 * d_inner, 9 * (rank + 2 * 3), 2 * 9 * states}
+    assert sum(t.numel() for at, t in kept.items() if 9 in t.shape) < 9 * (12 + 3 * d_inner)
+
+
 def test_frozen_weights_get_no_gradient_and_the_others_theirs():
     model = random_model(bias=True, n_layer=1)
     for name, parameter in model.named_parameters():

@@ -1247,7 +1247,7 @@ FIELDS = {item.name: item.name for item in fields(MambaConfig) if item.name != "
 )  # fmt: skip
 HF_FIELDS = dict(
     model_type=["mamba"], hidden_act=["silu", "swish"], quantization_config=[None],
-    intermediate_size=[],
+    intermediate_size=[], tokenizer="tokenizer",  # the last is ours, and kept by transformers
     hidden_size="d_model", num_hidden_layers="n_layer", vocab_size="vocab_size",
     state_size="d_state", conv_kernel="d_conv", expand="expand", time_step_rank="dt_rank",
     use_bias="bias", use_conv_bias="conv_bias", residual_in_fp32="residual_in_fp32",

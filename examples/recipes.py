@@ -244,8 +244,8 @@ def save_for_official(model: Mamba, path: str | Path) -> None:
 def save_for_transformers(model: Mamba, path: str | Path) -> None:
     """A folder for `MambaForCausalLM.from_pretrained` of transformers, and for ours.
 
-    Some fields and one weight change their names. The tokenizer is not named there, and rows that
-    pad count as tokens. Raises ValueError for another rule than "mamba" and a fractional expand.
+    Some fields and one weight change their names, and rows that pad count as tokens. Raises
+    ValueError for another rule than "mamba" and a fractional expand.
     """
     from safetensors.torch import load_file, save_file
 

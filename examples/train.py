@@ -93,6 +93,8 @@ def read_texts(options: argparse.Namespace, tokenizer: Tokenizer) -> tuple[Text,
     if missing := set(options.hold_out) - {path.name for path in files}:
         raise ValueError(f"--hold-out {' '.join(sorted(missing))}: no file of --data has this name")
     kept = sorted(path for path in files if path.name in options.hold_out)
+    if (end := options.separator) and not any(end.encode() in p.read_bytes() for p in files):
+        raise ValueError(f"--separator {end!r}: no file of --data has it")
     texts = [read_text([path], tokenizer, options.separator) for path in kept]
     train = read_text(sorted(files.difference(kept)), tokenizer, options.separator)
     if options.validation_share:

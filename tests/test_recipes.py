@@ -160,7 +160,8 @@ def test_the_official_loader_reads_what_is_saved_for_it(tied, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [
-    {"tie_embeddings": False, "conv_bias": False}, {"norm_eps": 0.1, "residual_in_fp32": False},
+    {"tie_embeddings": False, "conv_bias": False, "tokenizer": "bytes"},
+    {"norm_eps": 0.1, "residual_in_fp32": False},
 ])  # fmt: skip
 def test_transformers_reads_what_is_saved_for_it_and_so_do_we(changes, tmp_path):
     model, ids = small(d_conv=3, expand=3, dt_rank=5, **changes).float(), torch.arange(8).view(2, 4)
@@ -168,7 +169,9 @@ def test_transformers_reads_what_is_saved_for_it_and_so_do_we(changes, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
     theirs = transformers.MambaForCausalLM.from_pretrained(tmp_path)
     assert_close("theirs", theirs(ids).logits, model(ids), 1e-5)
+    theirs.save_pretrained(tmp_path)
     loaded = Mamba.from_pretrained(tmp_path)
+    assert loaded.config.tokenizer == model.config.tokenizer
     recipes.save_for_transformers(loaded, tmp_path)  # over the file that it is mapped from
     for each in (loaded, Mamba.from_pretrained(tmp_path)):
         assert torch.equal(each(ids), model(ids))

@@ -19,11 +19,11 @@ bfloat16, where no other size is named; from step 7 on of earlier versions, to b
 pair. At the end it is 0.257 / 1.19. (benchmarks/NOTES.md has more, and what failed.)
 
     The problem             what limits a GPU here; how the work lies over it (a picture); words
-    The first kernel        scan_chunked of mamba.py, fused                     3.08
-    Step 1  Lanes           a channel lies in one lane of a warp, or in two     1.25  / 4.02
-    Step 2  Tiles           several steps at once                               0.58  / 1.71
-    Step 3  Loads ahead     memory is asked two tiles before                    0.281 / 1.25
-    Step 4  Cheap numbers   fewer instructions around each exponential          0.259 / 1.19
+    The first kernel        scan_chunked of mamba.py, fused                     about 3
+    Step 1  Lanes           a channel lies in one lane of a warp, or in two     1.24  / 4.03
+    Step 2  Tiles           several steps at once                               0.58  / 1.70
+    Step 3  Loads ahead     memory is asked two tiles before                    0.280 / 1.25
+    Step 4  Cheap numbers   fewer instructions around each exponential          0.257 / 1.19
     Step 5  Cutting time    if channels do not fill the chip    1 x 5120 x 2048: 0.173 -> 0.139
             Forward         the kernel of steps 1 to 5
     Step 6  h again         the backward pass computes states and does not store them: not timed
@@ -31,7 +31,7 @@ pair. At the end it is 0.257 / 1.19. (benchmarks/NOTES.md has more, and what fai
     Step 8  Two lanes       for a channel, backward, that share its work            1.36 -> 1.09
             Backward        the kernel of steps 1 to 8
     Step 9  Launching       less Python, fewer launches     1 x 1536 x 2048 backward: 0.98 -> 0.46
-    Step 10 Convolution     inputs stay in registers         8 x 1536 x 2048 backward: 0.51 -> 0.072
+    Step 10 Convolution     inputs stay in registers, loads ahead    8 x 1536 x 2048: 0.114 -> 0.072
     Step 11 Residual block  one function with its own backward pass      training 130m: 86.4 -> 82.7
     Step 12 One token       four kernels a layer, each starts early             130m: 0.402 -> 0.201
     Step 13 The choice      a token is drawn without a sort                  0.224 and more -> 0.031
@@ -69,7 +69,7 @@ from torch import Tensor
 ##     B, C                         b l n      0.5 MiB      once                  come from a cache
 ##
 ## An H100 moves 3.0 TB/s. 256 MiB take 0.09 ms; ten passes over 2 GiB take 7 ms. So the state must
-## never leave the registers: it is n times larger than anything that has to be moved.
+## not leave the registers (but one in 64, step 6): it is 2 n times as large as x.
 ##
 ## What is then the limit? An H100 has 132 processors of four schedulers each, 528 in all. A
 ## scheduler has some warps of 32 lanes and starts one instruction a clock, for all lanes of one
@@ -111,8 +111,8 @@ from torch import Tensor
 ##
 ## Words, from small to large. Step: one token. Tile: the 8 or 4 steps in registers. Chunk: K = 64
 ## steps; h at the start of each is kept for the backward pass. Segment: the chunks of one program.
-## Slice: what one launch of the backward kernel covers. A block is the channels of a program, a
-## group those of a backward program.
+## Piece: a quarter of a segment, backward. Slice: what one launch of the backward kernel covers. A
+## block is the channels of a program, a group those of a backward program.
 ##
 ## Names in kernels: i_ index, o_ offsets, p_ pointers, m_ masks, b_ a block of values in registers;
 ## x_b, x_l, x_d are strides of x. Capitals are constants of the compiler (tl.constexpr): for each
@@ -129,7 +129,8 @@ from torch import Tensor
 ## `scan_chunked` of mamba.py, fused. A program holds the states of 32 channels as (channels,
 ## states) and walks through one chunk of time (later on: a segment). Launched twice: from zero
 ## states it gives the end of each chunk, e; PyTorch chains these with h <- exp(A ΣΔ) h + e; then
-## from the true starts it gives y. All takes 3.08 ms, without softplus and gate. The limit: 0.181.
+## from the true starts it gives y. All takes about 3 ms, softplus and gate left out; the limit with
+## them is 0.181.
 
 
 @triton.jit
@@ -204,11 +205,11 @@ def first_scan(
 ## programs: faster while a scheduler has few (`forward_shape`). What has no axis (Δ has none for m
 ## and j, B none for c) is broadcast. The compiler takes the last axes for lanes: (t, m, j, c).
 ##
-## Gained: 3.08 -> 1.25 ms; what one pass for two, bfloat16 for float32 and step 4's B and C have of
+## Gained: 3 -> 1.24 ms; what one pass for two, bfloat16 for float32 and step 4's B and C have of
 ## this was not timed apart. 132 instructions for a step of 32 channels, where an early version with
 ## four lanes a channel had 237, and one with time across the lanes 490. (Steps 1 to 4 were timed by
 ## `python benchmarks/scan.py --parts steps`: the kernels below, their constants set back. Hence
-## backward, 4.02 ms here, has steps 6 to 8 from the start.)
+## backward, 4.03 ms here, has steps 6 to 8 from the start.)
 
 LANES = 32  # of a warp
 
@@ -223,11 +224,8 @@ def axes(i_d, M: tl.constexpr, J: tl.constexpr, CHANNELS: tl.constexpr, T: tl.co
 
 @triton.jit
 def start_of(tensor, i_b, i_d, t, c, step_b, step_l, step_d):
-    """Where a program's channels begin in a tensor (b, l, d), and the offsets in a tile.
-
-    t (t, 1) and c (1, c), or with an axis between them. All that may be far goes into the pointer,
-    so that the offsets need 32 bits.
-    """
+    """Where a program's channels begin in a tensor (b, l, d), and the offsets in a tile, which need
+    32 bits: what may be far goes into the pointer. t (t, 1), c (1, c), or an axis between them."""
     tensor += i_b * step_b + (i_d * c.numel).to(tl.int64) * step_d
     return tensor, t * step_l + c * step_d
 
@@ -248,10 +246,8 @@ def state_mask(d, n, d_inner, d_state):
 
 @triton.jit
 def load_A(A, d, n, d_inner, d_state, LOG: tl.constexpr):
-    """A log2 e as (m, j, c); 0 for channels and states that only fill up the tile.
-
-    LOG: what is stored is log(-A), as a block of mamba.py has it.
-    """
+    """A log2 e as (m, j, c); 0 for channels and states that only fill up the tile. LOG: what is
+    stored is log(-A), as a block of mamba.py has it."""
     offsets, mask = state_mask(d, n, d_inner, d_state)
     if LOG:
         b_A = -tl.exp(tl.load(A + offsets, mask=mask, other=float("-inf")).to(tl.float32))
@@ -289,8 +285,8 @@ def state_offsets(
 ## Changed: T steps are a tile and are loaded at once. The exponentials of all its steps, which do
 ## not depend on h, are there before the recurrence runs through them.
 ##
-## Gained: forward 1.25 ms, T = 2 1.01, T = 4 0.81, T = 8 0.58. Backward 4.02, 2.46 and, T = 4,
-## 1.71. (T = 16, with steps 3 and 4: 0.254 for 0.259. T = 8 backward: 1.85 for 1.19.)
+## Gained: forward 1.24 ms, T = 2 1.01, T = 4 0.81, T = 8 0.58. Backward 4.03, 2.45 and, T = 4,
+## 1.70. (T = 16, with steps 3 and 4: 0.254 for 0.257. T = 8 backward: 1.85 for 1.19.)
 ##
 ## Triton cannot index a tile in registers. But a scan or a reduction along an axis in the registers
 ## of a lane compiles to plain instructions: `associative_scan` is a loop here, and `row`, which
@@ -371,7 +367,7 @@ def chosen(here1, value1, here2, value2):
 ## Changed: `num_stages` of the loops over tiles (`tl.range`). While one tile is computed, the next
 ## two, backward three, are copied to shared memory (cp.async): no register, and nobody waits.
 ##
-## Gained: 0.58 -> 0.281 ms and 1.71 -> 1.25. (Two stages, with step 4: 0.36, 1.54.)
+## Gained: 0.58 -> 0.280 ms and 1.70 -> 1.25. (Two stages, with step 4: 0.36, 1.54.)
 
 FORWARD_T, FORWARD_STAGES = 8, 3  # steps of a tile, tiles in flight
 BACKWARD_T, BACKWARD_STAGES = 4, 4
@@ -397,7 +393,7 @@ def load_tile(
 ## Changed: A is multiplied by log2 e beforehand, and ex2.approx.ftz is one instruction.
 ## `widen_kernel` converts B and C once for all.
 ##
-## Gained: 0.281 -> 0.259 ms and 1.25 -> 1.19 by the first. By the second 184 -> 137 instructions,
+## Gained: 0.280 -> 0.257 ms and 1.25 -> 1.19 by the first. By the second 184 -> 137 instructions,
 ## 0.35 -> 0.33 ms, in an early version with T = 4. (With two lanes a channel, which take softplus
 ## and silu twice, the limit is 0.217.)
 
@@ -520,10 +516,8 @@ def forward_summary_kernel(
     HAS_BIAS: tl.constexpr, HAS_RESET: tl.constexpr, SOFTPLUS: tl.constexpr,
     DIRAC: tl.constexpr, LOG: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """e (m, j, c) and ΣΔ (c) of one segment, but not of the last, which nobody asks for.
-
-    Where a document starts in the segment, P = 0: ΣΔ = infinity stands for that.
-    """
+    """e (m, j, c) and ΣΔ (c) of one segment, but not of the last, which nobody asks for. Where a
+    document starts in the segment, P = 0: ΣΔ = infinity stands for that."""
     i_d, i_s, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     N: tl.constexpr = M * J
     t, c, n, d = axes(i_d, M, J, CHANNELS, T)
@@ -566,10 +560,8 @@ def chain(
     b_h, ends, sums, where, step, count, state_step, b_A2, o_h,
     M: tl.constexpr, J: tl.constexpr, CHANNELS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """P h + e, with the summaries of `count` segments: those at where, where + step, ...
-
-    Four are asked for at a time, so that memory is waited for a quarter as often.
-    """
+    """P h + e, with the summaries of `count` segments: those at where, where + step, ... Four are
+    asked for at a time, so that memory is waited for a quarter as often."""
     for s in range(0, count, 4):
         e0, sum0 = load_summary(ends, sums, where, step, s, count, state_step, o_h, CHANNELS)
         e1, sum1 = load_summary(ends, sums, where, step, s + 1, count, state_step, o_h, CHANNELS)
@@ -752,10 +744,8 @@ def exchange(low, high, bit: tl.constexpr):
 
 @triton.jit
 def fold(p, bit: tl.constexpr):
-    """(t, m, j, c) -> (t, m / 2, j, c): the sum over pairs of lanes, each with half of the m.
-
-    A single m is summed in both lanes.
-    """
+    """(t, m, j, c) -> (t, m / 2, j, c): the sum over pairs of lanes, each with half of the m. A
+    single m is summed in both lanes."""
     if p.shape[1] == 1:
         return p + from_lane(p, tl.arange(0, p.shape[2] * p.shape[3]) ^ bit)
     else:
@@ -793,9 +783,7 @@ def sum_channels(p, q, SWAP: tl.constexpr):
 @triton.jit
 def both_orders(p, CHANNELS: tl.constexpr):
     """B or C in both orders, (t, U, M / U, j, u) -> (t, m, j, c): each lane has its own of them.
-
-    The first C / U channels take order u = 0, the others u = 1.
-    """
+    The first C / U channels take order u = 0, the others u = 1."""
     shape: tl.constexpr = [p.shape[0], p.shape[1] * p.shape[2], p.shape[3], p.shape[4], 1]
     wide: tl.constexpr = [shape[0], shape[1], shape[2], shape[3], CHANNELS // shape[3]]
     p = tl.broadcast_to(tl.reshape(p, shape), wide)
@@ -850,6 +838,11 @@ def spread(v, T: tl.constexpr):
 ## Backward: steps 1 to 8 in one kernel
 ## ================================================================================================
 ##
+## Time is cut as in step 5, from its end to its start: what is chained is w, and the summary of
+## some steps is what their g add to it. This needs no recurrence, so it may be cut finer than the
+## scan: a segment has four pieces, each with a summary, which makes four times as many programs of
+## that short kernel. (`chain` asks for four at a time.)
+##
 ## Tiles go to memory in an order in which the compiler gives the lanes what they have already.
 
 
@@ -881,8 +874,8 @@ def backward_summary_kernel(
     HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESET: tl.constexpr,
     SOFTPLUS: tl.constexpr, LOG: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """What the gradients g of a piece's own steps add to w at its start. A segment has some pieces;
-    for those of the first one nobody asks.
+    """What the gradients g of a piece's own steps add to w at its start. piece: its steps, pieces:
+    how many the slice has. For those of its first segment nobody asks.
 
     In this direction the decays to the start are at hand, exp(A (Δ_start + ... + Δ_t)) for step t,
     and the sum over the steps, Σ_t exp(...) C_t g_t, needs no recurrence.
@@ -950,7 +943,7 @@ def backward_kernel(
     PIECES: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one segment of C channels, inside one slice of time: dx, ddt, dz, and in
-    dBC and totals this program's part of the sums. AGAIN: and y. dx_l: of all that it writes."""
+    dBC and totals this program's part of the sums. AGAIN: and y. dx_l: a step of dx, ddt, dz, y."""
     i_d, i_s, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     blocks, segments = tl.num_programs(0), tl.num_programs(1)
     N: tl.constexpr = M * J
@@ -1152,10 +1145,8 @@ def sum_totals_kernel(
     M: tl.constexpr, J: tl.constexpr, CHANNELS: tl.constexpr, LOG: tl.constexpr,
     HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """dA (d, n), dD and dbias (d): the rows of totals added up, and put in the order of A.
-
-    LOG: A is given as log(-A), and dA is the gradient of that: the one of A, times A.
-    """
+    """dA (d, n), dD and dbias (d): the rows of totals added up, and put in the order of A. LOG: A
+    is given as log(-A), and dA is the gradient of that: the one of A, times A."""
     i_d, o = tl.program_id(1), tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     STATES: tl.constexpr = M * J * CHANNELS
     step = tl.cast(blocks, tl.int64) * (STATES + 2 * CHANNELS)
@@ -1314,8 +1305,9 @@ def within_reach(tensor: Tensor | None) -> Tensor | None:
     return tensor.contiguous()
 
 
-## torch.compile cannot trace `launch`: inside of it each of the four functions that launch kernels
-## is an opaque operator, registered with a function that makes its results without computing them.
+## torch.compile cannot trace `launch`: inside of it each of the four functions of the scan and the
+## convolution is an opaque operator, registered with one that makes its results without computing
+## them. (`room` and `dx`, which are written, come from `Block` only, which is never compiled.)
 
 library = torch.library.Library("mamba_annotated", "DEF")
 
@@ -1429,7 +1421,7 @@ def scan_backward(
     log: bool = False, room: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of x, dt, A (with log, of log(-A)), B, C, D, z, h0, dt_bias; an empty tensor for
-    what was None. room (b, l, 4, d): where dz, y again, ddt and dx are written, if it is given."""
+    what was None. room (b, l, 4, d), if z is there: dz, y again, ddt and dx are written to it."""
     (batch, seqlen, d_inner), d_state = x.shape, A.shape[1]
     M, J, channels = lane_shape(d_state, 2)
     states, blocks = M * J, borders.shape[2]
@@ -1451,7 +1443,7 @@ def scan_backward(
 
     empty = functools.partial(x.new_empty, dtype=torch.float32)
     dx, ddt, dA, dB, dC, dD, dz, dh0, dbias = empty_like_each(x, x, dt, A, B, C, D, z, h0, dt_bias)
-    dz, y, ddt, dx = (dz, dx, ddt, dx) if room is None else room.unbind(2)
+    dz, y, ddt, dx = (dz, dx, ddt, dx) if room is None else room.unbind(2)  # without it y is unused
     parts = empty((batch, blocks, steps, J, 2 * M))
     totals = empty((batch * sum(counts), blocks, (states + 2) * channels))
     scratch = empty((K // BACKWARD_T, batch * segments, blocks, states * channels))
@@ -1531,7 +1523,7 @@ def refuse_second_derivatives() -> None:
 
 
 class SelectiveScan(torch.autograd.Function):
-    """The two as one differentiable function. It keeps its inputs and the borders, nothing else."""
+    """The two as one differentiable function. It keeps its inputs, the borders and `wide`."""
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, z, h0, dt_bias, reset, dt_softplus, rule):
@@ -1681,8 +1673,8 @@ def selective_scan_triton(
 ## direction: p_t is added to W sums that are under way, and the oldest of them is then complete. At
 ## the start of a document no term reaches back: f_k is 1 if steps t and t - k belong together.
 ##
-## Gained: 8 x 1536 x 2048 backward 0.12 ms, where a kernel that read x at four shifts took 0.51. By
-## loads ahead, as in step 3, 0.114 -> 0.072, and forward 0.050 -> 0.042.
+## Gained: 8 x 1536 x 2048 backward 0.12 ms, where a kernel that read x at four shifts took 0.51 (an
+## H200). By loads ahead, as in step 3, 0.114 -> 0.072, and forward 0.050 -> 0.042.
 
 CONV_C, CONV_STEPS = 128, 16  # channels and, at least, steps of a program
 
@@ -1756,7 +1748,8 @@ def conv_forward_kernel(
     x1, x2, x3, f1, f2 = before_strip(
         x, past, reset, start, d, seqlen, d_inner, x_l, x_d, W, HAS_RESET
     )
-    # The compiler loads nothing ahead in a loop that hands a value on as it is: hence x1 + 0.0.
+    # The compiler loads nothing ahead in a loop that hands on, as it is, what it was handed, as x1
+    # for x2. It may not leave out "+ 0.0", which makes 0.0 of -0.0.
     for step in tl.range(start, min(seqlen, start + STRIP), num_stages=6):
         t = tl.cast(step, tl.int64)
         x0 = tl.load(x + t * x_l + d * x_d, mask=d < d_inner, other=0.0).to(tl.float32)
@@ -1922,15 +1915,18 @@ def causal_conv_triton(
 ## and starting one takes Python longer than many of them take the GPU.
 ##
 ## Changed: eight or nine kernels, and a backward pass that is written out, so that it keeps less:
-## what is cheap is computed again, y by the scan's backward pass, and nothing is copied.
+## what is cheap is computed again, y by the scan's backward pass. Nothing is read only to be
+## copied: the norm leaves a copy of the stream, to which out_proj's product is added in place. And
+## gradients along time lie side by side, those of x before the convolution and of z as in_proj gave
+## these: what follows, du and the gradient of in_proj, is one product each.
 ##
-##     norm                  stream -> u             computed again
+##     norm                  stream -> u, a copy     kept: the stream; u computed again
 ##     in_proj               u -> x before the convolution, z               kept: 2 b l d
 ##     convolution, silu     -> x                    computed again
 ##     x_proj                x -> low_rank, B, C     kept: b l (R + 2 n)
 ##     dt_proj               low_rank -> dt          computed again
-##     scan, in two or three -> y, states            kept: float32 b l d n / 64, and 2 b l n
-##     out_proj              stream + y W -> stream  the sum is the end of the product, in float32
+##     scan, in two or three -> y, states            y again; kept: float32 b l d n / 64, 2 b l n
+##     out_proj              copy + y W -> stream    the sum is the end of the product, in float32
 ##
 ## The products are those of cuBLAS, which sums in float32 and writes float32 where that is wanted:
 ## the stream, and gradients of float32 weights. Autocast rounds the weights once for both passes.
@@ -2042,7 +2038,7 @@ def block_forward(
     in_proj, x_proj, dt_proj, out_proj = rounded
     (batch, seqlen, width), (d_inner, rank) = stream.shape, dt_proj.shape
     rows = stream.view(-1, width)
-    out, u = norm_step(rows, w.norm, eps, dtype=dtype)
+    out, u = norm_step(rows, w.norm, eps, dtype=dtype)  # of step 12; out: the copy of the stream
     if w.in_bias is None:
         xz = u @ in_proj.T
     else:
@@ -2094,7 +2090,7 @@ class Block(torch.autograd.Function):
         dt, dy = (low_rank @ dt_proj.T).view_as(x), (d_added @ out_proj).view_as(x)
         B, C = projected.view(*x.shape[:2], -1)[..., rank:].chunk(2, dim=-1)
         inputs = (x, dt, w.A_log, B, C, w.D, z, h0, w.dt_bias, reset, borders, wide, True, rule)
-        room = x.new_empty(*x.shape[:2], 5, d_inner)  # for all gradients along time, side by side
+        room = x.new_empty(*x.shape[:2], 5, d_inner)  # for draw, dz, y, ddt, dx
         gradients = scan_backward(dy, dh_last, *inputs, True, room[:, :, 1:])
         _, _, d_A_log, dB, dC, dD, _, dh0, d_dt_bias = gradients
         dxz, y, ddt, dx = room.view(-1, 5 * d_inner).split((2 * d_inner, *[d_inner] * 3), dim=1)
@@ -2249,10 +2245,8 @@ def wait_for_the_kernel_before(OVERLAP: tl.constexpr, NEXT_MAY_WAIT: tl.constexp
 def shift_window(
     window, weight, bias, r, m_d, m_x, conv_j, W: tl.constexpr, HAS_BIAS: tl.constexpr
 ):
-    """(b, r) of the convolution without its newest input, whose weight (r) follows.
-
-    window (b, r) points at the oldest input. The window moves on, but for its newest place.
-    """
+    """(b, r) of the convolution without its newest input, whose weight (r) follows. window (b, r)
+    points at the oldest input. It moves on, but for its newest place."""
     pre = tl.zeros(m_x.shape, tl.float32)
     for j in tl.static_range(W - 1):
         w = tl.load(weight + r * W + j, mask=m_d, other=0.0).to(tl.float32)
@@ -2607,7 +2601,7 @@ def norm_step(
     """u (b, columns) and what is still to be added to it, float32 (parts, b, columns) -> their sum,
     in u's dtype, and its RMSNorm, in the weight's.
 
-    overlap: as in vector_step. dtype: that of the norm; the sum is then a copy, at least as wide.
+    overlap: as in vector_step. dtype: the norm's; the sum is then new, in the wider of both dtypes.
     """
     batch, columns = u.shape
     parts = 0 if added is None else len(added)
@@ -2991,9 +2985,7 @@ def main() -> None:
         run = triton.testing.do_bench
         forward = run(lambda t=tensors, b=dt_bias: selective_scan_triton(*t, dt_bias=b))
         backward = run(lambda y=y, dy=dy: y.backward(dy, retain_graph=True))
-        print(
-            f"(b, l, d) = {sizes}, bfloat16: forward {forward:.3f} ms, backward {backward:.3f} ms"
-        )
+        print(f"(b, l, d) = {sizes}: forward {forward:.3f} ms, backward {backward:.3f} ms")
 
 
 if __name__ == "__main__":

@@ -157,6 +157,8 @@ def test_cells_are_short_and_their_outputs_say_nothing_about_the_machine(committ
             assert output.get("name") != "stderr", f"{cell.id}: {output.get('text')}"
             text = output.get("text", "") + output.get("data", {}).get("text/plain", "")
             assert not re.search(OF_A_MACHINE, text), f"{cell.id}: {text}"
+    for cell in committed.cells:  # a minus sign at the start of a line would begin a list
+        assert cell.cell_type == "code" or not re.search(r"[^\n]\n[-+] ", cell.source), cell.id
     assert set(committed.metadata) == {"kernelspec"}
     assert NOTEBOOK.stat().st_size < 1_000_000
 

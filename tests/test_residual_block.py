@@ -38,16 +38,18 @@ def random_model(**changes) -> Mamba:
     return model.to(DEVICE)
 
 
-def results(model: Mamba, *, fused: bool, autocast: bool = False) -> dict[str, Tensor]:
-    """Logits, states, and all gradients of a loss that weighs everything at random, of rows with
+def results(
+    model: Mamba, *, fused: bool, autocast=False, of=("logits", "conv", "h"), seqlen: int = 5
+) -> dict[str, Tensor]:
+    """Logits, states, and all gradients of a loss that weighs these at random, of rows with
     documents in them."""
     generator = torch.Generator().manual_seed(1)
 
     def draw(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=generator).to(like)
 
-    ids = torch.randint(30, (2, 5), generator=generator).to(DEVICE)
-    reset = (torch.rand(2, 5, generator=generator) < 0.2).to(DEVICE)
+    ids = torch.randint(30, (2, seqlen), generator=generator).to(DEVICE)
+    reset = (torch.rand(2, seqlen, generator=generator) < 0.2).to(DEVICE)
     model.zero_grad()
     state = model.init_state(2).map(lambda tensor: draw(tensor).requires_grad_())
     kernels = triton_scan if fused else None
@@ -57,16 +59,16 @@ def results(model: Mamba, *, fused: bool, autocast: bool = False) -> dict[str, T
     ):
         logits, after = model(ids, state, reset=reset)
     outputs = {"logits": logits, "conv": after.conv, "h": after.h}
-    sum((output * draw(output)).sum() for output in outputs.values()).backward()
+    sum((outputs[name] * draw(outputs[name])).sum() for name in of).backward()
     inputs = {"d conv": state.conv, "d h": state.h, **dict(model.named_parameters())}
-    gradients = {name: tensor.grad for name, tensor in inputs.items() if tensor.requires_grad}
+    gradients = {name: t.grad for name, t in inputs.items() if t.grad is not None}
     return {name: tensor.detach().clone() for name, tensor in (outputs | gradients).items()}
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"bias": True, "d_state": 3, "d_conv": 2, "dt_rank": 3},
+        {"bias": True, "d_state": 3, "d_conv": 2, "dt_rank": 3, "norm_eps": 0.1},
         {"rule": "dirac", "conv_bias": False, "residual_in_fp32": False, "expand": 1.5},
     ],
 )
@@ -93,6 +95,60 @@ def test_in_bfloat16_it_loses_no_more_than_the_plain_block_does(autocast):
         for found in (fused, plain)
     )
     assert lost <= (1.2 if GPU else 3) * allowed, "the interpreter cuts off what a GPU rounds"
+
+
+def test_a_text_of_several_slices_has_its_gradients_in_their_places(monkeypatch):
+    for name, value in {"K": 8, "BACKWARD_WANTED": 1, "room_for_sums": lambda x: 64}.items():
+        monkeypatch.setattr(triton_scan, name, value)
+    model = random_model(n_layer=1)
+    expected, actual = (results(model, fused=fused, seqlen=9) for fused in (False, True))
+    assert_all_close(actual, expected, 1e-4 if GPU else 2e-5)
+
+
+@pytest.mark.parametrize("of", ["logits", "h"])
+def test_a_loss_of_one_output_alone(of):
+    """As in training, or of the last state: what nothing arrives at is None."""
+    model = random_model()
+    expected, actual = (results(model, fused=fused, of=[of]) for fused in (False, True))
+    zeros = {name for name in actual if name not in expected}  # where the modules leave None
+    assert all(not actual.pop(name).any() for name in zeros)
+    assert_all_close(actual, expected, 1e-4 if GPU else 2e-5)
+
+
+@pytest.mark.parametrize("trained", ["in_proj", "out_proj"])
+def test_a_matrix_is_trained_by_itself_and_no_product_is_made_for_others(trained):
+    model = random_model(n_layer=1)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith(f"{trained}.weight"))
+    with mock.patch.object(triton_scan, "product", wraps=triton_scan.product) as product:
+        expected, actual = results(model, fused=False), results(model, fused=True)
+    assert_all_close(actual, expected, 1e-4 if GPU else 2e-5)
+    assert product.call_count == 1
+
+
+def test_to_a_float32_stream_a_block_adds_and_rounds_no_more_than_its_own_share():
+    layer = random_model(n_layer=1).backbone.layers[0]
+    stream, state = 1000 * torch.randn(2, 5, 12, device=DEVICE), layer.mixer.init_state(2)
+    expected, _ = layer(stream, state)
+    with (
+        mock.patch.object(mamba, "kernels_for", lambda *_: triton_scan),
+        torch.autocast(DEVICE, torch.bfloat16),
+    ):
+        actual, _ = layer(stream, state)
+    assert actual.dtype == expected.dtype == torch.float32
+    assert_close("stream", actual, expected, 1e-4)
+
+
+def test_no_first_state_is_one_of_zeros():
+    layer, stream = random_model(n_layer=1).backbone.layers[0], torch.randn(1, 5, 12, device=DEVICE)
+    state, found = layer.mixer.init_state(1), []
+    for h0 in (state.h, None):
+        layer.zero_grad()
+        out, _, h = triton_scan.residual_block_triton(layer, stream, state.conv, h0)
+        (out.sum() + h.sum()).backward()
+        gradients = {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
+        found.append(gradients | {"out": out.detach(), "h": h.detach()})
+    assert_all_close(found[1], found[0], 1e-6)
 
 
 def test_of_all_that_is_as_long_as_the_text_a_block_keeps_little_for_its_backward_pass():

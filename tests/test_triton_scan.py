@@ -212,8 +212,9 @@ EXTREME = {
 # state, and two with more. On a GPU to compile takes the time: few cases cut time there.
 CASES = {
     "tiles that need no filling, impulses, as little as can be": {
-        "small": (1, 48, 32, 1), "large": (2, 1024, 96, 16), "strided": True, "rule": "dirac",
-        "without": "D z h0 dt_bias", "edit": {"dt": torch.abs}, "dt_softplus": False, "cut": (6, 6),
+        "small": (2, 40, 32, 1), "large": (2, 1000, 96, 16), "strided": True, "rule": "dirac",
+        "without": "D z h0 dt_bias", "edit": {"dt": torch.abs}, "dt_softplus": False, "cut": (5, 3),
+        "patch": sized({"BACKWARD_WANTED": 6}, {}),  # two tiles in a piece; the last one ends early
     },
     "one of each": {"small": (1, 1, 1, 1), "large": (2, 63, 16, 1)},
     "the states of mamba": {
@@ -238,11 +239,11 @@ CASES = {
     "bfloat16": {"small": (2, 7, 11, 1), "large": (2, 1025, 200, 16), "dtypes": SHORT},
     "all dtypes": {"small": (2, 7, 11, 1), "large": (2, 61, 200, 16), "dtypes": MIXED},
     "all at once": {
-        "small": (2, 29, 20, 3), "large": (2, 1041, 200, 16),
+        "small": (2, 37, 20, 3), "large": (2, 1041, 200, 16),
         "edit": {"A": lambda A: (A + 0.1).clamp(max=0)},  # some states forget only at resets
-        "strided": True, "reset": True, "cut": (4, 2, 2), "patch": {
-            "BACKWARD_WANTED": sized(8, 84),
-            "room_for_sums": lambda x: sized(16 * 4 * 2 * 4 * 4, 384 * 28 * 2 * 16 * 4),
+        "strided": True, "reset": True, "cut": (5, 2, 3), "patch": {  # slices of 2 and 3
+            "BACKWARD_WANTED": sized(12, 84), "PIECES": sized(1, 4),
+            "room_for_sums": lambda x: sized(24 * 4 * 2 * 4 * 4, 384 * 28 * 2 * 16 * 4),
         },
     },
     "steps, decays and gates of all sizes": {**EXTREME, "edit": {

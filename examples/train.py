@@ -93,8 +93,9 @@ def read_texts(options: argparse.Namespace, tokenizer: Tokenizer) -> tuple[Text,
     if missing := set(options.hold_out) - {path.name for path in files}:
         raise ValueError(f"--hold-out {' '.join(sorted(missing))}: no file of --data has this name")
     kept = sorted(path for path in files if path.name in options.hold_out)
-    if (end := options.separator) and not any(end.encode() in p.read_bytes() for p in files):
-        raise ValueError(f"--separator {end!r}: no file of --data has it")
+    if (end := options.separator) is not None:
+        if not (end and any(end.encode() in path.read_bytes() for path in files)):
+            raise ValueError(f"--separator {end!r}: no file of --data has it, leave it out")
     texts = [read_text([path], tokenizer, options.separator) for path in kept]
     train = read_text(sorted(files.difference(kept)), tokenizer, options.separator)
     if options.validation_share:
@@ -523,7 +524,7 @@ def in_a_sentence(script: str) -> Iterator[None]:
         quiet = isinstance(error, ValueError) and os.environ.get("RANK", "0") != "0"
         raise SystemExit(1 if quiet else f"{script}: error: {error}") from error
     except KeyboardInterrupt as error:
-        said = "stopped: the same command goes on from the last save"
+        said = "stopped: the same command goes on from the last save, if there is one"
         raise SystemExit(f"{script}: {said}") from error
 
 

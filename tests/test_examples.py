@@ -565,6 +565,7 @@ def chunked(u=(6, 4), weight=(5, 4), targets=(6,), chunk=2):
     (chunked(chunk=0), "chunk >= 1"),
     (lambda run: run("--hold-out typo.txt"), "train.py: error: --hold-out typo.txt: no file of"),
     (lambda run: run("--separator typo"), "--separator 'typo': no file of --data has it"),
+    (lambda run: run("--separator="), "--separator '': no file of --data has it"),
     (lambda run: run("--seqlen 424"), "424 tokens to train on are too few for --seqlen 424"),
     (lambda run: run("--hold-out --data nothing"), "0 tokens to train on are too few"),
     (lambda run: run("--data read.txt typo.txt --hold-out"), "error: .*typo.txt"),

@@ -18,7 +18,8 @@ A row of the table for each of --rows; all learn from --data without the hold-ou
 The same number of steps is the same number of bytes. For the same time, give as many --steps as the
 transformer takes in it. --lr and --dropout are to be chosen on a text that is not a hold-out:
 without the hold-outs in --data, and with another play as --hold-out. --init-from FOLDER trains the
-transformer of this folder further; --evaluate FOLDER measures it and trains nothing.
+transformer of this folder further; --evaluate FOLDER measures it and trains nothing. --plays gives
+a second table, of what is said, who says it and what is done, each alone.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import argparse
 import bz2
 import lzma
 import math
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -210,46 +212,82 @@ def make_transformer(options: argparse.Namespace) -> tuple[Transformer, Tokenize
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, texts: list[train.Text], window: int, batch: int = 64) -> float:
-    """Mean loss in nats per byte, in windows that overlap by half; the first byte is given."""
-    nats, count, half = 0.0, 0, window // 2
-    for ids, _ in texts:
-        rows = max(1, math.ceil((len(ids) - 1 - window) / half) + 1)
-        ids = ids.to(model.lm_head.weight.device).long()
-        ids = F.pad(ids, (0, (rows - 1) * half + window + 1 - len(ids)), value=-100)
-        windows = ids.unfold(0, window + 1, half)
-        targets = windows[:, 1:].clone()  # -100: after the end, or predicted in an earlier window
-        targets[1:, : window - half] = -100
-        for part, wanted in zip(windows.split(batch), targets.split(batch), strict=True):
-            logits = model(part[:, :-1].clamp(min=0)).flatten(0, 1)
-            nats += F.cross_entropy(logits.float(), wanted.flatten(), reduction="sum").item()
-        count += int((targets != -100).sum())
-    return nats / count
+def losses(model: Mamba, ids: Tensor, window: int = 4096, batch: int = 64) -> Tensor:
+    """Nats of each byte of ids (l,) but the first, which is given: (l - 1,), float32.
+
+    A Mamba reads on from window to window; the windows of a Transformer overlap by half.
+    """
+    ids, found = ids.to(model.lm_head.weight.device).long(), []
+    if not isinstance(model, Transformer):
+        state = model.init_state(1)
+        for i in range(0, len(ids) - 1, window):
+            part = ids[i : i + window + 1]
+            logits, state = model(part[None, :-1], state)
+            found.append(F.cross_entropy(logits[0].float(), part[1:], reduction="none"))
+        return torch.cat(found)
+    half = window // 2
+    rows = max(1, math.ceil((len(ids) - 1 - window) / half) + 1)
+    ids = F.pad(ids, (0, (rows - 1) * half + window + 1 - len(ids)), value=-100)
+    windows = ids.unfold(0, window + 1, half)
+    targets = windows[:, 1:].clone()  # -100: after the end, or predicted in an earlier window
+    targets[1:, : window - half] = -100
+    for part, wanted in zip(windows.split(batch), targets.split(batch), strict=True):
+        logits, wanted = model(part[:, :-1].clamp(min=0)).flatten(0, 1), wanted.flatten()
+        nats = F.cross_entropy(logits.float(), wanted, reduction="none")
+        found.append(nats[wanted != -100])
+    return torch.cat(found)
+
+
+def evaluate(model: Mamba, texts: list[train.Text], window: int, batch: int = 64) -> float:
+    """Mean loss in nats per byte."""
+    found = [losses(model, ids, window, batch) for ids, _ in texts]
+    return torch.cat(found).double().mean().item()
+
+
+## Where is a model behind? Who speaks next stands on a line of its own, after an empty one, in
+## capitals or cut short ("Ham."). Each name comes back all through its play and is in no other: the
+## first letter of it tells the rest to a model that remembers, and to no other model.
+
+KINDS = ("what is said", "who says it", "what is done")
+
+
+def kinds_of(play: bytes) -> Tensor:
+    """Of each byte, the number of its kind (l,): of lines, and of directions in [brackets]."""
+    kinds, before, inside = [], b"", False
+    for line in play.split(b"\n"):
+        is_name = re.fullmatch(rb"\s*([A-Z][A-Z ]+|[A-Z][a-z]{1,5})\.\s*", line)
+        inside = inside or line.lstrip().startswith(b"[")
+        kinds += [2 if inside else int(bool(is_name) and not before.strip())] * (len(line) + 1)
+        before, inside = line, inside and b"]" not in line
+    return torch.tensor(kinds[: len(play)])
 
 
 def nats_of(
     name: str, mamba: Path, options: argparse.Namespace, text: bytes, texts: list[train.Text]
-) -> list[float]:
-    """A row of the table: nats per byte of each hold-out."""
+) -> list[Tensor]:
+    """Of each hold-out the nats of all bytes but the first, or of xz, bzip2 and 5-gram the mean."""
     kept = [ids.numpy().tobytes() for ids, _ in texts]
     if name in ("xz", "bzip2"):
         alone = compressed(name, text)
         added = [compressed(name, text + each) - alone for each in kept]
-        return [8 * math.log(2) * size / len(each) for size, each in zip(added, kept, strict=True)]
+        sizes = zip(added, kept, strict=True)
+        return [torch.tensor(8 * math.log(2) * size / len(each)) for size, each in sizes]
     if name == "5-gram":
         counts = NGram(text)  # the first bytes of a hold-out follow the last ones of the text
-        return [counts.nats(text[1 - counts.order :] + each) / len(each) for each in kept]
+        nats = (counts.nats(text[1 - counts.order :] + each) / len(each) for each in kept)
+        return [torch.tensor(each) for each in nats]
     if name == "mamba":
-        model, measure = Mamba.from_pretrained(mamba, device=options.device), train.evaluate
+        model, window = Mamba.from_pretrained(mamba, device=options.device), 4096
     else:
-        measure, folder = partial(evaluate, window=options.seqlen), options.evaluate or options.out
+        window, folder = options.seqlen, options.evaluate or options.out
         if options.evaluate is None:
+            measure = partial(evaluate, window=window)
             train.train(options, make_model=make_transformer, evaluate=measure)
         model = Transformer.from_pretrained(folder, device=options.device)
         saved = read_file(folder / "training.pt")
         print(f"transformer: {len(saved['losses'])} steps in {saved['seconds']:.0f} s")
     print(f"{name}: {parameters(model):,} parameters")
-    return [measure(model, [each]) for each in texts]
+    return [losses(model, ids, window).double().cpu() for ids, _ in texts]
 
 
 def main() -> None:
@@ -258,8 +296,9 @@ def main() -> None:
     )
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="of the table")
     parser.add_argument("--mamba", type=Path, default=DEFAULT_MODEL, help="the folder of a model")
+    parser.add_argument("--plays", action="store_true", help="also who speaks and what is done")
     options = train.parse_arguments(parser)
-    rows, mamba = (vars(options).pop(name) for name in ("rows", "mamba"))
+    rows, mamba, plays = (vars(options).pop(name) for name in ("rows", "mamba", "plays"))
     for name in ("packed", "evaluate_window", "validation_share"):
         if value := getattr(options, name):
             parser.error(f"{name} = {value} is not for this table")
@@ -271,12 +310,21 @@ def main() -> None:
     with train.in_a_sentence("transformer.py"):
         text, texts = train.read_texts(options, ByteTokenizer())
         sizes = np.array([len(ids) for ids, _ in texts])
+        kinds = torch.cat([kinds_of(ids.numpy().tobytes())[1:] for ids, _ in texts])
+        shares = [(kinds == kind).double().mean() for kind in range(len(KINDS))]
+        titles = (f"{name}, {100 * share:.1f} %" for name, share in zip(KINDS, shares, strict=True))
+        second = [("nats per byte of", *titles), ("---",) * (len(KINDS) + 1)]
         for name in rows:
-            found = nats_of(name, mamba, options, text[0].numpy().tobytes(), texts)
+            nats = nats_of(name, mamba, options, text[0].numpy().tobytes(), texts)
+            found = [each.mean().item() for each in nats]
             found.append(float(sizes @ found / sizes.sum()))
             table.append((name, *(f"{each:.4f}" for each in found)))
             print(*table[-1], flush=True)
-    print(*(f"| {' | '.join(cells)} |" for cells in table), sep="\n")
+            if name in ("mamba", "transformer"):
+                means = (torch.cat(nats)[kinds == kind].mean() for kind in range(len(KINDS)))
+                second.append((name, *(f"{mean:.4f}" for mean in means)))
+    for lines in (table, second) if plays else (table,):
+        print(*(f"| {' | '.join(cells)} |" for cells in lines), sep="\n")
 
 
 if __name__ == "__main__":

@@ -84,6 +84,10 @@ def make_model(d_state: int | None, d_model: int, words: int) -> Mamba:
     model = Mamba(MambaConfig(d_model, vocab_size=2 * words, d_state=d_state or 1))
     if d_state is None:
         model.backbone.layers[0].mixer = Attention(model.config)
+    else:
+        ## A_n = -n at the start of training: the 64th state forgets 64 times as fast as the first,
+        ## which is of no use where nothing is to be forgotten. Here all of them start at -1.
+        nn.init.zeros_(model.backbone.layers[0].mixer.A_log)
     return model
 
 

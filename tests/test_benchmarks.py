@@ -140,6 +140,32 @@ def test_each_byte_is_measured_once_and_with_half_a_window_of_the_past(transform
     assert transformer.evaluate(model, [text, text], window) == pytest.approx(found, rel=1e-6)
 
 
+def test_the_bytes_of_a_play_are_of_three_kinds_and_each_kind_has_its_loss(
+    transformer, monkeypatch, tmp_path, capsys
+):
+    said, who, done = b"Ay.\nWell met.\n\n", b"FIRST WITCH.\n", b"[Exit MACBETH,\nwith PORTER.]\n\n"
+    short = b" Ham. \n"
+    play = b"So:\n" + said + who + b"LO.\n" + said + done + short + said
+    lengths = (4 + len(said), len(who), len(b"LO.\n" + said), len(done) - 1, len(b"\n"), len(short))
+    expected = np.repeat([0, 1, 0, 2, 0, 1, 0], [*lengths, len(said)])
+    assert transformer.kinds_of(play).tolist() == expected.tolist()
+
+    monkeypatch.chdir(tmp_path)
+    (model := random_model(vocab_size=256)).save_pretrained("mamba")
+    Path("text").write_bytes(said)
+    Path("play").write_bytes(play)
+    call = "transformer.py --rows mamba --mamba mamba --data text play --hold-out play --plays"
+    monkeypatch.setattr(sys, "argv", [*call.split(), "--device", "cpu"])
+    transformer.main()
+    ids = torch.tensor([*play])
+    nats = F.cross_entropy(model(ids[None, :-1])[0], ids[1:], reduction="none")
+    means = [nats[expected[1:] == kind].mean().item() for kind in range(3)]
+    shares = [100 * (expected[1:] == kind).mean() for kind in range(3)]
+    first, _, row = capsys.readouterr().out.splitlines()[-3:]
+    assert [float(x) for x in re.findall(r"([\d.]+) %", first)] == pytest.approx(shares, abs=0.06)
+    assert [float(x) for x in re.findall(r"\d\.\d+", row)] == pytest.approx(means, abs=1e-4)
+
+
 def test_the_table_has_a_row_for_each_and_the_transformer_is_trained_once(
     transformer, monkeypatch, tmp_path, capsys
 ):

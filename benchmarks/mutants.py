@@ -68,6 +68,7 @@ BELONGING = {
     "examples/recall.py": "tests/test_tasks.py",
     "examples/recipes.py": "tests/test_recipes.py tests/test_examples.py",
     "examples/selective_copying.py": "tests/test_tasks.py",
+    "examples/texts.py": "tests/test_examples.py",
     "examples/train.py": "tests/test_examples.py",
     "examples/chunked_loss.py": "tests/test_examples.py",
     "examples/trainer.py": "tests/test_examples.py",

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import texts
 import torch
 import torch.nn.functional as F
 import train
@@ -44,10 +45,8 @@ The way to dusty death. Out, out, brief candle!
 """
 
 
-# These two are to be copied, not run.
-SCRIPTS = sorted(
-    {path.name for path in (ROOT / "examples").glob("*.py")} - {"chunked_loss.py", "recorded.py"}
-)
+PIECES = {"chunked_loss.py", "recorded.py", "texts.py"}  # to be copied, not run
+SCRIPTS = sorted({path.name for path in (ROOT / "examples").glob("*.py")} - PIECES)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -102,13 +101,13 @@ def test_documents_stand_one_after_another_and_each_starts_at_the_end_of_the_las
     for separator, whole, starts in (
         ("|", "one\n\ntwo\n\ndrei…", [4, 9]), (None, "one|two||\n\ndrei…", [10]),
     ):  # fmt: skip
-        ids, reset = train.read_text([first, second], generate.ByteTokenizer(), separator)
+        ids, reset = texts.read_text([first, second], generate.ByteTokenizer(), separator)
         assert bytes(ids.tolist()).decode() == whole
         assert reset.nonzero().flatten().tolist() == starts
     made = trained("<|endoftext|>")
     made.save(str(tmp_path / "tokenizer.json"))
     tokenizer = generate.FileTokenizer(tmp_path / "tokenizer.json")
-    ids, reset = train.read_text([first, second], tokenizer, "|")
+    ids, reset = texts.read_text([first, second], tokenizer, "|")
     end = made.token_to_id("<|endoftext|>")
     one, two, three = (made.encode(text).ids for text in ("one", "two", "drei…"))
     assert ids.tolist() == [*one, end, *two, end, *three]
@@ -128,7 +127,7 @@ def test_a_folder_is_each_of_its_files_once_but_not_what_is_hidden_or_written_by
 
 def test_training_windows_read_on_where_they_stopped_and_one_row_in_eight_jumps():
     text = torch.arange(256, dtype=torch.uint8).repeat(999)
-    windows, dice = train.Windows((text, text == 7), 400, seqlen=10), torch.Generator()
+    windows, dice = texts.Windows((text, text == 7), 400, seqlen=10), torch.Generator()
     before, _, jumped = windows.next(dice)
     assert jumped.all(), "the first windows start from the zero state"
     jumps = 0
@@ -139,9 +138,9 @@ def test_training_windows_read_on_where_they_stopped_and_one_row_in_eight_jumps(
         assert torch.equal(reset, ids[:, :-1] == 7)
         before, jumps = ids, jumps + jumped.sum().item()
     assert 0.118 < jumps / (50 * 400) < 0.132
-    shortest = train.Windows((text[:11], text[:11] == 7), 2, seqlen=10)
+    shortest = texts.Windows((text[:11], text[:11] == 7), 2, seqlen=10)
     assert [shortest.next(dice)[0].tolist() for _ in range(3)] == [[[*range(11)]] * 2] * 3
-    longer = train.Windows((text[:12], text[:12] == 7), 40, seqlen=10, jump=1.0)
+    longer = texts.Windows((text[:12], text[:12] == 7), 40, seqlen=10, jump=1.0)
     assert longer.next(dice)[0][:, 0].unique().tolist() == [0, 1], "the last place too"
 
 

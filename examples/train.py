@@ -364,6 +364,7 @@ def train(
         print(f"wrote {options.out}{best}")
     if world > 1:
         dist.barrier()  # one that left while its last message is under way could hang (gloo)
+        shared = None  # DDP, the last to let go of gloo, would hold the lock that gloo waits for
         dist.destroy_process_group()
 
 

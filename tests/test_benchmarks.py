@@ -144,7 +144,7 @@ def test_the_bytes_of_a_play_are_of_three_kinds_and_each_kind_has_its_loss(
     transformer, monkeypatch, tmp_path, capsys
 ):
     said, who, done = b"Ay.\nWell met.\n\n", b"FIRST WITCH.\n", b"[Exit MACBETH,\nwith PORTER.]\n\n"
-    short = b" Ham. \n"
+    short = b" Gentl. \n"
     play = b"So:\n" + said + who + b"LO.\n" + said + done + short + said
     lengths = (4 + len(said), len(who), len(b"LO.\n" + said), len(done) - 1, len(b"\n"), len(short))
     expected = np.repeat([0, 1, 0, 2, 0, 1, 0], [*lengths, len(said)])
@@ -159,6 +159,7 @@ def test_the_bytes_of_a_play_are_of_three_kinds_and_each_kind_has_its_loss(
     transformer.main()
     ids = torch.tensor([*play])
     nats = F.cross_entropy(model(ids[None, :-1])[0], ids[1:], reduction="none")
+    assert torch.allclose(transformer.losses(model, ids, window=7), nats, atol=1e-5)
     means = [nats[expected[1:] == kind].mean().item() for kind in range(3)]
     shares = [100 * (expected[1:] == kind).mean() for kind in range(3)]
     first, _, row = capsys.readouterr().out.splitlines()[-3:]

@@ -1,5 +1,6 @@
 """The scripts in examples/, the model that one of them made, and train.py and trainer.py."""
 
+import argparse
 import contextlib
 import importlib
 import itertools
@@ -104,6 +105,13 @@ def test_documents_stand_one_after_another_and_each_starts_at_the_end_of_the_las
         ids, reset = texts.read_text([first, second], generate.ByteTokenizer(), separator)
         assert bytes(ids.tolist()).decode() == whole
         assert reset.nonzero().flatten().tolist() == starts
+    for packed in (False, True):  # what is measured has documents if what is trained on has
+        options = argparse.Namespace(
+            data=[first, second], out=tmp_path, hold_out=["a"], separator="|", packed=packed,
+            validation_share=0.0, evaluate_window=0,
+        )  # fmt: skip
+        _, [(_, reset)] = texts.read_texts(options, generate.ByteTokenizer())
+        assert reset.nonzero().flatten().tolist() == ([4] if packed else [])
     made = trained("<|endoftext|>")
     made.save(str(tmp_path / "tokenizer.json"))
     tokenizer = generate.FileTokenizer(tmp_path / "tokenizer.json")
@@ -142,6 +150,9 @@ def test_training_windows_read_on_where_they_stopped_and_one_row_in_eight_jumps(
     assert [shortest.next(dice)[0].tolist() for _ in range(3)] == [[[*range(11)]] * 2] * 3
     longer = texts.Windows((text[:12], text[:12] == 7), 40, seqlen=10, jump=1.0)
     assert longer.next(dice)[0][:, 0].unique().tolist() == [0, 1], "the last place too"
+    on = texts.Windows((text[:4], text[:4] == 7), 40, seqlen=1, jump=0.0)
+    said = torch.cat([on.next(dice)[0][:, 1] for _ in range(5)])
+    assert said.unique().tolist() == [1, 2, 3], "up to the last token and no further"
 
 
 def cross_entropy(u: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

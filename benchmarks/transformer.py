@@ -18,8 +18,9 @@ A row of the table for each of --rows; all learn from --data without the hold-ou
 The same number of steps is the same number of bytes. For the same time, give as many --steps as the
 transformer takes in it. --lr and --dropout are to be chosen on a text that is not a hold-out:
 without the hold-outs in --data, and with another play as --hold-out. --init-from FOLDER trains the
-transformer of this folder further; --evaluate FOLDER measures it and trains nothing. --plays gives
-a second table, of what is said, who says it and what is done, each alone.
+transformer of this folder further; --evaluate FOLDER measures it and trains nothing. With --plays
+the two models have a second table, where the names of who speaks stand alone (`kinds_of`). On a CPU
+they take minutes for a play.
 """
 
 from __future__ import annotations
@@ -244,38 +245,43 @@ def evaluate(model: Mamba, texts: list[train.Text], window: int, batch: int = 64
     return torch.cat(found).double().mean().item()
 
 
-## Where is a model behind? Who speaks next stands on a line of its own, after an empty one, in
-## capitals or cut short ("Ham."). Each name comes back all through its play and is in no other: the
-## first letter of it tells the rest to a model that remembers, and to no other model.
+## Where is a model behind? In a play it stands on a line of its own, after an empty one, who speaks
+## next: in capitals, or cut short ("Ham."). Most names come back all through one play and are in no
+## other. There the first letters tell the rest, to a model that can look up what it has read.
 
-KINDS = ("what is said", "who says it", "what is done")
+KINDS = ("all else", "who speaks, for the first time", "who speaks, again")
 
 
 def kinds_of(play: bytes) -> Tensor:
-    """Of each byte, the number of its kind (l,): of lines, and of directions in [brackets]."""
-    kinds, before, inside = [], b"", False
+    """Of each byte, the number of its kind (l,)."""
+    kinds, before, seen = [], b"a title", set()
     for line in play.split(b"\n"):
-        is_name = re.fullmatch(rb"\s*([A-Z][A-Z ]+|[A-Z][a-z]{1,5})\.\s*", line)
-        inside = inside or line.lstrip().startswith(b"[")
-        kinds += [2 if inside else int(bool(is_name) and not before.strip())] * (len(line) + 1)
-        before, inside = line, inside and b"]" not in line
+        name, kind = line.strip(), 0
+        heading = re.match(rb"ACT|SCENE|Exit|Exeunt", name)
+        if not before.strip() and not heading:
+            if re.fullmatch(rb"(\d )?([A-Z][A-Z ]+|[A-Z][a-z]{1,5})\.", name):
+                kind = 2 if name in seen else 1
+                seen.add(name)
+        kinds += [kind] * (len(line) + 1)
+        before = line
     return torch.tensor(kinds[: len(play)])
 
 
 def nats_of(
     name: str, mamba: Path, options: argparse.Namespace, text: bytes, texts: list[train.Text]
 ) -> list[Tensor]:
-    """Of each hold-out the nats of all bytes but the first, or of xz, bzip2 and 5-gram the mean."""
+    """Of each hold-out the nats of all bytes but the first; of xz, bzip2 and 5-gram the mean of
+    all, as often as there are bytes."""
     kept = [ids.numpy().tobytes() for ids, _ in texts]
     if name in ("xz", "bzip2"):
         alone = compressed(name, text)
         added = [compressed(name, text + each) - alone for each in kept]
-        sizes = zip(added, kept, strict=True)
-        return [torch.tensor(8 * math.log(2) * size / len(each)) for size, each in sizes]
-    if name == "5-gram":
+        means = [8 * math.log(2) * size / len(each) for size, each in zip(added, kept, strict=True)]
+    elif name == "5-gram":
         counts = NGram(text)  # the first bytes of a hold-out follow the last ones of the text
-        nats = (counts.nats(text[1 - counts.order :] + each) / len(each) for each in kept)
-        return [torch.tensor(each) for each in nats]
+        means = [counts.nats(text[1 - counts.order :] + each) / len(each) for each in kept]
+    if name not in ("mamba", "transformer"):
+        return [torch.full([len(ids)], mean) for mean, (ids, _) in zip(means, texts, strict=True)]
     if name == "mamba":
         model, window = Mamba.from_pretrained(mamba, device=options.device), 4096
     else:
@@ -296,7 +302,7 @@ def main() -> None:
     )
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="of the table")
     parser.add_argument("--mamba", type=Path, default=DEFAULT_MODEL, help="the folder of a model")
-    parser.add_argument("--plays", action="store_true", help="also who speaks and what is done")
+    parser.add_argument("--plays", action="store_true", help="also the names of who speaks alone")
     options = train.parse_arguments(parser)
     rows, mamba, plays = (vars(options).pop(name) for name in ("rows", "mamba", "plays"))
     for name in ("packed", "evaluate_window", "validation_share"):
@@ -305,25 +311,28 @@ def main() -> None:
     if options.tokenizer != "bytes" or not options.hold_out or options.seqlen < 2:
         parser.error("it takes bytes, at least one --hold-out, and --seqlen of at least 2")
     options.jump, options.prompt = 1.0, ""  # no state to read on from, or to sample with
-    names = sorted(options.hold_out)
+    names = sorted({*options.hold_out})
     table = [("nats per byte", *names, "all"), ("---",) * (len(names) + 2)]
     with train.in_a_sentence("transformer.py"):
         text, texts = train.read_texts(options, ByteTokenizer())
-        sizes = np.array([len(ids) for ids, _ in texts])
+        if len(texts) > len(names):
+            raise ValueError("--hold-out: two files of --data have the same name")
+        if not len(text[0]):
+            raise ValueError("--hold-out names all files of --data: none is left to learn from")
         kinds = torch.cat([kinds_of(ids.numpy().tobytes())[1:] for ids, _ in texts])
-        shares = [(kinds == kind).double().mean() for kind in range(len(KINDS))]
-        titles = (f"{name}, {100 * share:.1f} %" for name, share in zip(KINDS, shares, strict=True))
-        second = [("nats per byte of", *titles), ("---",) * (len(KINDS) + 1)]
+        here = [kinds == kind for kind in range(len(KINDS))]
+        shares = (f"{100 * each.double().mean():.1f} %" for each in here)
+        titles = (f"{name}: {share}" for name, share in zip(KINDS, shares, strict=True))
+        second = [("nats per byte", *titles), ("---",) * (len(KINDS) + 1)]
         for name in rows:
             nats = nats_of(name, mamba, options, text[0].numpy().tobytes(), texts)
-            found = [each.mean().item() for each in nats]
-            found.append(float(sizes @ found / sizes.sum()))
-            table.append((name, *(f"{each:.4f}" for each in found)))
+            every = torch.cat(nats)
+            table.append((name, *(f"{each.mean():.4f}" for each in (*nats, every))))
             print(*table[-1], flush=True)
             if name in ("mamba", "transformer"):
-                means = (torch.cat(nats)[kinds == kind].mean() for kind in range(len(KINDS)))
-                second.append((name, *(f"{mean:.4f}" for mean in means)))
-    for lines in (table, second) if plays else (table,):
+                means = (f"{every[each].mean():.4f}" if each.any() else "" for each in here)
+                second.append((name, *means))
+    for lines in (table, second) if plays and len(second) > 2 else (table,):
         print(*(f"| {' | '.join(cells)} |" for cells in lines), sep="\n")
 
 

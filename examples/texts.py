@@ -50,7 +50,12 @@ def read_text(paths: list[Path], tokenizer: Tokenizer, separator: str | None = N
 
 
 def read_texts(options: argparse.Namespace, tokenizer: Tokenizer) -> tuple[Text, list[Text]]:
-    """The text to train on and those to measure on."""
+    """The text to train on and those to measure on, in the order of their names.
+
+    options as train.py has them: data, out, hold_out, separator, validation_share, packed and
+    evaluate_window. What is measured has `reset` as these say, what is trained on wherever a
+    document ends.
+    """
     # Each file is read once, however it is named: "a/../b" is "b".
     out, *given = (Path(os.path.abspath(path)) for path in (options.out, *options.data))
     files = set()
@@ -61,7 +66,8 @@ def read_texts(options: argparse.Namespace, tokenizer: Tokenizer) -> tuple[Text,
         files |= seen if path.is_dir() else {path}
     if missing := set(options.hold_out) - {path.name for path in files}:
         raise ValueError(f"--hold-out {' '.join(sorted(missing))}: no file of --data has this name")
-    kept = sorted(path for path in files if path.name in options.hold_out)
+    named = (path for path in files if path.name in options.hold_out)
+    kept = sorted(named, key=lambda path: (path.name, path))
     if (end := options.separator) is not None:
         if not (end and any(end.encode() in path.read_bytes() for path in files)):
             raise ValueError(f"--separator {end!r}: no file of --data has it, leave it out")

@@ -140,31 +140,74 @@ def test_each_byte_is_measured_once_and_with_half_a_window_of_the_past(transform
     assert transformer.evaluate(model, [text, text], window) == pytest.approx(found, rel=1e-6)
 
 
-def test_the_bytes_of_a_play_are_of_three_kinds_and_each_kind_has_its_loss(
+def test_the_names_in_a_play_are_new_or_come_again_and_each_kind_has_its_loss(
     transformer, monkeypatch, tmp_path, capsys
 ):
-    said, who, done = b"Ay.\nWell met.\n\n", b"FIRST WITCH.\n", b"[Exit MACBETH,\nwith PORTER.]\n\n"
-    short = b" Gentl. \n"
-    play = b"So:\n" + said + who + b"LO.\n" + said + done + short + said
-    lengths = (4 + len(said), len(who), len(b"LO.\n" + said), len(done) - 1, len(b"\n"), len(short))
-    expected = np.repeat([0, 1, 0, 2, 0, 1, 0], [*lengths, len(said)])
+    said, long, short = b"Ay.\nWell met.\n\n", b"FIRST WITCH.\n", b" Gentl. \n"
+    lines = [
+        b"So:\n",
+        said,
+        long,
+        said,
+        short,
+        said,
+        b"ACT II.\n",
+        long,
+        b"LO.\n",
+        said,
+        b"2 Men.\n",
+    ]
+    lines += [b"\n", b"SCENE.\n\n", long, said, b"LONGER.\n", said, short, b"Exit.\n"]
+    kinds = [0, 0, 1, 0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 2, 0, 1, 0, 2, 0]
+    play, expected = b"".join(lines), np.repeat(kinds, [*map(len, lines)])
     assert transformer.kinds_of(play).tolist() == expected.tolist()
+
+    def table(options: str) -> list[str]:
+        call = f"transformer.py --mamba mamba --data text play {options} --plays --device cpu"
+        monkeypatch.setattr(sys, "argv", call.split())
+        transformer.main()
+        return capsys.readouterr().out.splitlines()
 
     monkeypatch.chdir(tmp_path)
     (model := random_model(vocab_size=256)).save_pretrained("mamba")
     Path("text").write_bytes(said)
     Path("play").write_bytes(play)
-    call = "transformer.py --rows mamba --mamba mamba --data text play --hold-out play --plays"
-    monkeypatch.setattr(sys, "argv", [*call.split(), "--device", "cpu"])
-    transformer.main()
+    first, _, row = table("--rows mamba --hold-out play")[-3:]
     ids = torch.tensor([*play])
     nats = F.cross_entropy(model(ids[None, :-1])[0], ids[1:], reduction="none")
     assert torch.allclose(transformer.losses(model, ids, window=7), nats, atol=1e-5)
     means = [nats[expected[1:] == kind].mean().item() for kind in range(3)]
     shares = [100 * (expected[1:] == kind).mean() for kind in range(3)]
-    first, _, row = capsys.readouterr().out.splitlines()[-3:]
     assert [float(x) for x in re.findall(r"([\d.]+) %", first)] == pytest.approx(shares, abs=0.06)
     assert [float(x) for x in re.findall(r"\d\.\d+", row)] == pytest.approx(means, abs=1e-4)
+    *_, row = table("--rows mamba --hold-out text")
+    assert re.fullmatch(r"\| mamba \| \d\.\d+ \|  \|  \|", row), "nobody speaks"
+    assert len(table("--rows xz --hold-out play")) == 1 + 3, "no model, no second table"
+
+
+def test_columns_are_those_of_their_files_and_what_cannot_be_a_table_is_refused(
+    transformer, monkeypatch, tmp_path, capsys
+):
+    def table(options: str) -> list[str]:
+        call = f"transformer.py --rows xz --data text a b --device cpu --hold-out {options}"
+        monkeypatch.setattr(sys, "argv", call.split())
+        transformer.main()
+        return capsys.readouterr().out.splitlines()
+
+    monkeypatch.chdir(tmp_path)
+    for folder in "ab":
+        Path(folder).mkdir()
+    Path("text").write_bytes(b"to be or not to be")
+    Path("a/z").write_bytes(b"to be or not to be")
+    Path("b/y").write_bytes(b"x1y2z3w4v5u6t7s8r9q0")
+    assert table("y z")[1] == table("z y y")[1] == "| nats per byte | y | z | all |"
+    y, z = (float(x) for x in table("z y")[-1].split("|")[2:4])
+    assert y > z + 1
+    with pytest.raises(SystemExit, match="none is left to learn from"):
+        table("y z text")
+    Path("b/z").write_bytes(b"another z")
+    with pytest.raises(SystemExit, match="two files of --data have the same name"):
+        table("z")
 
 
 def test_the_table_has_a_row_for_each_and_the_transformer_is_trained_once(

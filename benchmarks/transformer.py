@@ -306,8 +306,8 @@ def main() -> None:
     options = train.parse_arguments(parser)
     rows, mamba, plays = (vars(options).pop(name) for name in ("rows", "mamba", "plays"))
     for name in ("packed", "evaluate_window", "validation_share"):
-        if value := getattr(options, name):
-            parser.error(f"{name} = {value} is not for this table")
+        if getattr(options, name):
+            parser.error(f"{train.option_of(name)} is not for this table")
     if options.tokenizer != "bytes" or not options.hold_out or options.seqlen < 2:
         parser.error("it takes bytes, at least one --hold-out, and --seqlen of at least 2")
     options.jump, options.prompt = 1.0, ""  # no state to read on from, or to sample with

@@ -368,6 +368,10 @@ def train(
         dist.destroy_process_group()
 
 
+def option_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, nargs="+", required=True, help="text files, and folders of them")
@@ -409,11 +413,11 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     for name in (*low, *high, "lr", "warmup", "weight_decay", "evaluate_window"):
         value, least, most = getattr(options, name), low.get(name, 0), high.get(name, math.inf)
         if not least <= value <= most:
-            parser.error(f"{name} must be from {least} to {most}, got {value}")
+            parser.error(f"{option_of(name)} must be from {least} to {most}, got {value}")
     if not 0 <= options.average < 1:
-        parser.error(f"average must be from 0 to below 1, got {options.average}")
+        parser.error(f"--average must be from 0 to below 1, got {options.average}")
     if not options.clip > 0:
-        parser.error(f"clip must be above 0, or inf for none, got {options.clip}")
+        parser.error(f"--clip must be above 0, or inf for none, got {options.clip}")
     if options.evaluate and not (options.hold_out or options.validation_share):
         parser.error("--evaluate needs a text to measure on: --hold-out or --validation-share")
     if options.init_from and options.evaluate:
@@ -422,7 +426,7 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
         parser.error(f"--out {options.out} would be written over: --init-from reads it")
     for name in ("tokenizer", "d_model", "n_layer") if options.init_from else ():
         if (value := getattr(options, name)) != parser.get_default(name):
-            parser.error(f"{name} = {value} is for a new model: --init-from has its own")
+            parser.error(f"{option_of(name)} {value} is for a new model: --init-from has its own")
     return options
 
 

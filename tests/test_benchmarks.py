@@ -258,6 +258,7 @@ def test_the_table_has_a_row_for_each_and_the_transformer_is_trained_once(
     for wrong in ("--packed", "--tokenizer mamba", "--validation-share 0.1", "--seqlen 1"):
         with pytest.raises(SystemExit, match="2"):
             table(wrong)
+    assert "error: --validation-share is not for this table" in capsys.readouterr().err
     with pytest.raises(SystemExit, match=r"transformer\.py: error: .*nothing"):
         table("--rows transformer --evaluate nothing")
 

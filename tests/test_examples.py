@@ -613,6 +613,10 @@ def test_what_does_not_fit_is_refused(call, words, run):
     ("--init-from small", "the tokenizer has 256 tokens, the model 100"),
     ("--init-from good --out good/../good", "--out good/../good would be written over"),
     ("--init-from good --evaluate good", "a model that is trained: without --init-from"),
+    ("--init-from good --n-layer 3", "--n-layer 3 is for a new model: --init-from has its own"),
+    ("--init-from good --evaluate-every 0", "--evaluate-every must be from 1 to inf, got 0"),
+    ("--init-from good --average 1", "--average must be from 0 to below 1, got 1.0"),
+    ("--init-from good --clip 0", "--clip must be above 0, or inf for none, got 0.0"),
 ])  # fmt: skip
 def test_what_cannot_be_trained_further_is_refused(options, words, run, capsys):
     for name, vocab_size in (("good", 256), ("small", 100)):

@@ -18,6 +18,7 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import texts
@@ -105,6 +106,8 @@ def test_documents_stand_one_after_another_and_each_starts_at_the_end_of_the_las
         ids, reset = texts.read_text([first, second], generate.ByteTokenizer(), separator)
         assert bytes(ids.tolist()).decode() == whole
         assert reset.nonzero().flatten().tolist() == starts
+    two_ends = SimpleNamespace(eos_token_ids=[7, 8], encode=lambda text: [len(text)])
+    assert texts.read_text([first], two_ends, "|")[0].tolist() == [3, 7, 3], "of two ends the first"
     for packed in (False, True):  # what is measured has documents if what is trained on has
         options = argparse.Namespace(
             data=[first, second], out=tmp_path, hold_out=["a"], separator="|", packed=packed,
@@ -112,6 +115,11 @@ def test_documents_stand_one_after_another_and_each_starts_at_the_end_of_the_las
         )  # fmt: skip
         _, [(_, reset)] = texts.read_texts(options, generate.ByteTokenizer())
         assert reset.nonzero().flatten().tolist() == ([4] if packed else [])
+    first.write_bytes(b"ab")
+    options.separator = None
+    _, [(ids, _)] = texts.read_texts(options, generate.ByteTokenizer())
+    assert bytes(ids.tolist()) == b"ab", "one to read and one to predict are enough"
+    first.write_bytes(b"one|two||")
     made = trained("<|endoftext|>")
     made.save(str(tmp_path / "tokenizer.json"))
     tokenizer = generate.FileTokenizer(tmp_path / "tokenizer.json")

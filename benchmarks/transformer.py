@@ -1,6 +1,6 @@
 """What the shipped model is worth: nats per byte of texts that it has not seen, beside others.
 
-    python benchmarks/transformer.py --data texts/*.txt \\
+    python benchmarks/transformer.py --data texts/plays texts/held-out \\
         --hold-out macbeth_gut.txt twelfth_night_gut.txt --out checkpoints/transformer --graph
 
 A row of the table for each of --rows; all learn from --data without the hold-outs:

@@ -1,6 +1,6 @@
 """Train a Mamba language model on text: from scratch or further, on one device or on many.
 
-    python examples/train.py --data texts --hold-out hamlet_gut.txt --graph
+    python examples/train.py --data texts/plays --hold-out lear_gut.txt --graph
     python examples/train.py --data mine.txt --validation-share 0.1 --lr 1e-4 --batch 16 \
         --accumulate 4 --init-from state-spaces/mamba-130m
     torchrun --nproc-per-node 2 examples/train.py --data many --packed --parallel fsdp

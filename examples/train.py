@@ -6,15 +6,17 @@
     torchrun --nproc-per-node 2 examples/train.py --data many --packed --parallel fsdp
 
 Every --evaluate-every steps the script prints losses and a sample, and writes to --out loss.csv,
-loss.png, the model as generate.py and from_pretrained load it, and training.pt: the same command
-goes on from there, in any number of processes, and ends as if nothing had stopped it. --evaluate
-FOLDER measures a model only. The defaults are those for a small model of a few megabytes of text,
-which it reads many times; with --init-from there is no dropout, and weight decay is 0.1.
+loss.png, the model as generate.py and from_pretrained load it (with --keep-best, if no hold-out
+loss before was lower), and training.pt: the same command goes on from there, in any number of
+processes, and ends as if nothing had stopped it. --evaluate FOLDER measures a model only. The
+defaults are those for a small model of a few megabytes of text, which it reads many times; with
+--init-from there is no dropout, and weight decay is 0.1.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -123,22 +125,26 @@ def evaluate(model: Mamba, texts: list[Text], window: int = 4096) -> float:
     return nats / count
 
 
-def export(model: Mamba, weights: dict[str, Tensor], tokenizer: Tokenizer, folder: Path) -> Mamba:
-    """Save with matrices in float16: half the bytes, eleven bits of each. Returns what it saved.
+def rounded(model: Mamba, weights: dict[str, Tensor]) -> Mamba:
+    """The model with these weights, its matrices in float16: half the bytes, eleven bits of each.
 
     A_log, D, biases and norms stay in float32. They are few, and A_log sits in an exponent.
     """
-    saved = type(model)(model.config)
-    saved.load_state_dict(weights, strict=False)  # lm_head, if tied, is not among parameters
-    matrices, _ = saved.param_groups(weight_decay=1.0)  # what decays is what may be rounded
+    model = type(model)(model.config)
+    model.load_state_dict(weights, strict=False)  # lm_head, if tied, is not among parameters
+    matrices, _ = model.param_groups(weight_decay=1.0)  # what decays is what may be rounded
     for parameter in matrices["params"]:
         parameter.data = parameter.data.half()
-    saved.save_pretrained(folder)
+    return model
+
+
+def export(model: Mamba, tokenizer: Tokenizer, folder: Path) -> None:
+    """The files that generate.py and from_pretrained load."""
+    model.save_pretrained(folder)
     if not isinstance(tokenizer, ByteTokenizer):
         tokenizer.tokenizer.save(str(folder / "tokenizer.json"))
         ends = {"eos_token_id": [*tokenizer.eos_token_ids]}
         (folder / "generation_config.json").write_text(json.dumps(ends))
-    return saved.float()
 
 
 def write_curve(folder: Path, losses: list[float], measured: dict[int, float]) -> None:
@@ -342,10 +348,13 @@ def train(
             said += f"  train {recent.mean():.4f}"
             if options.average:
                 weights = {n: moments["state"][n]["average"] for n, _ in model.named_parameters()}
-            plain = export(model, weights, tokenizer, options.out).to(device)
+            small = rounded(model, weights)
+            plain = copy.deepcopy(small).float().to(device)
             if held_out:
                 measured[i + 1] = evaluate(plain, held_out)
                 said += f"  hold-out {measured[i + 1]:.4f}"
+            if not options.keep_best or min(measured, key=measured.get) == i + 1:
+                export(small, tokenizer, options.out)
             write_curve(options.out, losses, measured)
             # Written aside and moved: an interruption must not cost the only checkpoint.
             torch.save(saved, checkpoint.with_suffix(".partial"))
@@ -360,8 +369,13 @@ def train(
         mark = time.perf_counter()  # what it takes to look is not training
     bar.close()
     if rank == 0:
-        best = f", hold-out at best {min(measured.values()):.4f}" if measured else ""
-        print(f"wrote {options.out}{best}")
+        said = f"wrote {options.out}"
+        if measured:
+            best = min(measured, key=measured.get)
+            kept = best if options.keep_best else options.steps
+            said += f": step {kept}, hold-out {measured[kept]:.4f}"
+            said += f" (at best {measured[best]:.4f}, step {best})"
+        print(said)
     if world > 1:
         dist.barrier()  # one that left while its last message is under way could hang (gloo)
         shared = None  # DDP, the last to let go of gloo, would hold the lock that gloo waits for
@@ -399,6 +413,7 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     add("--dropout", type=float, default=0.1, help="of what enters the stream (--init-from: 0)")
     add("--depth-dropout", type=float, default=0.1, help="rows without a block (--init-from: 0)")
     add("--evaluate-every", type=int, default=500, help="steps between losses, samples, saves")
+    add("--keep-best", action="store_true", help="save at the lowest hold-out loss, not the last")
     add("--prompt", default="\n", metavar="TEXT", help="how samples begin; an empty one: none")
     add("--parallel", choices=("ddp", "fsdp"), default="ddp", help="how torchrun's processes share")
     add("--graph", action="store_true", help="record a step as a CUDA graph (one GPU)")
@@ -418,8 +433,9 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
         parser.error(f"--average must be from 0 to below 1, got {options.average}")
     if not options.clip > 0:
         parser.error(f"--clip must be above 0, or inf for none, got {options.clip}")
-    if options.evaluate and not (options.hold_out or options.validation_share):
-        parser.error("--evaluate needs a text to measure on: --hold-out or --validation-share")
+    measured = options.hold_out or options.validation_share
+    if (options.evaluate or options.keep_best) and not measured:
+        parser.error("--evaluate and --keep-best need a text: --hold-out or --validation-share")
     if options.init_from and options.evaluate:
         parser.error("--evaluate measures a model that is trained: without --init-from")
     if options.init_from and Path(options.init_from).resolve() == options.out.resolve():

@@ -502,7 +502,9 @@ def test_the_end_of_a_text_is_measured_in_windows_from_the_zero_state_and_losses
     loss = sum(nats(model, piece) for piece in pieces) / (len(rest) - 1)
     measured = losses("out")[1, 1].item()
     assert measured == pytest.approx(loss, rel=1e-5)
-    assert f"wrote out, hold-out at best {measured:.4f}\n" in printed
+    assert (
+        f"wrote out: step 2, hold-out {measured:.4f} (at best {measured:.4f}, step 2)\n" in printed
+    )
     assert run(f"--evaluate out {share}") == f"out: hold-out {measured:.4f} nats per token\n"
     assert Path("out/loss.png").stat().st_size > 10_000 and not run.warned
 
@@ -544,6 +546,34 @@ def test_what_is_saved_and_measured_is_the_average_without_dropout_matrices_as_f
     assert run("--out all --dropout 1 --evaluate-every 1 --prompt=").count("\n") == 7  # no samples
     # All that enters the stream is dropped, after each evaluation too: every byte is as likely.
     assert losses("all")[:, 0].tolist() == pytest.approx([math.log(256)] * 6, rel=1e-6)
+
+
+def test_the_model_of_the_lowest_hold_out_loss_is_kept_if_wanted(run, monkeypatch):
+    """Also by a run that was stopped right after it and goes on. Otherwise the last is."""
+    found, seen, save = [3.0, 1.0, 2.0, 1.0], [], torch.save
+
+    def measure(model, texts):
+        seen.append({name: tensor.clone() for name, tensor in model.named_parameters()})
+        return found[len(seen) - 1]
+
+    monkeypatch.setattr(train, "train", partial(train.train, evaluate=measure))
+    every = "--steps 4 --evaluate-every 1"
+    assert "wrote last: step 4, hold-out 1.0000 (at best 1.0000, step 2)" in run(
+        f"--out last {every}"
+    )
+    last = seen.copy()
+    seen.clear()
+    monkeypatch.setattr(torch, "save", only_once(save))  # the second training.pt is not finished
+    with pytest.raises(SystemExit, match="stopped"):
+        run(f"--out best {every} --keep-best")
+    monkeypatch.setattr(torch, "save", save)
+    seen.pop()
+    printed = run(f"--out best {every} --keep-best")
+    assert "wrote best: step 2, hold-out 1.0000 (at best 1.0000, step 2)" in printed
+    for folder, expected in (("last", last[3]), ("best", seen[1])):
+        saved = {name: w.float() for name, w in load_file(f"{folder}/model.safetensors").items()}
+        assert_all_close(saved, expected, 0)
+    assert not torch.equal(last[1]["backbone.norm_f.weight"], last[3]["backbone.norm_f.weight"])
 
 
 def test_without_its_blocks_the_model_is_its_embedding(run):
@@ -601,6 +631,7 @@ def chunked(u=(6, 4), weight=(5, 4), targets=(6,), chunk=2):
     (lambda run: run("--out read.txt --lr 1e38 --evaluate-every 1"), "error: .*exists: 'read.txt'"),
     (lambda run: run("--device typo"), "train.py: error: .* device"),
     (lambda run: run("--hold-out --evaluate out"), "^2$"),
+    (lambda run: run("--hold-out --keep-best"), "^2$"),
     (lambda run: run("--validation-share 1"), "0 tokens to train on are too few"),
     (lambda run: run("--jump 1.1"), "^2$"),
     (lambda run: run("--clip 0"), "^2$"),

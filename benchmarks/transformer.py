@@ -16,11 +16,11 @@ A row of the table for each of --rows; all learn from --data without the hold-ou
                  each byte is predicted from half a window of the past at least
 
 The same number of steps is the same number of bytes. For the same time, give as many --steps as the
-transformer takes in it. --lr and --dropout are to be chosen on a text that is not a hold-out:
-without the hold-outs in --data, and with another play as --hold-out. --init-from FOLDER trains the
-transformer of this folder further; --evaluate FOLDER measures it and trains nothing. With --plays
-the two models have a second table, where the names of who speaks stand alone (`kinds_of`). On a CPU
-they take minutes for a play.
+transformer takes in it. --lr, --dropout and the step (--keep-best) are to be chosen on a text that
+is not a hold-out: without these in --data, and with another play as --hold-out. --init-from FOLDER
+trains the transformer of this folder further; --evaluate FOLDER measures it and trains nothing.
+With --plays the two models have a second table, where the names of who speaks stand alone
+(`kinds_of`). On a CPU they take minutes for a play.
 """
 
 from __future__ import annotations

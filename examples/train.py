@@ -130,12 +130,12 @@ def rounded(model: Mamba, weights: dict[str, Tensor]) -> Mamba:
 
     A_log, D, biases and norms stay in float32. They are few, and A_log sits in an exponent.
     """
-    model = type(model)(model.config)
-    model.load_state_dict(weights, strict=False)  # lm_head, if tied, is not among parameters
-    matrices, _ = model.param_groups(weight_decay=1.0)  # what decays is what may be rounded
+    small = type(model)(model.config)
+    small.load_state_dict(weights, strict=False)  # lm_head, if tied, is not among parameters
+    matrices, _ = small.param_groups(weight_decay=1.0)  # what decays is what may be rounded
     for parameter in matrices["params"]:
         parameter.data = parameter.data.half()
-    return model
+    return small
 
 
 def export(model: Mamba, tokenizer: Tokenizer, folder: Path) -> None:
@@ -433,8 +433,8 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
         parser.error(f"--average must be from 0 to below 1, got {options.average}")
     if not options.clip > 0:
         parser.error(f"--clip must be above 0, or inf for none, got {options.clip}")
-    measured = options.hold_out or options.validation_share
-    if (options.evaluate or options.keep_best) and not measured:
+    held_out = options.hold_out or options.validation_share
+    if (options.evaluate or options.keep_best) and not held_out:
         parser.error("--evaluate and --keep-best need a text: --hold-out or --validation-share")
     if options.init_from and options.evaluate:
         parser.error("--evaluate measures a model that is trained: without --init-from")

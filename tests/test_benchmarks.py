@@ -58,6 +58,19 @@ def transformer(monkeypatch):
     return importlib.import_module("transformer")
 
 
+@pytest.fixture
+def printed(transformer, monkeypatch, tmp_path, capsys):
+    """What transformer.py prints, called in an empty folder."""
+
+    def printed(options: str) -> str:
+        monkeypatch.setattr(sys, "argv", f"transformer.py --device cpu {options}".split())
+        transformer.main()
+        return capsys.readouterr().out
+
+    monkeypatch.chdir(tmp_path)
+    return printed
+
+
 def kneser_ney(text: bytes, gram: bytes, whole: bool = True) -> float:
     """P(last byte of gram | those before it), straight from the definition."""
     if not gram:
@@ -140,9 +153,7 @@ def test_each_byte_is_measured_once_and_with_half_a_window_of_the_past(transform
     assert transformer.evaluate(model, [text, text], window) == pytest.approx(found, rel=1e-6)
 
 
-def test_the_names_in_a_play_are_new_or_come_again_and_each_kind_has_its_loss(
-    transformer, monkeypatch, tmp_path, capsys
-):
+def test_the_names_in_a_play_are_new_or_come_again_and_each_kind_has_its_loss(transformer, printed):
     said, long, short = b"Ay.\nWell met.\n\n", b"FIRST WITCH.\n", b" Gentl. \n"
     lines, kinds = zip(
         (b"So:\n", 0), (said, 0), (long, 1), (said, 0), (short, 1), (said, 0),
@@ -154,12 +165,8 @@ def test_the_names_in_a_play_are_new_or_come_again_and_each_kind_has_its_loss(
     assert transformer.kinds_of(play).tolist() == expected.tolist()
 
     def table(options: str) -> list[str]:
-        call = f"transformer.py --mamba mamba --data text play {options} --plays --device cpu"
-        monkeypatch.setattr(sys, "argv", call.split())
-        transformer.main()
-        return capsys.readouterr().out.splitlines()
+        return printed(f"--mamba mamba --data text play --plays {options}").splitlines()
 
-    monkeypatch.chdir(tmp_path)
     (model := random_model(vocab_size=256)).save_pretrained("mamba")
     Path("text").write_bytes(said)
     Path("play").write_bytes(play)
@@ -176,16 +183,10 @@ def test_the_names_in_a_play_are_new_or_come_again_and_each_kind_has_its_loss(
     assert len(table("--rows xz --hold-out play")) == 1 + 3, "no model, no second table"
 
 
-def test_columns_are_those_of_their_files_and_what_cannot_be_a_table_is_refused(
-    transformer, monkeypatch, tmp_path, capsys
-):
-    def table(options: str) -> list[str]:
-        call = f"transformer.py --rows xz --data text a b --device cpu --hold-out {options}"
-        monkeypatch.setattr(sys, "argv", call.split())
-        transformer.main()
-        return capsys.readouterr().out.splitlines()
+def test_columns_are_those_of_their_files_and_what_cannot_be_a_table_is_refused(printed):
+    def table(names: str) -> list[str]:
+        return printed(f"--rows xz --data text a b --hold-out {names}").splitlines()
 
-    monkeypatch.chdir(tmp_path)
     for folder in "ab":
         Path(folder).mkdir()
     Path("text").write_bytes(b"to be or not to be")
@@ -202,22 +203,18 @@ def test_columns_are_those_of_their_files_and_what_cannot_be_a_table_is_refused(
 
 
 def test_the_table_has_a_row_for_each_and_the_transformer_is_trained_once(
-    transformer, monkeypatch, tmp_path, capsys
+    transformer, printed, monkeypatch, capsys
 ):
     """What is in the text costs a compressor little, and chance costs it 8 ln 2 nats a byte."""
 
     shared = """--data text seen chance --hold-out seen chance --d-model 16 --n-layer 2 --steps 4
-        --evaluate-every 2 --batch 2 --seqlen 16 --lr 0.02 --warmup 1 --device cpu"""
+        --evaluate-every 2 --batch 2 --seqlen 16 --lr 0.02 --warmup 1"""
 
     def table(options: str) -> list[list[float]]:
-        call = f"transformer.py --mamba mamba {shared} {options}"
-        monkeypatch.setattr(sys, "argv", call.split())
-        transformer.main()
-        table.printed = capsys.readouterr().out
+        table.printed = printed(f"--mamba mamba {shared} {options}")
         rows = re.findall(r"^\| ([\w-]+) \| (.*) \| (.*) \| (.*) \|$", table.printed, re.M)
         return {name: [float(number) for number in numbers] for name, *numbers in rows[1:]}
 
-    monkeypatch.chdir(tmp_path)
     dice = random.Random(0)
     text = bytes(dice.choices(b"abcdefgh .", k=30_000))
     Path("text").write_bytes(text)
@@ -239,7 +236,7 @@ def test_the_table_has_a_row_for_each_and_the_transformer_is_trained_once(
     again = table("--rows transformer --evaluate out")
     assert again == {"transformer": rows["transformer"]} and "step 4 " not in table.printed
     assert read_file(Path("out/training.pt"))["fixed"]["jump"] == 1
-    monkeypatch.setattr(sys, "argv", f"train.py {shared} --out out --jump 1".split())
+    monkeypatch.setattr(sys, "argv", f"train.py {shared} --device cpu --out out --jump 1".split())
     with pytest.raises(SystemExit, match="begun with model = a Transformer, not a Mamba"):
         transformer.train.main()
     sizes = "--d-model 256 --n-layer 10"  # the defaults: those of the model that goes on

@@ -694,7 +694,7 @@ def test_a_compiled_variant_is_used_again_only_where_it_fits(monkeypatch):
             triton_scan.launch(kernel, (1,), **(first | changes | again))
         assert kernel.__getitem__.return_value.call_count == count, changes
     variant = kernel.__getitem__.return_value.return_value.__getitem__.return_value
-    assert variant.call_args_list[0].args == (numbers, 16, 3, 5, True, 8)
+    assert variant.call_args_list[0].args == (numbers.data_ptr(), 16, 3, 5, True, 8)
 
 
 @needs_gpu

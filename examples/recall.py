@@ -10,10 +10,10 @@ keys again in another order, and at each the model is to say the value that came
 
 Attention keeps every pair, and looks for the key among them. A recurrent model has written them one
 over the other into the same d_inner x d_state numbers. So one Mamba block is trained for each of
-several d_state, and beside them one layer of attention (`Attention`) of the same width, behind the
-same short convolution, through which a value knows the key before it. All are trained on all
-numbers of pairs at once. (Zoology puts other tokens between the keys that are asked, and trains two
-layers; a second layer would hide how large the state is that does the work.)
+several states, and beside them one layer of attention (`Attention`) for a stream of the same width,
+behind the same short convolution, through which a value knows the key before it. All are trained on
+all numbers of pairs at once. (Zoology puts other tokens between the keys that are asked, and trains
+two layers; a second layer would hide how large the state is that does the work.)
 
 What could a state of S numbers hold? Let each pair add a pattern of its own, S random signs. To ask
 which of V values belongs to a key, compare the state with the V patterns that they would make with
@@ -24,7 +24,9 @@ of which the largest of V is about sqrt(2 ln V). So the right one stands out up 
 
 This is no bound, as patterns can be chosen better than at random. But it is where a sum of all
 pairs begins to fail, and the picture draws it as a line. Mamba's patterns are more alike than
-random ones: B_t and C_t, its keys, are shared by all channels of a state.
+random ones: B_t and C_t, its keys, are shared by all channels of a state, and computed from these
+channels. So of two states of 8192 numbers the wide one, 512 x 16, comes near to the line, and the
+other, 128 x 64, hardly holds more than 128 x 16.
 """
 
 from __future__ import annotations
@@ -45,12 +47,16 @@ from induction_heads import accuracy, command_line, run_each, train
 
 from mamba import Mamba, MambaConfig, MambaState, causal_conv
 
-SIZES = {  # keys, and as many values; numbers of pairs; questions for each in a step of training
-    "zoology": {"words": 4096, "pairs": [2**k for k in range(2, 9)], "questions": 2048,
-                "d_model": 64, "d_state": [4, 16, 64],
+State = tuple[int, int] | None  # d_inner, d_state; None: attention
+SIZES = {  # keys, and as many values; numbers of pairs, in training and in the exam; questions for
+    # each in a step of training
+    "zoology": {"words": 4096, "pairs": [2**k for k in range(2, 9)],
+                "asked": [2**k for k in range(2, 10)], "questions": 2048, "d_model": 64,
+                "states": [(128, 4), (128, 16), (128, 64), (512, 16)],
                 "steps": 20_000, "lr": 3e-3, "fade": 0.2, "clip": 1.0},
-    "small": {"words": 32, "pairs": [2**k for k in range(1, 6)], "questions": 64,
-              "d_model": 64, "d_state": [1, 4, 16],
+    "small": {"words": 32, "pairs": [2**k for k in range(1, 6)],
+              "asked": [2**k for k in range(1, 6)], "questions": 64, "d_model": 64,
+              "states": [(128, 1), (128, 4), (128, 16)],
               "steps": 640, "lr": 2e-2, "fade": 0.2, "clip": 1.0},
 }  # fmt: skip
 
@@ -79,10 +85,12 @@ class Attention(nn.Module):
         return MambaState(self.in_proj.weight.new_zeros(batch, d, d_conv - 1), torch.empty(0))
 
 
-def make_model(d_state: int | None, d_model: int, words: int) -> Mamba:
-    """One layer. d_state None: attention."""
-    model = Mamba(MambaConfig(d_model, vocab_size=2 * words, d_state=d_state or 1))
-    if d_state is None:
+def make_model(state: State, d_model: int, words: int) -> Mamba:
+    """One layer."""
+    d_inner, d_state = state or (2 * d_model, 1)
+    sizes = {"vocab_size": 2 * words, "d_state": d_state, "expand": d_inner / d_model}
+    model = Mamba(MambaConfig(d_model, **sizes))
+    if state is None:
         model.backbone.layers[0].mixer = Attention(model.config)
     else:
         ## A_n = -n at the start of training: the 64th state forgets 64 times as fast as the first,
@@ -137,41 +145,39 @@ def half(shares: list[float], pairs: list[int]) -> tuple[float, str]:
     return pairs[-1], ">"
 
 
-def name(d_state: int | None, sizes: dict) -> str:
+def name(state: State) -> str:
     """Of a model, in the table and the picture."""
-    if d_state is None:
-        return "attention"
-    return f"Mamba, {2 * sizes['d_model']} x {d_state} numbers"
+    return "attention" if state is None else "Mamba, {} x {} numbers".format(*state)
 
 
-def table(results: dict[tuple[int | None, int], list[float]], sizes: dict) -> str:
+def table(results: dict[tuple[State, int], list[float]], sizes: dict) -> str:
     """Lines of markdown: a row for each number of pairs, a column for each model and seed."""
-    titles = ["pairs", *(f"{name(kind, sizes)}, seed {seed}" for kind, seed in results)]
+    titles = ["pairs", *(f"{name(state)}, seed {seed}" for state, seed in results)]
     lines = [titles, ["---:"] * len(titles)]
-    for i, count in enumerate(sizes["pairs"]):
+    for i, count in enumerate(sizes["asked"]):
         lines.append([str(count), *(f"{100 * shares[i]:.0f} %" for shares in results.values())])
-    halves = (half(shares, sizes["pairs"]) for shares in results.values())
+    halves = (half(shares, sizes["asked"]) for shares in results.values())
     lines.append(["half answered", *(f"{sign}{count:.0f}" for count, sign in halves)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def draw(results: dict[tuple[int | None, int], list[float]], sizes: dict, file: Path) -> None:
+def draw(results: dict[tuple[State, int], list[float]], sizes: dict, file: Path) -> None:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    pairs, words, states = sizes["pairs"], sizes["words"], sizes["d_state"]
+    pairs, words, states = sizes["asked"], sizes["words"], sizes["states"]
     figure = Figure(figsize=(10, 4.5), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2)
     shades = colormaps["viridis_r"]([(i + 1) / (len(states) + 1) for i in range(len(states))])
     colors = dict(zip(states, shades, strict=True)) | {None: "black"}
-    labels = {kind: name(kind, sizes) for kind in colors}  # one line of the legend for all seeds
-    for (kind, _), shares in results.items():
-        left.plot(pairs, shares, "o-", color=colors[kind], label=labels.pop(kind, None))
-        if kind is not None:
+    labels = {state: name(state) for state in colors}  # one line of the legend for all seeds
+    for (state, _), shares in results.items():
+        left.plot(pairs, shares, "o-", color=colors[state], label=labels.pop(state, None))
+        if state is not None:
             count, sign = half(shares, pairs)
             mark = {"<": "v", "": "o", ">": "^"}[sign]
-            right.plot(2 * sizes["d_model"] * kind, count, mark, color=colors[kind])
-    numbers = [2 * sizes["d_model"] * n for n in (states[0] / 2, states[-1] * 2)]
+            right.plot(math.prod(state), count, mark, color=colors[state])
+    numbers = [min(map(math.prod, states)) / 2, max(map(math.prod, states)) * 2]
     line = [held_by_random_patterns(n, words) for n in numbers]
     formula = f"random patterns: numbers / (2 ln {words})"
     right.plot(numbers, line, color="gray", linestyle="--", label=formula)
@@ -193,18 +199,19 @@ def draw(results: dict[tuple[int | None, int], list[float]], sizes: dict, file: 
 def main() -> None:
     options = command_line(__doc__.split("\n")[0], "recall.png", (0,))
     sizes = SIZES["small" if options.small else "zoology"]
-    words, pairs = sizes["words"], sizes["pairs"]
-    steps, how = options.steps or sizes["steps"], {x: sizes[x] for x in ("lr", "fade", "clip")}
-    learn = functools.partial(ask_all, questions=sizes["questions"], pairs=pairs, words=words)
+    words, steps = sizes["words"], options.steps or sizes["steps"]
+    how = {x: sizes[x] for x in ("lr", "fade", "clip")}
+    learn = functools.partial(
+        ask_all, questions=sizes["questions"], pairs=sizes["pairs"], words=words
+    )
 
-    def run(d_state: int | None, seed: int) -> list[float]:
-        model = make_model(d_state, sizes["d_model"], words).to(options.device)
-        say = f"{name(d_state, sizes)}, seed {seed}"
-        train(model, learn, steps, **how, say=say)
-        exams = (functools.partial(ask, questions=2048, pairs=p, words=words) for p in pairs)
-        return [accuracy(model, exam) for exam in exams]
+    def run(state: State, seed: int) -> list[float]:
+        model = make_model(state, sizes["d_model"], words).to(options.device)
+        train(model, learn, steps, **how, say=f"{name(state)}, seed {seed}")
+        exam = functools.partial(ask, questions=2048, words=words)
+        return [accuracy(model, functools.partial(exam, pairs=count)) for count in sizes["asked"]]
 
-    results = run_each(run, (None, *sizes["d_state"]), sizes | {"steps": steps}, options)
+    results = run_each(run, (None, *sizes["states"]), sizes | {"steps": steps}, options)
     print(table(results, sizes))
     draw(results, sizes, options.out)
     print(f"\nwrote {options.out}")

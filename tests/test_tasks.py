@@ -99,7 +99,8 @@ def test_an_embedding_by_a_product_is_the_lookup():
 
 def test_a_question_is_answered_at_its_own_key_for_each_number_of_pairs():
     """What ask_all gives is what the whole of each sequence gives at the keys that are asked."""
-    model = recall.make_model(2, 8, 6)
+    model = recall.make_model((24, 2), 8, 6)
+    assert model.config.d_inner == 24 and model.config.d_state == 2
     assert model.backbone.layers[0].mixer.A_log.count_nonzero() == 0  # A = -1
     torch.manual_seed(0)
     logits, values = recall.ask_all(model, questions=12, pairs=[2, 4], words=6)
@@ -208,12 +209,13 @@ def test_selection_learns_what_a_fixed_filter_does_not(task, sizes, options, at_
 
 def test_attention_recalls_at_once_and_mamba_as_its_state_allows():
     ask, shares = partial(recall.ask_all, questions=64, pairs=[2, 4], words=8), {}
-    for d_state, steps in ((None, 80), (1, 160), (4, 160)):
+    for state, steps in ((None, 80), ((128, 1), 160), ((128, 4), 160)):
         torch.manual_seed(0)
-        model = recall.make_model(d_state, 64, 8)
+        model = recall.make_model(state, 64, 8)
         recall.train(model, ask, steps, 2e-2, fade=0.2, clip=1.0)
-        shares[d_state] = recall.accuracy(model, ask, times=20)
-    assert shares[None] > 0.98 and shares[4] > 0.88 and shares[1] < shares[4] - 0.05, shares
+        shares[state] = recall.accuracy(model, ask, times=20)
+    attention, small, large = shares.values()
+    assert attention > 0.98 and large > 0.88 and small < large - 0.05, shares
 
 
 @pytest.mark.gpu(needed=True)
@@ -247,8 +249,9 @@ TABLES = {
 SMALL = {
     induction: {"d_model": 8, "length": 8, "batch": 2, "asked": [4, 8]},
     copying: {"d_model": 8, "lengths": [4, 6], "batch": 2, "data": 2},
-    recall: {"d_model": 8, "words": 4, "pairs": [1, 2], "questions": 2, "d_state": [1, 2]},
-}
+    recall: {"d_model": 8, "words": 4, "pairs": [1, 2], "asked": [2, 4], "questions": 2,
+             "states": [(16, 1), (24, 2)]},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("task", TABLES, ids=lambda task: task.__name__)

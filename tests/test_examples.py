@@ -95,6 +95,22 @@ def test_the_shipped_model_predicts_verse_that_it_has_not_read():
     assert nats(model, VERSE[::-1]) > 3 * len(VERSE)  # and nothing that is no English
 
 
+def test_the_shipped_model_says_a_name_again_that_it_has_never_read():
+    """As who speaks, and in small letters what it has read in capitals."""
+    model = Mamba.from_pretrained(ROOT / "checkpoints" / "shakespeare")
+    for name in ("GRUMBOL", "TAZIRA", "XIVOPUK"):
+        talk, costs = "", []
+        for more, said in (
+            ("\n\n", name), (".\nWho's there?\n\nFIRST LORD.\nA friend.\n\n", name),
+            (".\nStand!\n\nFIRST LORD.\nGood ", name.capitalize()),
+        ):  # fmt: skip
+            before = nats(model, (talk + more).encode())
+            talk += more + said
+            costs.append(nats(model, talk.encode()) - before)
+        new, again, small = costs
+        assert new > 15 and max(again, small) < new / 3, (name, costs)
+
+
 def test_documents_stand_one_after_another_and_each_starts_at_the_end_of_the_last(tmp_path):
     """With files and separators; in bytes, and in tokens of a tokenizer with an end token."""
     first, second = tmp_path / "a", tmp_path / "b"
@@ -214,29 +230,50 @@ def test_the_commands_of_the_card_make_the_shipped_model_and_further_training_is
 ):
     made, card = [], (ROOT / "checkpoints/shakespeare/README.md").read_text()
     monkeypatch.setattr(train, "train", lambda options: made.append(vars(options)))
-    first, second = re.findall(r"^python examples/(.* --out .*)$", card.replace("\\\n", ""), re.M)
-    for command in (first, second, "train.py --data text", "train.py --data text --init-from mine"):
+    commands = re.findall(r"^python examples/(.* --out .*)$", card.replace("\\\n", ""), re.M)
+    further = ["train.py --data text", "train.py --data text --init-from mine"]
+    for command in (*commands, *further):
         monkeypatch.setattr(sys, "argv", command.split())
         train.main()
     config = Mamba.from_pretrained(ROOT / "checkpoints" / "shakespeare").config
-    both = {
-        "d_model": config.d_model, "n_layer": config.n_layer, "batch": 32, "seqlen": 1024,
-        "dropout": 0.2, "depth_dropout": 0.15, "weight_decay": 0.3, "average": 0.998, "seed": 0,
-        "clip": 1.0, "jump": 0.125, "packed": False, "separator": None, "accumulate": 1,
-        "validation_share": 0.0, "evaluate_window": 0, "tokenizer": "bytes",
-        "hold_out": ["as_you_like_it_gut.txt", "hamlet_gut.txt"], "graph": True,
+    each = {
+        "d_model": config.d_model, "n_layer": config.n_layer, "batch": 32, "seed": 0, "clip": 1.0,
+        "jump": 0.125, "accumulate": 1, "validation_share": 0.0, "evaluate_window": 0,
+        "tokenizer": "bytes",
     }  # fmt: skip
-    assert made[0].items() >= (both | {
-        "data": [*map(Path, ("texts/plays", "texts/renamed", "texts/bible", "texts/validation"))],
-        "steps": 25_000, "lr": 4e-3, "warmup": 100, "evaluate_every": 2000, "init_from": None,
-    }).items()  # fmt: skip
-    assert made[1].items() >= (both | {
-        "data": [*map(Path, ("texts/plays", "texts/renamed/*_[01].txt", "texts/validation"))],
-        "steps": 800, "lr": 5e-4, "warmup": 50, "evaluate_every": 400,
-        "init_from": str(made[0]["out"]),
-    }).items()  # fmt: skip
+    on_gpu = each | {
+        "seqlen": 1024, "weight_decay": 0.3, "average": 0.998, "packed": False, "separator": None,
+        "graph": True, "hold_out": ["as_you_like_it_gut.txt", "hamlet_gut.txt"],
+    }  # fmt: skip
+    plays = on_gpu | {"dropout": 0.25, "depth_dropout": 0.2, "keep_best": True}
+    wanted = [
+        on_gpu | {
+            "data": ["drills", "validation"], "steps": 2000, "lr": 4e-3, "warmup": 100,
+            "evaluate_every": 2000, "init_from": None, "dropout": 0.0, "depth_dropout": 0.0,
+            "keep_best": False,
+        },
+        plays | {
+            "data": ["plays", "renamed", "bible", "drills", "validation"], "steps": 23_000,
+            "lr": 4e-3, "warmup": 100, "evaluate_every": 1500, "init_from": str(made[0]["out"]),
+        },
+        plays | {
+            "data": ["plays", "renamed/*_[01].txt", "validation"], "steps": 800, "lr": 3e-4,
+            "warmup": 50, "evaluate_every": 200, "init_from": str(made[1]["out"]),
+        },
+        each | {
+            "data": ["plays", "renamed/*_[01].txt"], "seqlen": 256, "steps": 40, "lr": 5e-5,
+            "warmup": 10, "evaluate_every": 40, "init_from": str(made[2]["out"]), "packed": True,
+            "separator": r"$'\n\n'", "weight_decay": 0.0, "average": 0.9, "dropout": 0.1,
+            "depth_dropout": 0.0, "keep_best": False, "graph": False, "hold_out": [],
+            "device": "cpu",
+        },
+    ]  # fmt: skip
+    assert len(made) == len(wanted) + len(further)
+    for options, expected in zip(made, wanted, strict=False):
+        data = [Path("texts") / name for name in expected["data"]]
+        assert options.items() >= (expected | {"data": data}).items()
     names = "dropout", "depth_dropout", "weight_decay", "average"
-    found = [[options[name] for name in names] for options in made[2:]]
+    found = [[options[name] for name in names] for options in made[4:]]
     assert found == [[0.1, 0.1, 1.0, 0.0], [0.0, 0.0, 0.1, 0.0]]
 
 

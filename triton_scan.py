@@ -1273,11 +1273,11 @@ def launch(kernel, grid, tensors: tuple, free: tuple, fixed: tuple, **constants)
     """kernel[grid](*tensors, *free, *fixed, **constants)."""
     # Lists, which are faster than generators, and the function, whose hash is its address.
     addresses = [tensor.data_ptr() for tensor in tensors]
-    layout = [tensor.dtype for tensor in tensors] + [address % 16 for address in addresses]
+    layout = [tensor.dtype for tensor in tensors] + [address % 16 == 0 for address in addresses]
     traits = [(n == 1, n % 16 == 0, n < 2**31) for n in fixed]
     key = (kernel.fn, tensors[0].device, *layout, *traits, *constants.values())
     if key in variants:
-        variant, values = variants[key]  # of addresses Triton asks less than of tensors
+        variant, values = variants[key]  # a tensor would be asked for its address, and CUDA, too
         variant[grid](*addresses, *free, *fixed, *values)
         return
     variant = kernel[grid](*tensors, *free, *fixed, **constants)

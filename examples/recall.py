@@ -25,8 +25,9 @@ of which the largest of V is about sqrt(2 ln V). So the right one stands out up 
 This is no bound, as patterns can be chosen better than at random. But it is where a sum of all
 pairs begins to fail, and the picture draws it as a line. Mamba's patterns are more alike than
 random ones: B_t and C_t, its keys, are shared by all channels of a state, and computed from these
-channels. So of two states of 8192 numbers the wide one, 512 x 16, comes near to the line, and the
-other, 128 x 64, hardly holds more than 128 x 16.
+channels. Of two states of 8192 numbers the wide one, 512 x 16, answers half of 383 pairs, 78 % of
+what the line says, and the other, 128 x 64, of 108 (one seed; 512 pairs are asked, but never in
+training).
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from induction_heads import accuracy, command_line, run_each, train
 
 from mamba import Mamba, MambaConfig, MambaState, causal_conv
 
-State = tuple[int, int] | None  # d_inner, d_state; None: attention
+Shape = tuple[int, int] | None  # of a state: d_inner, d_state; None: attention
 SIZES = {  # keys, and as many values; numbers of pairs, in training and in the exam; questions for
     # each in a step of training
     "zoology": {"words": 4096, "pairs": [2**k for k in range(2, 9)],
@@ -85,12 +86,12 @@ class Attention(nn.Module):
         return MambaState(self.in_proj.weight.new_zeros(batch, d, d_conv - 1), torch.empty(0))
 
 
-def make_model(state: State, d_model: int, words: int) -> Mamba:
-    """One layer."""
-    d_inner, d_state = state or (2 * d_model, 1)
-    sizes = {"vocab_size": 2 * words, "d_state": d_state, "expand": d_inner / d_model}
-    model = Mamba(MambaConfig(d_model, **sizes))
-    if state is None:
+def make_model(shape: Shape, d_model: int, words: int) -> Mamba:
+    """One layer: a Mamba block with a state of d_inner x d_state numbers, or attention."""
+    d_inner, n = shape or (2 * d_model, 1)
+    config = MambaConfig(d_model, vocab_size=2 * words, d_state=n, expand=d_inner / d_model)
+    model = Mamba(config)
+    if shape is None:
         model.backbone.layers[0].mixer = Attention(model.config)
     else:
         ## A_n = -n at the start of training: the 64th state forgets 64 times as fast as the first,
@@ -145,14 +146,14 @@ def half(shares: list[float], pairs: list[int]) -> tuple[float, str]:
     return pairs[-1], ">"
 
 
-def name(state: State) -> str:
+def name(shape: Shape) -> str:
     """Of a model, in the table and the picture."""
-    return "attention" if state is None else "Mamba, {} x {} numbers".format(*state)
+    return "attention" if shape is None else "Mamba, {} x {} numbers".format(*shape)
 
 
-def table(results: dict[tuple[State, int], list[float]], sizes: dict) -> str:
+def table(results: dict[tuple[Shape, int], list[float]], sizes: dict) -> str:
     """Lines of markdown: a row for each number of pairs, a column for each model and seed."""
-    titles = ["pairs", *(f"{name(state)}, seed {seed}" for state, seed in results)]
+    titles = ["pairs", *(f"{name(shape)}, seed {seed}" for shape, seed in results)]
     lines = [titles, ["---:"] * len(titles)]
     for i, count in enumerate(sizes["asked"]):
         lines.append([str(count), *(f"{100 * shares[i]:.0f} %" for shares in results.values())])
@@ -161,7 +162,7 @@ def table(results: dict[tuple[State, int], list[float]], sizes: dict) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def draw(results: dict[tuple[State, int], list[float]], sizes: dict, file: Path) -> None:
+def draw(results: dict[tuple[Shape, int], list[float]], sizes: dict, file: Path) -> None:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -170,13 +171,13 @@ def draw(results: dict[tuple[State, int], list[float]], sizes: dict, file: Path)
     left, right = figure.subplots(1, 2)
     shades = colormaps["viridis_r"]([(i + 1) / (len(states) + 1) for i in range(len(states))])
     colors = dict(zip(states, shades, strict=True)) | {None: "black"}
-    labels = {state: name(state) for state in colors}  # one line of the legend for all seeds
-    for (state, _), shares in results.items():
-        left.plot(pairs, shares, "o-", color=colors[state], label=labels.pop(state, None))
-        if state is not None:
+    labels = {shape: name(shape) for shape in colors}  # one line of the legend for all seeds
+    for (shape, _), shares in results.items():
+        left.plot(pairs, shares, "o-", color=colors[shape], label=labels.pop(shape, None))
+        if shape is not None:
             count, sign = half(shares, pairs)
             mark = {"<": "v", "": "o", ">": "^"}[sign]
-            right.plot(math.prod(state), count, mark, color=colors[state])
+            right.plot(math.prod(shape), count, mark, color=colors[shape])
     numbers = [min(map(math.prod, states)) / 2, max(map(math.prod, states)) * 2]
     line = [held_by_random_patterns(n, words) for n in numbers]
     formula = f"random patterns: numbers / (2 ln {words})"
@@ -205,9 +206,9 @@ def main() -> None:
         ask_all, questions=sizes["questions"], pairs=sizes["pairs"], words=words
     )
 
-    def run(state: State, seed: int) -> list[float]:
-        model = make_model(state, sizes["d_model"], words).to(options.device)
-        train(model, learn, steps, **how, say=f"{name(state)}, seed {seed}")
+    def run(shape: Shape, seed: int) -> list[float]:
+        model = make_model(shape, sizes["d_model"], words).to(options.device)
+        train(model, learn, steps, **how, say=f"{name(shape)}, seed {seed}")
         exam = functools.partial(ask, questions=2048, words=words)
         return [accuracy(model, functools.partial(exam, pairs=count)) for count in sizes["asked"]]
 

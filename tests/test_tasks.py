@@ -99,8 +99,8 @@ def test_an_embedding_by_a_product_is_the_lookup():
 
 def test_a_question_is_answered_at_its_own_key_for_each_number_of_pairs():
     """What ask_all gives is what the whole of each sequence gives at the keys that are asked."""
-    model = recall.make_model((24, 2), 8, 6)
-    assert model.config.d_inner == 24 and model.config.d_state == 2
+    model = recall.make_model((20, 2), 8, 6)
+    assert model.config.d_inner == 20 and model.config.d_state == 2
     assert model.backbone.layers[0].mixer.A_log.count_nonzero() == 0  # A = -1
     torch.manual_seed(0)
     logits, values = recall.ask_all(model, questions=12, pairs=[2, 4], words=6)
@@ -153,6 +153,25 @@ def test_a_sum_of_random_patterns_holds_as_many_pairs_as_the_line_says():
 )  # fmt: skip
 def test_half_is_read_between_the_numbers_of_pairs_that_were_tried(shares, count, sign):
     assert recall.half(shares, [2, 4, 8]) == (pytest.approx(count), sign)
+
+
+def test_a_state_stands_in_the_picture_where_its_numbers_and_its_half_are(monkeypatch, tmp_path):
+    from matplotlib.axes import Axes
+
+    sizes = {"words": 8, "asked": [1, 2, 4], "states": [(16, 1), (24, 2)], "d_model": 8}
+    results = {(None, 0): [1, 1, 1], ((16, 1), 0): [1, 0.5, 0.2], ((24, 2), 0): [1, 1, 0.9]}
+    drawn, plot = [], Axes.plot
+
+    def watched(axes, *what, **how):
+        drawn.append(what)
+        return plot(axes, *what, **how)
+
+    monkeypatch.setattr(Axes, "plot", watched)
+    recall.draw(results, sizes, tmp_path / "a.png")
+    assert [xy for xy in drawn if xy[0] in (16, 48)] == [(16, 2, "o"), (48, 4, "^")]
+    (line,) = [xy for xy in drawn if xy[0] == [8, 96]]
+    assert line[1] == [recall.held_by_random_patterns(n, 8) for n in (8, 96)]
+    assert ([1, 2, 4], [1, 0.5, 0.2], "o-") in drawn
 
 
 def test_the_learning_rate_falls_to_zero_at_the_end_of_the_training_only():
@@ -249,7 +268,7 @@ TABLES = {
 SMALL = {
     induction: {"d_model": 8, "length": 8, "batch": 2, "asked": [4, 8]},
     copying: {"d_model": 8, "lengths": [4, 6], "batch": 2, "data": 2},
-    recall: {"d_model": 8, "words": 4, "pairs": [1, 2], "asked": [2, 4], "questions": 2,
+    recall: {"d_model": 8, "words": 4, "pairs": [1, 2], "asked": [1, 2, 4], "questions": 4,
              "states": [(16, 1), (24, 2)]},
 }  # fmt: skip
 
@@ -264,6 +283,8 @@ def test_a_command_prints_a_table_and_draws(task, monkeypatch, tmp_path, capsys)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(TABLES[task]) and lines[-1] == f"wrote {picture}"
     assert len({line.count("|") for line in lines[:4]}) == 1 and lines[3].count("%") >= 2
+    if task is recall:
+        assert [line.split(" ")[1] for line in lines[2:6]] == ["1", "2", "4", "half"]
     assert picture.stat().st_size > 10_000
     printed, keep = lines, ["--keep", str(tmp_path / "runs.json"), "--out", str(picture)]
     for seeds in (["3"], ["3", "5"], ["3", "5"]):  # of one run, then of both, then of none
@@ -277,6 +298,9 @@ def test_a_command_prints_a_table_and_draws(task, monkeypatch, tmp_path, capsys)
     task.SIZES["small"]["lr"] = 2e-3  # what was kept is of another training
     task.main()
     assert len(json.loads((tmp_path / "runs.json").read_text())) == 2 * kept
+    monkeypatch.setattr(sys, "argv", [*command, "--seeds", *seeds, *keep, "--steps", "3"])
+    task.main()
+    assert len(json.loads((tmp_path / "runs.json").read_text())) == 3 * kept
     capsys.readouterr()
     for option, value, said in (
         ("--keep", str(picture), "is no file of finished runs, name another"),

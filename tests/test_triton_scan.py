@@ -686,15 +686,21 @@ def test_a_compiled_variant_is_used_again_only_where_it_fits(monkeypatch):
     numbers = torch.zeros(32)
     first = {"tensors": (numbers,), "free": (7,), "fixed": (3, 5), "T": 8, "EVEN": True}
     others = [{"fixed": (3, n)} for n in (1, 16, 2**31 + 1)] + [{"T": 4}, {"EVEN": False}]
-    others += [{"tensors": (numbers[1:],)}, {"tensors": (numbers.half(),)}]
+    others += [{"tensors": (numbers[2:],)}, {"tensors": (numbers.half(),)}]
+    others += [{"tensors": (torch.zeros(32, device="meta"),)}]
     kernel = mock.MagicMock(arg_names=["x", "free", "d", "n", "EVEN", "T"])
     for count, changes in enumerate([{}, *others], start=1):
         (tensor,) = changes.get("tensors", (numbers,))
         for again in ({}, {"free": (16,)}, {"tensors": (tensor[8:],)}):
-            triton_scan.launch(kernel, (1,), **(first | changes | again))
+            triton_scan.launch(kernel, (count,), **(first | changes | again))
         assert kernel.__getitem__.return_value.call_count == count, changes
-    variant = kernel.__getitem__.return_value.return_value.__getitem__.return_value
-    assert variant.call_args_list[0].args == (numbers.data_ptr(), 16, 3, 5, True, 8)
+    triton_scan.launch(kernel, (0,), **(first | {"fixed": (3, 8)}))  # as little a multiple as 5
+    assert kernel.__getitem__.return_value.call_count == count
+    variant = kernel.__getitem__.return_value.return_value
+    grids = [call.args[0] for call in variant.__getitem__.call_args_list]
+    assert grids == [*((i,) for i in range(1, count + 1) for _ in range(2)), (0,)]
+    call = variant.__getitem__.return_value.call_args_list[0]
+    assert call.args == (numbers.data_ptr(), 16, 3, 5, True, 8)
 
 
 @needs_gpu

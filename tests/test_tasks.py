@@ -100,7 +100,7 @@ def test_an_embedding_by_a_product_is_the_lookup():
 def test_a_question_is_answered_at_its_own_key_for_each_number_of_pairs():
     """What ask_all gives is what the whole of each sequence gives at the keys that are asked."""
     model = recall.make_model((20, 2), 8, 6)
-    assert model.config.d_inner == 20 and model.config.d_state == 2
+    assert (model.config.d_inner, model.config.d_state, model.config.vocab_size) == (20, 2, 12)
     assert model.backbone.layers[0].mixer.A_log.count_nonzero() == 0  # A = -1
     torch.manual_seed(0)
     logits, values = recall.ask_all(model, questions=12, pairs=[2, 4], words=6)

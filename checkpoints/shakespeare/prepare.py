@@ -45,8 +45,8 @@ def names_of(play: str, small: set[str]) -> list[str]:
 
     Of Goth and Goths only the first: `renamed` takes the second for the same name.
     """
-    label = "\n".join(re.findall(SPEAKER, play))
-    words = re.findall(r"\b(?!REPRESENTED|[IVX]+\b)\w{3,}", label)
+    labels = "\n".join(re.findall(SPEAKER, play))
+    words = re.findall(r"\b(?!REPRESENTED|[IVX]+\b)\w{3,}", labels)
     names = {word.capitalize() for word in words if word.lower() not in small}
     return sorted(x for x in names if not any(x != y and x.startswith(y) for y in names))
 

@@ -1277,7 +1277,7 @@ def launch(kernel, grid, tensors: tuple, free: tuple, fixed: tuple, **constants)
     traits = [(n == 1, n % 16 == 0, n < 2**31) for n in fixed]
     key = (kernel.fn, tensors[0].device, *layout, *traits, *constants.values())
     if key in variants:
-        variant, values = variants[key]  # a tensor would be asked for its address, and CUDA, too
+        variant, values = variants[key]  # of a tensor Triton asks the address again
         variant[grid](*addresses, *free, *fixed, *values)
         return
     variant = kernel[grid](*tensors, *free, *fixed, **constants)

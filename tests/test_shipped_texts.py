@@ -136,12 +136,16 @@ def test_the_folders_hold_each_text_where_the_card_says(packages, monkeypatch, t
     }  # fmt: skip
     assert one["bible/bible_3.txt"] == BIBLE.replace("[only]", "only")
     assert one["plays/iachimo_gut.txt"] == one["validation/hamlet_gut.txt"] == PLAY
-    made = [one[f"renamed/{play}_{i}.txt"] for play in ("also", "iachimo") for i in (0, 1, 23)]
+    made = [one[f"renamed/{play}_{i}.txt"] for play in ("also", "iachimo") for i in range(24)]
     assert all("FIRST KING." in play for play in made)
     # Zeresh comes but once in a sentence, Og is short, Artaxerxesses long: no halves of theirs.
     # The model that ships was trained on these texts: they come out alike every time.
-    expected = "PHILME ROMRIONS PHILANS IACHIL EVSSAH PHILAIL"
-    assert " ".join(re.search("OF (.*)", play)[1] for play in made) == expected
+    expected = """PHILME ROMRIONS PHILAIL ROMSSAH EVECAI MORDVE PHILAANS PHILIL ROMRIONS MORDHER
+        EVARIO PHHIMO IACHME ROMRIONS PHANS MORDANS ROMIL ROANS PHILAVE PHHIMO IACHSSAH PHILAVE
+        HADAHER PHILANS IACHIL EVSSAH EVANS PHILAARIO PHILSSAH PHANS PHILAVE MORDHER ESTHIMO
+        MORDANS PHILRIONS IACHANS ESTVE ESTECAI ROARIO MORDIL ROVE MORDME EVANS EVARIO ROMSSAH
+        IACHANS ROMARIO PHILAIL"""
+    assert [re.search("OF (.*)", play)[1] for play in made] == expected.split()
     drill = one["drills/cast_0.txt"].split(".\n\n")
     assert drill == ["PHILAIL", "PHVE", "PHILAVE", "PHILAARIO", "ESTECAI", "PHVE", ""]
     assert one["drills/cast_31.txt"].startswith("PHILAIL.\n\n")

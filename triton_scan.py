@@ -105,7 +105,7 @@ from torch import Tensor
 ##
 ##     x (b, l, d)        kernel      M x J x C     blocks x segments x b = programs    slices
 ##     (8, 2048, 2048)    forward     8 x 2 x 16    128 x 1 x 8 = 1024                  1
-##     (1, 2048, 1536)    forward     16 x 1 x 32   48 x 32 x 1 = 1536                  1
+##     (1, 2048, 1536)    forward     16 x 1 x 32   48 x 22 x 1 = 1056                  1
 ##     (8, 2048, 2048)    backward    8 x 2 x 16    128 x 1 x 8 = 1024                  4
 ##     (1, 2048, 1536)    backward    8 x 2 x 16    96 x 11 x 1 = 1056                  1
 ##
@@ -502,7 +502,7 @@ def widen_kernel(
 ##
 ## Gained, in µs, over two lanes a channel and no cut: 1 x 5120 x 2048 173 -> 139, 4 x 1536 x 2048
 ## 176 -> 165; fewer channels were not timed uncut. By four summaries asked for at a time (`chain`)
-## and segments that fill the schedulers' turns (`forward_shape`) 1 x 1536 x 2048 went 60 -> 54. By
+## and segments that fill the schedulers' turns (`forward_shape`) 1 x 1536 x 2048 went 60 -> 50. By
 ## four summaries of a segment backward, not one, 1 x 5120 x 2048 went 611 -> 573.
 
 
@@ -640,7 +640,7 @@ def forward_kernel(
     y, o_y = start_of(y, i_b * seqlen, i_d, t[:, None], c[None, :], d_inner, d_inner, 1)
     B, C, o_B = B + i_b * seqlen * N, C + i_b * seqlen * N, t[:, None, None] * N + n[None, :, :]
     reset += i_b * seqlen
-    borders += ((i_b * tl.cdiv(seqlen, K) + start // K) * blocks + i_d) * state_step
+    borders += ((i_b * tl.cdiv(seqlen, K) + tl.cdiv(start, K)) * blocks + i_d) * state_step
 
     for step in tl.range(start, stop, T, num_stages=STAGES):
         if SAVE:
@@ -1211,10 +1211,10 @@ def lane_shape(d_state: int, lanes_of_a_channel: int) -> tuple[int, int, int]:
 
 ## How the work is cut depends on the sizes and not on the device, so that every process of a
 ## distributed run computes the same bits. The numbers are an H100's: FULL, programs from which on a
-## kernel is as fast without cutting time; below, cut time until there are about WANTED.
+## kernel is as fast without cutting time; WANTED, how many there are about where time is cut.
 
 SCHEDULERS = 528
-FORWARD_FULL, FORWARD_WANTED = 448, 960  # of two lanes a channel; of one lane, at least so many
+FORWARD_FULL = 448  # programs of two lanes a channel
 FORWARD_CROWDED = 4096  # programs of two lanes a channel, from which on one lane is faster
 BACKWARD_FULL, BACKWARD_WANTED = 700, 1056
 PIECES = 4  # of a segment, backward, with a summary each
@@ -1229,25 +1229,28 @@ def segment_length(seqlen: int, segments: int) -> int:
 def forward_shape(
     batch: int, seqlen: int, d_inner: int, d_state: int
 ) -> tuple[tuple[int, int, int], int]:
-    """(M, J, C) of the forward kernel, and the steps of a segment, a multiple of K.
+    """(M, J, C) of the forward kernel, and the steps of a segment, whole tiles.
 
     Where two lanes a channel make programs enough, time is not cut; where they make very many, a
     channel has one lane. Where too few, it has one lane too, and time is cut so that all are done
     soonest: one program to a scheduler is a turn, 33 for 32 schedulers are two. A turn takes a
-    segment and the chain of summaries before it, in the mean half of all, each about a step.
+    segment and the chain of summaries before it, in the mean half of all, each about a step. In a
+    single turn nothing else is there to run while a program waits: two to eight. And no segment
+    shorter than K.
     """
     one, two = lane_shape(d_state, 1), lane_shape(d_state, 2)
-    chunks, programs = ceil_div(seqlen, K), batch * ceil_div(d_inner, two[2])
+    tiles, programs = ceil_div(seqlen, FORWARD_T), batch * ceil_div(d_inner, two[2])
     if programs >= FORWARD_FULL:
-        return two if programs < FORWARD_CROWDED else one, chunks * K
+        return two if programs < FORWARD_CROWDED else one, tiles * FORWARD_T
     programs = batch * ceil_div(d_inner, one[2])
 
     def time(length: int) -> float:
-        segments = ceil_div(chunks, length)
-        return ceil_div(segments * programs, SCHEDULERS) * (length + segments / (2 * K))
+        segments = ceil_div(tiles, length)
+        return ceil_div(segments * programs, SCHEDULERS) * (length * FORWARD_T + segments / 2)
 
-    longest = max(1, chunks * programs // FORWARD_WANTED)
-    return one, min(range(longest, 0, -1), key=time) * K
+    most = (turns * SCHEDULERS // programs for turns in range(2, 9))  # segments that fill so many
+    lengths = [max(ceil_div(tiles, segments), K // FORWARD_T) for segments in most]
+    return one, min(lengths, key=time) * FORWARD_T
 
 
 def pack(h: Tensor, channels: int, M: int, J: int, C: int) -> Tensor:

@@ -19,8 +19,9 @@ The same number of steps is the same number of bytes. For the same time, give as
 transformer takes in it. --lr, --dropout and the step (--keep-best) are to be chosen on a text that
 is not a hold-out: without these in --data, and with another play as --hold-out. --init-from FOLDER
 trains the transformer of this folder further; --evaluate FOLDER measures it and trains nothing.
-With --plays the two models have a second table, where the names of who speaks stand alone
-(`kinds_of`). On a CPU they take minutes for a play.
+With --plays the two models have two tables more, of the names of who speaks (`speeches`): nats per
+byte of these and of all else; and nats of a whole name that speaks nowhere in the training text, by
+how often it has spoken in its play. On a CPU they take minutes for a play.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import lzma
 import math
 import re
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -250,21 +252,30 @@ def evaluate(model: Mamba, texts: list[train.Text], window: int, batch: int = 64
 ## other. There the first letters tell the rest, to a model that can look up what it has read.
 
 KINDS = ("all else", "who speaks, for the first time", "who speaks, again")
+TIMES = ("1st time", "2nd to 20th", "from the 21st on")  # of names new to the training text
 
 
-def kinds_of(play: bytes) -> Tensor:
-    """Of each byte, the number of its kind (l,)."""
-    kinds, before, seen = [], b"a title", set()
-    for line in play.split(b"\n"):
-        name, kind = line.strip(), 0
+def speeches(text: bytes) -> list[tuple[bytes, slice]]:
+    """Who speaks, and where: a whole line, with the line break that ends it."""
+    found, before, start = [], b"a title", 0
+    for line in text.split(b"\n"):
+        name, end = line.strip(), start + len(line) + 1
         heading = re.match(rb"(ACT|SCENE|Exit|Exeunt)\b", name)
         if not before.strip() and not heading:
             if re.fullmatch(rb"(\d )?([A-Z][A-Z ]+|[A-Z][a-z]{1,5})\.", name):
-                kind = 2 if name in seen else 1
-                seen.add(name)
-        kinds += [kind] * (len(line) + 1)
-        before = line
-    return torch.tensor(kinds[: len(play)])
+                found.append((name, slice(start, end)))
+        before, start = line, end
+    return found
+
+
+def times_of(play: bytes, known: set[bytes] = frozenset()) -> Tensor:
+    """Of each byte of a name, how often it has spoken, with this time; of all else, and of names
+    that are known, 0 (l,)."""
+    times, count = torch.zeros(len(play), dtype=torch.long), Counter()
+    for name, line in speeches(play):
+        count[name] += 1
+        times[line] = 0 if name in known else count[name]
+    return times
 
 
 def nats_of(
@@ -319,20 +330,30 @@ def main() -> None:
             raise ValueError("--hold-out: two files of --data have the same name")
         if not len(text[0]):
             raise ValueError("--hold-out names all files of --data: none is left to learn from")
-        kinds = torch.cat([kinds_of(ids.numpy().tobytes())[1:] for ids, _ in texts])
-        here = [kinds == kind for kind in range(len(KINDS))]
-        shares = (f"{100 * each.double().mean():.1f} %" for each in here)
+        learned, kept = text[0].numpy().tobytes(), [ids.numpy().tobytes() for ids, _ in texts]
+        known = {name for name, _ in speeches(learned)} if plays else set()
+        times = torch.cat([times_of(each)[1:] for each in kept])
+        new = torch.cat([times_of(each, known)[1:] for each in kept])
+        kinds = times == 0, times == 1, times > 1
+        turns = new == 1, (new > 1) & (new <= 20), new > 20
+        stops = torch.cat([ids[1:] for ids, _ in texts]) == ord(".")  # one in the line of a name
+        turns = [(each, int(stops[each].sum())) for each in turns]
+        shares = (f"{100 * each.double().mean():.1f} %" for each in kinds)
         titles = (f"{name}: {share}" for name, share in zip(KINDS, shares, strict=True))
         second = [("nats per byte", *titles), ("---",) * (len(KINDS) + 1)]
+        titles = (f"{name}: {count}" for name, (_, count) in zip(TIMES, turns, strict=True))
+        third = [("nats of a new name", *titles), ("---",) * (len(TIMES) + 1)]
         for name in rows:
-            nats = nats_of(name, mamba, options, text[0].numpy().tobytes(), texts)
+            nats = nats_of(name, mamba, options, learned, texts)
             every = torch.cat(nats)
             table.append((name, *(f"{each.mean():.4f}" for each in (*nats, every))))
             print(*table[-1], flush=True)
             if name in ("mamba", "transformer"):
-                means = (f"{every[each].mean():.4f}" if each.any() else "" for each in here)
+                means = (f"{every[each].mean():.4f}" if each.any() else "" for each in kinds)
                 second.append((name, *means))
-    for lines in (table, second) if plays and len(second) > 2 else (table,):
+                means = (f"{every[each].sum() / n:.2f}" if n else "" for each, n in turns)
+                third.append((name, *means))
+    for lines in (table, second, third) if plays and len(second) > 2 else (table,):
         print(*(f"| {' | '.join(cells)} |" for cells in lines), sep="\n")
 
 

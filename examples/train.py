@@ -9,8 +9,7 @@ Every --evaluate-every steps the script prints losses and a sample, and writes t
 loss.png, the model as generate.py and from_pretrained load it (with --keep-best, if no hold-out
 loss before was lower), and training.pt: the same command goes on from there, in any number of
 processes, and ends as if nothing had stopped it. --evaluate FOLDER measures a model only. The
-defaults are those for a small model of a few megabytes of text, which it reads many times; with
---init-from there is no dropout, and weight decay is 0.1.
+defaults are those for a small model of a few megabytes of text, which it reads many times.
 """
 
 from __future__ import annotations
@@ -26,11 +25,9 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -82,15 +79,13 @@ def add_dropout(model: Mamba, p: float, depth: float) -> None:
 
 
 def keep_average(optimizer: torch.optim.Optimizer, newest: Tensor) -> None:
-    """After each step, move an average of each weight towards it by the share `newest`.
-
-    It stands among Adam's moments, and is saved, loaded and shared between processes as they are.
-    """
+    """After each step, move an average of each weight towards it by the share `newest`. Saved,
+    loaded and shared between processes as Adam's moments are, among which it stands."""
 
     @torch.no_grad()
-    def update(*_: Any) -> None:
-        for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
-            if "average" not in (kept := optimizer.state[weight]):
+    def update(*_: object) -> None:
+        for weight, kept in optimizer.state.items():
+            if "average" not in kept:
                 kept["average"] = weight.clone()
             kept["average"].lerp_(weight, newest)
 
@@ -112,17 +107,15 @@ def evaluate(model: Mamba, texts: list[Text], window: int = 4096) -> float:
     The state is carried from window to window, so that the window changes the memory needed and
     nothing else: a text itself says where to forget. Its first token is given, not predicted.
     """
-    nats, count, device = 0.0, 0, model.lm_head.weight.device
+    nats, device = 0.0, model.lm_head.weight.device
     for ids, reset in texts:
         state = model.init_state(1)
         for i in range(0, len(ids) - 1, window):
             part = ids[i : i + window + 1].to(device).long()
-            forget = reset[i : i + len(part) - 1]
-            forget = forget.to(device).unsqueeze(0) if forget.any() else None
-            logits, state = model(part[None, :-1], state, reset=forget)
+            forget = reset[None, i : i + len(part) - 1].to(device)
+            logits, state = model(part[None, :-1], state, reset=forget if forget.any() else None)
             nats += F.cross_entropy(logits[0].float(), part[1:], reduction="sum").item()
-            count += len(part) - 1
-    return nats / count
+    return nats / sum(len(ids) - 1 for ids, _ in texts)
 
 
 def rounded(model: Mamba, weights: dict[str, Tensor]) -> Mamba:
@@ -189,10 +182,9 @@ def share(model: Mamba, how: str, world: int, device: torch.device) -> nn.Module
     if how == "ddp":
         return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     mesh = dist.init_device_mesh(device.type, (world,))
-    layers = [*model.backbone.layers]
-    for unit in (*(layers[i : i + 4] for i in range(0, len(layers), 4)), model):
-        fully_shard(unit, mesh=mesh)
-    return model
+    for i in range(0, len(model.backbone.layers), 4):
+        fully_shard([*model.backbone.layers[i : i + 4]], mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 def make_model(options: argparse.Namespace) -> tuple[Mamba, Tokenizer]:
@@ -200,16 +192,12 @@ def make_model(options: argparse.Namespace) -> tuple[Mamba, Tokenizer]:
     if name := options.init_from:
         model = Mamba.from_pretrained(name)
         return model, load_tokenizer(model.config, name)
-    config = MambaConfig(options.d_model, options.n_layer, 256, tokenizer="bytes")
-    if (name := options.tokenizer) == "bytes":
-        return Mamba(config), ByteTokenizer()
+    name, size = options.tokenizer, (options.d_model, options.n_layer)
+    if name == "bytes":
+        return Mamba(MambaConfig(*size, 256, tokenizer="bytes")), ByteTokenizer()
     theirs = read_config(file_finder(name)("config.json"))
-    config = replace(config, vocab_size=theirs.vocab_size, tokenizer=theirs.tokenizer)
+    config = MambaConfig(*size, theirs.vocab_size, tokenizer=theirs.tokenizer)
     return Mamba(config), load_tokenizer(config, name)
-
-
-# A run goes on only if all options but these are what they were when it began.
-FREE = "data out evaluate evaluate_every prompt device parallel accumulate graph".split()
 
 
 def train(
@@ -218,11 +206,10 @@ def train(
     """benchmarks/transformer.py trains a model of another kind, and measures it in another way."""
     (rank, world, device), checkpoint = which_process(options.device), options.out / "training.pt"
     model, tokenizer = make_model(options)
-    kind = type(model).__name__  # before fully_shard makes another of it
     text, held_out = read_texts(options, tokenizer)
     batch, seqlen, parts = options.batch, options.seqlen, options.accumulate
-    if batch % (n := world * parts):
-        n = f"{n} = {world} processes x --accumulate {parts}"
+    if batch % (world * parts):
+        n = f"{world * parts} = {world} processes x --accumulate {parts}"
         raise ValueError(f"--batch {batch} must be a multiple of {n}")
     if (length := len(text[0])) <= seqlen:
         raise ValueError(f"{length} tokens to train on are too few for --seqlen {seqlen}")
@@ -232,6 +219,11 @@ def train(
         raise ValueError(f"--graph needs one process and a GPU, got {world} and {device.type}")
     options.out.mkdir(parents=True, exist_ok=True)
     TemporaryFile(dir=options.out).close()  # if nothing can be written, it is to fail now
+    # A run goes on only if all options but these, the model and the texts are as when it began.
+    free = "data out evaluate evaluate_every prompt device parallel accumulate graph".split()
+    fixed = {name: value for name, value in vars(options).items() if name not in free}
+    texts = [f"{len(ids)} tokens {zlib.crc32(ids.numpy()):08x}" for ids, _ in (text, *held_out)]
+    fixed |= {"model": f"a {type(model).__name__}", "texts": ", ".join(texts)}
     model.to(device)
     if options.dropout or options.depth_dropout:  # blocks with a hook run without fused kernels
         add_dropout(model, options.dropout, options.depth_dropout)
@@ -243,19 +235,6 @@ def train(
     if options.average:
         keep_average(optimizer, newest)
 
-    losses, measured, seconds, saved = [], {}, 0.0, None
-    fixed = {name: value for name, value in vars(options).items() if name not in FREE}
-    fixed["model"] = f"a {kind}"
-    all_ids = (ids.numpy() for ids, _ in (text, *held_out))
-    fixed["texts"] = ", ".join(f"{len(ids)} tokens {zlib.crc32(ids):08x}" for ids in all_ids)
-    if checkpoint.exists():
-        saved = read_file(checkpoint)
-        for name in saved["fixed"] | fixed:
-            if (value := fixed.get(name)) != (before := saved["fixed"].get(name)):
-                said = f"{checkpoint} was begun with {name} = {before}, not {value}"
-                raise ValueError(f"{said}: delete it to begin anew, or choose another --out")
-        losses, measured, seconds = saved["losses"], saved["measured"], saved["seconds"]
-
     # All that a step reads, in its place: rows of this process and, of all, where windows are.
     mine = slice(rank * batch // world, (rank + 1) * batch // world)
     windows = Windows(text, batch, seqlen, options.jump)
@@ -265,11 +244,17 @@ def train(
     jumped = torch.zeros(batch // world, dtype=torch.bool, device=device)
 
     whole = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # in the first process
-    if saved:
+    losses, measured, seconds = [], {}, 0.0
+    if checkpoint.exists():
+        saved = read_file(checkpoint)
+        for name in saved["fixed"] | fixed:
+            if (value := fixed.get(name)) != (before := saved["fixed"].get(name)):
+                said = f"{checkpoint} was begun with {name} = {before}, not {value}"
+                raise ValueError(f"{said}: delete it to begin anew, or choose another --out")
+        losses, measured, seconds = saved["losses"], saved["measured"], saved["seconds"]
         windows.position = saved["position"]
-        both = {"model_state_dict": saved["weights"], "optim_state_dict": saved["moments"]}
-        dcp.get_optimizer_state_dict(model, optimizer)  # makes places for all that is kept
-        dcp.set_state_dict(model, optimizer, **both, options=whole)
+        dcp.set_optimizer_state_dict(model, optimizer, saved["moments"], options=whole)
+        dcp.set_model_state_dict(model, saved["weights"], options=whole)
         state.conv.copy_(saved["conv"][:, mine])
         state.h.copy_(saved["h"][:, mine])
         if rank == 0:
@@ -302,11 +287,9 @@ def train(
         return total
 
     run = recorded(step, optimizer).__next__ if options.graph else step
-    new, mark = [], time.perf_counter()
-    bar = tqdm(
-        total=options.steps * batch * seqlen, initial=len(losses) * batch * seqlen, unit=" tokens",
-        unit_scale=True, smoothing=0.05, mininterval=1, disable=rank > 0,
-    )  # fmt: skip
+    new, tokens, mark = [], batch * seqlen, time.perf_counter()
+    look = {"unit": " tokens", "unit_scale": True, "smoothing": 0.05, "mininterval": 1}
+    bar = tqdm(total=options.steps * tokens, initial=len(losses) * tokens, disable=rank > 0, **look)
     for i in range(len(losses), options.steps):
         ## All chance in a step comes from the seed and the number of the step. So a run that goes
         ## on throws the dice that it would have thrown, and all processes agree on all windows.
@@ -318,7 +301,7 @@ def train(
             values = values[mine].pin_memory() if place.is_cuda else values[mine]
             place.copy_(values, non_blocking=True)
         new.append(run())
-        bar.update(batch * seqlen)
+        bar.update(tokens)
         if i % 10 == 0:  # to look at it is to wait for the GPU
             bar.set_postfix(loss=f"{new[-1].item():.3f}", refresh=False)
         if (i + 1) % options.evaluate_every and i + 1 < options.steps:
@@ -332,17 +315,14 @@ def train(
         weights, moments = dcp.get_state_dict(model, optimizer, options=whole)
         if not all(each.half().isfinite().all() for each in (recent, *weights.values())):
             raise ValueError(f"loss or float16 weight not finite by step {i + 1}: lower --lr")
-        saved = {
-            "fixed": fixed, "weights": weights, "moments": moments, "position": windows.position,
-            "losses": losses, "measured": measured, "seconds": seconds,
-        }  # fmt: skip
+        saved = {"fixed": fixed, "losses": losses, "measured": measured, "seconds": seconds}
+        saved |= {"weights": weights, "moments": moments, "position": windows.position}
         for name, tensor in vars(state).items():
             rows = [torch.empty_like(tensor) for _ in range(world)]
             dist.all_gather(rows, tensor) if world > 1 else rows[0].copy_(tensor)
             saved[name] = torch.cat(rows, dim=1)
         if rank == 0:
-            rate = len(recent) * batch * seqlen / interval
-            said = f"step {i + 1}  {seconds:.0f} s, {rate:,.0f} tokens/s"
+            said = f"step {i + 1}  {seconds:.0f} s, {len(recent) * tokens / interval:,.0f} tokens/s"
             if device.type == "cuda":
                 said += f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
             said += f"  train {recent.mean():.4f}"
@@ -422,9 +402,8 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     if parser.parse_known_args()[0].init_from:
         parser.set_defaults(dropout=0.0, depth_dropout=0.0, weight_decay=0.1)
     options = parser.parse_args()
-    low = dict.fromkeys(("batch", "accumulate", "seqlen", "steps", "evaluate_every"), 1)
-    shares = "validation_share", "jump", "dropout", "depth_dropout"
-    high = dict.fromkeys(shares, 1) | {"seed": 2**32}
+    low = dict.fromkeys("batch accumulate seqlen steps evaluate_every".split(), 1)
+    high = dict.fromkeys("validation_share jump dropout depth_dropout".split(), 1) | {"seed": 2**32}
     for name in (*low, *high, "lr", "warmup", "weight_decay", "evaluate_window"):
         value, least, most = getattr(options, name), low.get(name, 0), high.get(name, math.inf)
         if not least <= value <= most:

@@ -162,7 +162,7 @@ def test_the_names_in_a_play_are_new_or_come_again_and_each_kind_has_its_loss(tr
         (b"Exit.\n\n", 0), (b"Exeunt.\n\n", 0), (b"ACTOR.\n", 1), strict=True,
     )  # fmt: skip
     play, expected = b"".join(lines), np.repeat(kinds, [*map(len, lines)])
-    assert transformer.kinds_of(play).tolist() == expected.tolist()
+    assert transformer.times_of(play).tolist() == expected.tolist()
 
     def table(options: str) -> list[str]:
         return printed(f"--mamba mamba --data text play --plays {options}").splitlines()
@@ -170,7 +170,7 @@ def test_the_names_in_a_play_are_new_or_come_again_and_each_kind_has_its_loss(tr
     (model := random_model(vocab_size=256)).save_pretrained("mamba")
     Path("text").write_bytes(said)
     Path("play").write_bytes(play)
-    first, _, row = table("--rows mamba --hold-out play")[-3:]
+    first, _, row = table("--rows mamba --hold-out play")[-6:-3]
     ids = torch.tensor([*play])
     nats = F.cross_entropy(model(ids[None, :-1])[0], ids[1:], reduction="none")
     assert torch.allclose(transformer.losses(model, ids, window=7), nats, atol=1e-5)
@@ -178,9 +178,55 @@ def test_the_names_in_a_play_are_new_or_come_again_and_each_kind_has_its_loss(tr
     shares = [100 * (expected[1:] == kind).mean() for kind in range(3)]
     assert [float(x) for x in re.findall(r"([\d.]+) %", first)] == pytest.approx(shares, abs=0.06)
     assert [float(x) for x in re.findall(r"\d\.\d+", row)] == pytest.approx(means, abs=1e-4)
-    *_, row = table("--rows mamba --hold-out text")
+    *_, row, _, _, last = table("--rows mamba --hold-out text")
     assert re.fullmatch(r"\| mamba \| \d\.\d+ \|  \|  \|", row), "nobody speaks"
+    assert last == "| mamba |  |  |  |", "nobody speaks"
     assert len(table("--rows xz --hold-out play")) == 1 + 3, "no model, no second table"
+
+
+def test_a_name_that_the_training_text_does_not_know_costs_what_it_does_each_time(
+    transformer, printed, monkeypatch
+):
+    """Two plays; a name that speaks in both begins anew in the second. Who speaks 22 times has two
+    speeches in the last class; who speaks last has no line break after it. Each play is read once.
+    """
+
+    def play(*names: str) -> bytes:
+        return b"".join(b"A speech. PAT.\n\n%s.\n" % name.encode() for name in names)
+
+    learned = play("KNOWN", "OLD WITCH")  # PAT is only named in it
+    plays = [
+        play("KNOWN", *["PAT"] * 22, "1 LORD", "KNOWN", "WITCH", "Known", *["KNOWN"] * 20),
+        play("OLD WITCH", "PAT", "2 LORD", "1 LORD", "PAT", "1 LORD")[:-1],
+    ]
+    (model := random_model(vocab_size=256)).save_pretrained("mamba")
+    for name, text in zip(("learned", "a", "b"), (learned, *plays), strict=True):
+        Path(name).write_bytes(text)
+    costs = {"1st time": [], "2nd to 20th": [], "from the 21st on": []}
+    for text in plays:
+        ids = torch.tensor([*text])
+        nats = F.cross_entropy(model(ids[None, :-1])[0], ids[1:], reduction="none")
+        spoken = Counter()
+        for match in re.finditer(rb"(?<=\n\n)([^.]+)\.(?:\n|$)", text):
+            spoken[match[1]] += 1
+            if match[1] not in (b"KNOWN", b"OLD WITCH"):
+                kind = (spoken[match[1]] > 1) + (spoken[match[1]] > 20)
+                costs[[*costs][kind]].append(nats[match.start() - 1 : match.end() - 1].sum().item())
+    assert [len(each) for each in costs.values()] == [7, 21, 2]
+    read, losses = [], transformer.losses
+
+    def watched(model: Mamba, ids: torch.Tensor, window: int) -> torch.Tensor:
+        read.append(bytes(ids.tolist()))
+        return losses(model, ids, window)
+
+    monkeypatch.setattr(transformer, "losses", watched)
+    options = "--mamba mamba --rows mamba --plays --data learned a b --hold-out a b"
+    first, _, row = printed(options).splitlines()[-3:]
+    assert read == plays
+    titles = " | ".join(f"{kind}: {len(each)}" for kind, each in costs.items())
+    assert first == f"| nats of a new name | {titles} |"
+    means = [sum(each) / len(each) for each in costs.values()]
+    assert [float(x) for x in re.findall(r"\d+\.\d+", row)] == pytest.approx(means, abs=0.006)
 
 
 def test_columns_are_those_of_their_files_and_what_cannot_be_a_table_is_refused(printed):

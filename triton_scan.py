@@ -174,13 +174,11 @@ def first_scan(
         raise RuntimeError("first_scan has no gradient: use selective_scan_triton")
     x, delta, A, B, C = (tensor.float().contiguous() for tensor in (x, delta, A, B, C))
     (batch, seqlen, d_inner), d_state = x.shape, A.shape[1]
-    chunks = triton.cdiv(seqlen, chunk)
-    y = torch.empty_like(x)
+    chunks, channels = triton.cdiv(seqlen, chunk), 32
     starts = x.new_zeros(batch, chunks, d_inner, d_state)
-    ends = torch.empty_like(starts)
-    channels = 32
+    y, ends = torch.empty_like(x), torch.empty_like(starts)
     grid = (triton.cdiv(d_inner, channels), chunks, batch)
-    options = {"CHUNK": chunk, "CHANNELS": channels, "STATES": triton.next_power_of_2(d_state)}
+    options = {"CHUNK": chunk, "CHANNELS": channels, "STATES": next_power_of_2(d_state)}
     sizes = (seqlen, d_inner, d_state)
     first_kernel[grid](x, delta, A, B, C, starts, y, ends, *sizes, **options, num_warps=1)
     if h0 is not None:
@@ -1176,8 +1174,7 @@ def sum_totals_kernel(
 ## Changed: `launch` remembers what Triton found out; `operator` gives the wrapper to torch.compile
 ## only; nothing is set to zero, one kernel adds up all parts of a sum.
 ##
-## Gained: 1 x 1536 x 2048 backward 0.98 -> 0.46 ms by the first two. By the third 1.07 -> 0.16 ms,
-## but not with the same processor before and after.
+## Gained: 1 x 1536 x 2048 backward 0.98 -> 0.46 ms; by the third 1.07 -> 0.16 (another processor).
 
 
 def check_device(x: Tensor) -> None:
@@ -1198,13 +1195,16 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+next_power_of_2 = functools.cache(triton.next_power_of_2)
+
+
 @functools.cache
 def lane_shape(d_state: int, lanes_of_a_channel: int) -> tuple[int, int, int]:
     """(M, J, C): states of a lane, lanes of a channel, channels of a warp. M is at most 16.
 
     A channel gets more lanes than asked for if its states need them, fewer if it has fewer states.
     """
-    states = triton.next_power_of_2(d_state)
+    states = next_power_of_2(d_state)
     J = min(states, max(lanes_of_a_channel, states // 16))
     return states // J, J, LANES // J
 
@@ -1232,25 +1232,30 @@ def forward_shape(
     """(M, J, C) of the forward kernel, and the steps of a segment, whole tiles.
 
     Where two lanes a channel make programs enough, time is not cut; where they make very many, a
-    channel has one lane. Where too few, it has one lane too, and time is cut so that all are done
-    soonest: one program to a scheduler is a turn, 33 for 32 schedulers are two. A turn takes a
-    segment and the chain of summaries before it, in the mean half of all, each about a step. In a
-    single turn nothing else is there to run while a program waits: two to eight. And no segment
-    shorter than K.
+    channel has one lane. Where too few, it has one lane too, and time is cut.
     """
     one, two = lane_shape(d_state, 1), lane_shape(d_state, 2)
-    tiles, programs = ceil_div(seqlen, FORWARD_T), batch * ceil_div(d_inner, two[2])
+    programs = batch * ceil_div(d_inner, two[2])
     if programs >= FORWARD_FULL:
-        return two if programs < FORWARD_CROWDED else one, tiles * FORWARD_T
-    programs = batch * ceil_div(d_inner, one[2])
+        return two if programs < FORWARD_CROWDED else one, ceil_div(seqlen, FORWARD_T) * FORWARD_T
+    return one, soonest(batch * ceil_div(d_inner, one[2]), seqlen, FORWARD_T, K)
 
-    def time(length: int) -> float:
-        segments = ceil_div(tiles, length)
-        return ceil_div(segments * programs, SCHEDULERS) * (length * FORWARD_T + segments / 2)
 
-    most = (turns * SCHEDULERS // programs for turns in range(2, 9))  # segments that fill so many
-    lengths = [max(ceil_div(tiles, segments), K // FORWARD_T) for segments in most]
-    return one, min(lengths, key=time) * FORWARD_T
+@functools.cache
+def soonest(programs: int, seqlen: int, tile: int, shortest: int) -> int:
+    """The steps of a segment with which all are done soonest; `programs`: for each segment.
+
+    One program to a scheduler is a turn, 33 for 32 schedulers are two. A turn takes a segment and
+    the chain of summaries before it, in the mean half of all, each about a step. In a single turn
+    nothing else is there to run while a program waits: two to eight.
+    """
+
+    def time(steps: int) -> float:
+        segments = ceil_div(seqlen, steps)
+        return ceil_div(segments * programs, SCHEDULERS) * (steps + segments / 2)
+
+    tiles, most = ceil_div(seqlen, tile), [turns * SCHEDULERS // programs for turns in range(2, 9)]
+    return min((max(ceil_div(tiles, n) * tile, shortest) for n in most), key=time)
 
 
 def pack(h: Tensor, channels: int, M: int, J: int, C: int) -> Tensor:
@@ -1265,9 +1270,9 @@ def unpack(packed: Tensor, d_inner: int, d_state: int) -> Tensor:
     return h[..., :d_inner, :d_state].contiguous()
 
 
-## Which compiled variant of a kernel fits depends on the dtypes, on whether addresses and `fixed`
-## numbers are multiples of 16 (and on numbers that are 1, or need 64 bits), and on the constants;
-## not on the values of the `free` numbers (do_not_specialize), whose types must stay the same.
+## Which compiled variant of a kernel fits depends on dtypes, addresses (are they multiples of 16?),
+## constants and `fixed` numbers (are they 1, multiples of 16, beyond 32 bits?); not on the values
+## of the `free` numbers (do_not_specialize), whose types must stay the same.
 
 variants: dict = {}
 
@@ -1276,15 +1281,17 @@ def launch(kernel, grid, tensors: tuple, free: tuple, fixed: tuple, **constants)
     """kernel[grid](*tensors, *free, *fixed, **constants)."""
     # Lists, which are faster than generators, and the function, whose hash is its address.
     addresses = [tensor.data_ptr() for tensor in tensors]
-    layout = [tensor.dtype for tensor in tensors] + [address % 16 == 0 for address in addresses]
-    traits = [(n == 1, n % 16 == 0, n < 2**31) for n in fixed]
-    key = (kernel.fn, tensors[0].device, *layout, *traits, *constants.values())
+    dtypes = [tensor.dtype for tensor in tensors]
+    uneven = [i for i, address in enumerate(addresses) if address % 16]
+    key = (kernel.fn, tensors[0].device, *dtypes, *fixed, *constants.values(), *uneven)
     if key in variants:
         variant, values = variants[key]  # of a tensor Triton asks the address again
         variant[grid](*addresses, *free, *fixed, *values)
         return
     variant = kernel[grid](*tensors, *free, *fixed, **constants)
     if not INTERPRETED:
+        if len(variants) == 10_000:  # of many lengths; what is still asked for comes back
+            variants.clear()
         count = len(tensors) + len(free) + len(fixed)
         variants[key] = variant, tuple(constants[name] for name in kernel.arg_names[count:])
 
@@ -1393,8 +1400,7 @@ def scan_forward(
         if segments > 1:
             ends = x.new_empty((batch, segments, *group), dtype=torch.float32)
             sums = x.new_empty((batch, segments, blocks * channels), dtype=torch.float32)
-            grid = (blocks, segments - 1, batch)
-            tensors = (x, dt, A, B, bias, document, ends, sums)
+            grid, tensors = (blocks, segments - 1, batch), (x, dt, A, B, bias, document, ends, sums)
             fixed = (d_inner, d_state, *x.stride(), *dt.stride())
             free = (seqlen, segment, segments, states * channels)
             launch(forward_summary_kernel, grid, tensors, free, fixed, **flags)
@@ -1403,10 +1409,8 @@ def scan_forward(
             ends, sums, y, borders, h_last,
         )  # fmt: skip
         fixed = (d_inner, d_state, *x.stride(), *dt.stride(), *strides(z))
-        flags |= {
-            "K": K, "SAVE": save, "HAS_Z": z is not None, "HAS_D": D is not None,
-            "HAS_H0": h0 is not None,
-        }  # fmt: skip
+        flags |= {"K": K, "SAVE": save, "HAS_Z": z is not None, "HAS_D": D is not None}
+        flags["HAS_H0"] = h0 is not None
         free = (seqlen, segment, states * channels)
         launch(forward_kernel, (blocks, segments, batch), tensors, free, fixed, **flags)
     return y, h_last, borders, wide
@@ -1996,7 +2000,7 @@ def norm_backward(
     dweight = stream.new_empty((programs, columns), dtype=torch.float32)
     with device_of(stream):
         tensors = (stream, weight, du, dout, u, dstream, dweight)
-        constants = {"COLUMNS": columns, "BLOCK": triton.next_power_of_2(columns)}
+        constants = {"COLUMNS": columns, "BLOCK": next_power_of_2(columns)}
         constants |= {"ROWS": NORM_ROWS, "num_warps": 4}
         launch(norm_backward_kernel, (programs, 1, 1), tensors, (rows,), (eps,), **constants)
     return u, dstream, dweight.sum(0).to(weight.dtype)
@@ -2093,6 +2097,7 @@ class Block(torch.autograd.Function):
         low_rank, rows = projected[:, :rank], x.view(-1, d_inner)
         dt, dy = (low_rank @ dt_proj.T).view_as(x), (d_added @ out_proj).view_as(x)
         B, C = projected.view(*x.shape[:2], -1)[..., rank:].chunk(2, dim=-1)
+        h0 = h0 if ctx.needs_input_grad[2] else None  # its gradient is all that it is here for
         inputs = (x, dt, w.A_log, B, C, w.D, z, h0, w.dt_bias, reset, borders, wide, True, rule)
         room = x.new_empty(*x.shape[:2], 5, d_inner)  # for draw, dz, y, ddt, dx
         gradients = scan_backward(dy, dh_last, *inputs, True, room[:, :, 1:])
@@ -2503,7 +2508,7 @@ def vector_tile(rows: int, columns: int, batch: int) -> tuple[int, int, int]:
     if batch == 1 and rows < columns > 2048 and ROWS >= 4:  # out_proj of wide models: long rows
         ROWS, warps = 4, 8
     numbers = 4096 if columns < 2048 else 8192
-    return ROWS, min(max(8, triton.next_power_of_2(columns)), numbers // ROWS), warps
+    return ROWS, min(max(8, next_power_of_2(columns)), numbers // ROWS), warps
 
 
 def matrix_tile(rows: int, columns: int, batch: int, size: int, split: bool) -> dict[str, Any]:
@@ -2512,7 +2517,7 @@ def matrix_tile(rows: int, columns: int, batch: int, size: int, split: bool) -> 
 
     size: bytes of a number. split: the columns may be split.
     """
-    BATCH, ROWS = min(64, max(16, triton.next_power_of_2(batch))), 32 if batch <= 64 else 64
+    BATCH, ROWS = min(64, max(16, next_power_of_2(batch))), 32 if batch <= 64 else 64
     small = rows < 512 or columns <= 256  # x_proj, dt_proj: the first block is loaded ahead
     if small:
         BLOCK, ROWS, parts, stages = 256, 16 if split else 32, 8, 3
@@ -2520,7 +2525,7 @@ def matrix_tile(rows: int, columns: int, batch: int, size: int, split: bool) -> 
         BLOCK, parts, stages = 256 if columns <= 2048 else 128, 2 if columns < 2048 else 4, 3
     else:
         BLOCK, parts, stages = 128, 1, 6 if columns <= 1024 else 3
-    BLOCK = min(BLOCK * 2 // size, max(16, triton.next_power_of_2(columns)))
+    BLOCK = min(BLOCK * 2 // size, max(16, next_power_of_2(columns)))
     PART = BLOCK * ceil_div(columns, BLOCK * (parts if split else 1))
     tile = {"ROWS": ROWS, "BATCH": BATCH, "BLOCK": BLOCK, "PART": PART}
     return tile | {"STAGES": stages, "AHEAD": small}
@@ -2615,7 +2620,7 @@ def norm_step(
     wide = u.dtype if dtype is None else torch.promote_types(u.dtype, dtype)
     stream = torch.empty_like(u, dtype=wide) if store else u
     constants = {
-        "COLUMNS": columns, "BLOCK": triton.next_power_of_2(columns), "PARTS": parts,
+        "COLUMNS": columns, "BLOCK": next_power_of_2(columns), "PARTS": parts,
         "STORE": store, **overlap_options(u.device, overlap),
     }  # fmt: skip
     with device_of(u):
@@ -2629,8 +2634,7 @@ def sum_step(parts: Tensor) -> Tensor:
     out, SIZE = torch.empty_like(parts[0]), 256
     constants = {"PARTS": len(parts), "SIZE": SIZE, **overlap_options(parts.device, True)}
     with device_of(parts):
-        numbers = out.numel()
-        sum_step_kernel[(ceil_div(numbers, SIZE),)](parts, out, numbers, **constants)
+        sum_step_kernel[(ceil_div(out.numel(), SIZE),)](parts, out, out.numel(), **constants)
     return out
 
 
@@ -2643,8 +2647,8 @@ def state_step(
     y, CHANNELS = xz.new_empty(batch, d_inner), 16 if dt is None else 64
     tensors = (block.dt_proj.weight, block.dt_proj.bias, block.A_log, block.D, h, y)
     constants = {
-        "CHANNELS": CHANNELS, "N": triton.next_power_of_2(d_state), "HAS_DT": dt is not None,
-        "RANK": triton.next_power_of_2(rank), "DIRAC": rule == "dirac", "FAST": FAST,
+        "CHANNELS": CHANNELS, "N": next_power_of_2(d_state), "HAS_DT": dt is not None,
+        "RANK": next_power_of_2(rank), "DIRAC": rule == "dirac", "FAST": FAST,
         "num_warps": 2, **overlap_options(xz.device, True),
     }  # fmt: skip
     with device_of(xz):
@@ -2782,7 +2786,7 @@ def sample_triton(
     check_device(logits)
     seeds = torch.randint(2**31, (batch,), generator=generator, device=logits.device)
     out = torch.empty_like(seeds)
-    SIZE = min(8192, max(32, triton.next_power_of_2(vocab)))
+    SIZE = min(8192, max(32, next_power_of_2(vocab)))
     # Temperatures beyond float32 would make 0 / 0 and inf / inf.
     scale = LOG2E.value / min(max(temperature, 1e-30), 1e30)
     with device_of(logits):

@@ -253,8 +253,9 @@ def train(
                 raise ValueError(f"{said}: delete it to begin anew, or choose another --out")
         losses, measured, seconds = saved["losses"], saved["measured"], saved["seconds"]
         windows.position = saved["position"]
-        dcp.set_optimizer_state_dict(model, optimizer, saved["moments"], options=whole)
-        dcp.set_model_state_dict(model, saved["weights"], options=whole)
+        both = {"model_state_dict": saved["weights"], "optim_state_dict": saved["moments"]}
+        dcp.get_optimizer_state_dict(model, optimizer)  # makes places for all that is kept
+        dcp.set_state_dict(model, optimizer, **both, options=whole)
         state.conv.copy_(saved["conv"][:, mine])
         state.h.copy_(saved["h"][:, mine])
         if rank == 0:

@@ -233,7 +233,7 @@ CASES = {
     },
     "segments that end inside of a chunk": {
         "small": (1, 37, 3, 1), "large": (1, 2000, 1536, 16), "cut": (2, 3),
-        "patch": sized({"K": 16, "SCHEDULERS": 1}, {}),
+        "patch": sized({"K": 16, "forward_shape": lambda *_: ((1, 1, 32), 24)}, {}),
     },
     "a loss of h_last": {"small": (1, 5, 3, 2), "large": (2, 63, 16, 1), "outputs": ["h_last"]},
     "slices of one segment": {
@@ -683,8 +683,8 @@ def test_the_operators_return_what_they_promise_to_the_compiler(most):
 
 
 def test_a_compiled_variant_is_used_again_only_where_it_fits(monkeypatch):
-    """Not for another dtype, address, constant or kernel, nor where a fixed number is 1, a multiple
-    of 16 or beyond 32 bits and was not: Triton compiles these into it."""
+    """Not for another dtype, address, constant, fixed number, kernel or device: Triton is to look.
+    What it found is kept for so many and no more, as lengths may be without end."""
     monkeypatch.setattr(triton_scan, "INTERPRETED", False)
     monkeypatch.setattr(triton_scan, "variants", {})
     numbers = torch.zeros(32)
@@ -698,13 +698,18 @@ def test_a_compiled_variant_is_used_again_only_where_it_fits(monkeypatch):
         for again in ({}, {"free": (16,)}, {"tensors": (tensor[8:],)}):
             triton_scan.launch(kernel, (count,), **(first | changes | again))
         assert kernel.__getitem__.return_value.call_count == count, changes
-    triton_scan.launch(kernel, (0,), **(first | {"fixed": (3, 8)}))  # as little a multiple as 5
-    assert kernel.__getitem__.return_value.call_count == count
+    other = mock.MagicMock(arg_names=kernel.arg_names)
+    for _ in range(2):
+        triton_scan.launch(other, (0,), **first)
+    assert other.__getitem__.return_value.call_count == 1
     variant = kernel.__getitem__.return_value.return_value
     grids = [call.args[0] for call in variant.__getitem__.call_args_list]
-    assert grids == [*((i,) for i in range(1, count + 1) for _ in range(2)), (0,)]
+    assert grids == [(i,) for i in range(1, count + 1) for _ in range(2)]
     call = variant.__getitem__.return_value.call_args_list[0]
     assert call.args == (numbers.data_ptr(), 16, 3, 5, True, 8)
+    for n in range(10_000):
+        triton_scan.launch(other, (0,), **(first | {"fixed": (3, n)}))
+    assert 0 < len(triton_scan.variants) < 100, "all but the last have been let go"
 
 
 @needs_gpu

@@ -6,6 +6,7 @@ import math
 import random
 import re
 import sys
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from generate import DEFAULT_MODEL
-from mamba import Mamba, MambaConfig, read_file
+from mamba import Mamba, MambaConfig, read_file, selective_scan
 from test_mamba import random_model
 
 HERE = Path(__file__).parent.parent / "benchmarks"
@@ -295,6 +296,70 @@ def test_the_table_has_a_row_for_each_and_the_transformer_is_trained_once(
     assert "error: --validation-share is not for this table" in capsys.readouterr().err
     with pytest.raises(SystemExit, match=r"transformer\.py: error: .*nothing"):
         table("--rows transformer --evaluate nothing")
+
+
+@pytest.fixture
+def scan(monkeypatch):
+    """benchmarks/scan.py where mamba_ssm is installed: its two functions, by mamba.py."""
+    pytest.importorskip("triton")
+
+    def y_of(u, delta, A, B, C, D, z, delta_bias):
+        assert u.is_contiguous() and B.shape == C.shape == (len(u), 1, A.shape[1], u.shape[2])
+        u, delta, z, B, C = u.mT, delta.mT, z.mT, B[:, 0].mT, C[:, 0].mT
+        y, _ = selective_scan(u, delta, A, B, C, D, dt_bias=delta_bias, scan="sequential")
+        return y.mT, (y * F.silu(z)).mT
+
+    def fwd(*inputs):
+        *inputs, softplus = inputs
+        without_gate, y = y_of(*inputs)
+        assert softplus is True
+        return without_gate, "states", y
+
+    def bwd(*inputs):
+        *inputs, dy, states, without_gate, dz, softplus, again = inputs
+        assert (states, dz, softplus, again) == ("states", None, True, False)
+        assert torch.equal(without_gate, y_of(*inputs)[0])
+        with torch.enable_grad():
+            inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+            return list(torch.autograd.grad(y_of(*inputs)[1], inputs, dy))
+
+    module = types.ModuleType("selective_scan_cuda")
+    module.__spec__, module.fwd, module.bwd = "a spec", fwd, bwd
+    monkeypatch.setitem(sys.modules, "selective_scan_cuda", module)
+    monkeypatch.syspath_prepend(HERE)
+    monkeypatch.delitem(sys.modules, "scan", raising=False)
+    yield importlib.import_module("scan")
+    del sys.modules["scan"]
+
+
+def test_the_official_scan_gets_what_ours_gets_and_both_are_in_the_table(scan, monkeypatch, capsys):
+    """A dry run of one small shape; another y than ours is an error."""
+    monkeypatch.setattr(scan, "STATES", 1)  # Triton's interpreter is slow
+    tensors, dy = scan.make_inputs(2, 5, 9, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        for passes in (scan.our_passes, scan.official_passes):
+            forward, backward = passes(tensors, dy)
+            y, (dx, ddt, dA, *_) = forward()[0], backward(*forward())
+            if passes is scan.our_passes:
+                expected = y, dx.mT, ddt.mT, dA
+    for name, theirs, ours in zip("y dx ddt dA".split(), (y, dx, ddt, dA), expected, strict=True):
+        assert scan.relative(theirs, ours.double()) < 1e-5, name
+    shape = {"B": 1, "D": 3, "L": 9, "dtype": "fp32", "limit_memory_ms": 1, "limit_exp_ms": 2}
+    monkeypatch.setattr(scan, "wanted_shapes", lambda *_: [shape])
+    monkeypatch.setattr(sys, "argv", ["scan.py", "--dry-run", "--parts", "shapes"])
+    times = itertools.count(1)
+    monkeypatch.setattr(scan, "milliseconds", lambda *_: next(times))
+    scan.main()
+    row = re.search(r"^\| 1 x 3 x 9, fp32 \| (.*) \|$", capsys.readouterr().out, re.M)[1]
+    ## In the order of measuring: ours forward, from a graph, backward, from a graph; then theirs.
+    ours, theirs = (1, 2, 3, 4), (5, 6, 7, 8)
+    expected = [x for o, t in zip(ours, theirs, strict=True) for x in (t, o, t / o)]
+    assert [float(x) for x in row.split("|")] == pytest.approx([*expected, 2, 0.5, 9], rel=5e-3)
+    fwd = sys.modules["selective_scan_cuda"].fwd
+    wrong = lambda *inputs: (*fwd(*inputs)[:2], fwd(*inputs)[2] * 1.001)  # noqa: E731
+    monkeypatch.setattr(sys.modules["selective_scan_cuda"], "fwd", wrong)
+    with pytest.raises(SystemExit, match=r"another y than the official one, by 1\.0e-03"):
+        scan.main()
 
 
 def test_lines_whose_mutants_do_not_count_are_still_there():

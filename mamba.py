@@ -879,7 +879,7 @@ def are_our_own(*modules: nn.Module) -> bool:
     # Asked of every block in every prompt: plain loops, and no attributes of modules.
     for module in modules:
         mine = vars(module)
-        if not is_plain(module, *own) or not {"step", "select", "embed"}.isdisjoint(mine):
+        if not is_plain(module, *own) or not mine.keys().isdisjoint(("step", "select", "embed")):
             return False
         if not all([p is None or type(p) is nn.Parameter for p in mine["_parameters"].values()]):
             return False

@@ -2025,14 +2025,14 @@ class Weights(NamedTuple):
     @classmethod
     def of(cls, layer: Any) -> Weights:
         block = layer.mixer  # Module.__getattr__ is slow, for twelve weights of every layer
-        of = {name: module._parameters for name, module in block._modules.items()}
-        in_proj, conv, dt_proj, out_proj = (
-            (of[name]["weight"], of[name]["bias"])
-            for name in ("in_proj", "conv1d", "dt_proj", "out_proj")
-        )
-        x_proj, own = of["x_proj"]["weight"], block._parameters
-        rest = *dt_proj, own["A_log"], own["D"], *out_proj
-        return cls(layer.norm.weight, *in_proj, *conv, x_proj, *rest)
+        own, of = block._parameters, block._modules
+        names = "in_proj", "conv1d", "x_proj", "dt_proj", "out_proj"
+        in_proj, conv, x_proj, dt_proj, out_proj = [of[name]._parameters for name in names]
+        return cls(
+            layer.norm.weight, in_proj["weight"], in_proj["bias"], conv["weight"], conv["bias"],
+            x_proj["weight"], dt_proj["weight"], dt_proj["bias"], own["A_log"], own["D"],
+            out_proj["weight"], out_proj["bias"],
+        )  # fmt: skip
 
 
 def block_forward(
@@ -2154,7 +2154,7 @@ def residual_block_triton(
     """
     weights, device = Weights.of(layer), stream.device.type
     autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else layer.mixer.in_proj.weight.dtype
+    dtype = torch.get_autocast_dtype(device) if autocast else weights.in_proj.dtype
     options = layer.norm.eps, layer.mixer.config.rule, dtype
     tensors = (stream.contiguous(), past.to(dtype), h0, reset)
     with torch.autocast(device, enabled=False) if autocast else NOTHING:

@@ -110,7 +110,7 @@ from torch import Tensor
 ##     (1, 2048, 1536)    backward    8 x 2 x 16    96 x 11 x 1 = 1056                  1
 ##
 ## Words, from small to large. Step: one token. Tile: the 8 or 4 steps in registers. Chunk: K = 64
-## steps; h at the start of each is kept for the backward pass. Segment: the chunks of one program.
+## steps; h at the start of each is kept for the backward pass. Segment: the steps of one program.
 ## Piece: a quarter of a segment, backward. Slice: what one launch of the backward kernel covers. A
 ## block is the channels of a program, a group those of a backward program.
 ##
@@ -1174,7 +1174,7 @@ def sum_totals_kernel(
 ## Changed: `launch` remembers what Triton found out; `operator` gives the wrapper to torch.compile
 ## only; nothing is set to zero, one kernel adds up all parts of a sum.
 ##
-## Gained: 1 x 1536 x 2048 backward 0.98 -> 0.46 ms; by the third 1.07 -> 0.16 (another processor).
+## Gained, 1 x 1536 x 2048 backward: 0.98 -> 0.46 ms, by the third, elsewhere, 1.07 -> 0.16.
 
 
 def check_device(x: Tensor) -> None:
@@ -1210,8 +1210,8 @@ def lane_shape(d_state: int, lanes_of_a_channel: int) -> tuple[int, int, int]:
 
 
 ## How the work is cut depends on the sizes and not on the device, so that every process of a
-## distributed run computes the same bits. The numbers are an H100's: FULL, programs from which on a
-## kernel is as fast without cutting time; WANTED, how many there are about where time is cut.
+## distributed run computes the same bits. The numbers are an H100's. FULL: programs from which on a
+## kernel is as fast without cutting time. BACKWARD_WANTED: about so many, where time is cut.
 
 SCHEDULERS = 528
 FORWARD_FULL = 448  # programs of two lanes a channel
@@ -1229,7 +1229,7 @@ def segment_length(seqlen: int, segments: int) -> int:
 def forward_shape(
     batch: int, seqlen: int, d_inner: int, d_state: int
 ) -> tuple[tuple[int, int, int], int]:
-    """(M, J, C) of the forward kernel, and the steps of a segment, whole tiles.
+    """(M, J, C) of the forward kernel, and the steps of a segment, a multiple of FORWARD_T.
 
     Where two lanes a channel make programs enough, time is not cut; where they make very many, a
     channel has one lane. Where too few, it has one lane too, and time is cut.
@@ -1241,13 +1241,13 @@ def forward_shape(
     return one, soonest(batch * ceil_div(d_inner, one[2]), seqlen, FORWARD_T, K)
 
 
-@functools.cache
+@functools.lru_cache(10_000)
 def soonest(programs: int, seqlen: int, tile: int, shortest: int) -> int:
-    """The steps of a segment with which all are done soonest; `programs`: for each segment.
+    """With how many steps a segment, of so many programs, all are done soonest: a multiple of tile.
 
-    One program to a scheduler is a turn, 33 for 32 schedulers are two. A turn takes a segment and
-    the chain of summaries before it, in the mean half of all, each about a step. In a single turn
-    nothing else is there to run while a program waits: two to eight.
+    One program to a scheduler is a turn, 33 for 32 schedulers are two. A turn takes the steps of a
+    segment and its chain of summaries, in the mean half of all; one takes about as long as a step.
+    In a single turn nothing else runs while a program waits: two to eight are tried.
     """
 
     def time(steps: int) -> float:
@@ -1271,8 +1271,8 @@ def unpack(packed: Tensor, d_inner: int, d_state: int) -> Tensor:
 
 
 ## Which compiled variant of a kernel fits depends on dtypes, addresses (are they multiples of 16?),
-## constants and `fixed` numbers (are they 1, multiples of 16, beyond 32 bits?); not on the values
-## of the `free` numbers (do_not_specialize), whose types must stay the same.
+## constants and `fixed` numbers: each of their values is an entry, as it is sooner compared than
+## judged; not on those of `free` numbers (do_not_specialize), whose types must stay the same.
 
 variants: dict = {}
 
@@ -1290,7 +1290,7 @@ def launch(kernel, grid, tensors: tuple, free: tuple, fixed: tuple, **constants)
         return
     variant = kernel[grid](*tensors, *free, *fixed, **constants)
     if not INTERPRETED:
-        if len(variants) == 10_000:  # of many lengths; what is still asked for comes back
+        if len(variants) >= 10_000:  # of many lengths; what is still in use comes back
             variants.clear()
         count = len(tensors) + len(free) + len(fixed)
         variants[key] = variant, tuple(constants[name] for name in kernel.arg_names[count:])
@@ -2069,9 +2069,10 @@ class Block(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, stream, past, h0, reset, eps, rule, dtype, *weights):
-        inputs, ctx.options = (stream, past, h0, reset), (eps, rule)
-        *outputs, kept = block_forward(*inputs, Weights(*weights), eps, rule, dtype, True)
-        ctx.save_for_backward(*inputs, *weights, *kept)
+        inputs, ctx.options = (stream, past, h0, reset, Weights(*weights)), (eps, rule)
+        *outputs, kept = block_forward(*inputs, eps, rule, dtype, True)
+        h0 = h0 if ctx.needs_input_grad[2] else None  # its gradient is all that it is kept for
+        ctx.save_for_backward(stream, past, h0, reset, *weights, *kept)
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
@@ -2097,7 +2098,6 @@ class Block(torch.autograd.Function):
         low_rank, rows = projected[:, :rank], x.view(-1, d_inner)
         dt, dy = (low_rank @ dt_proj.T).view_as(x), (d_added @ out_proj).view_as(x)
         B, C = projected.view(*x.shape[:2], -1)[..., rank:].chunk(2, dim=-1)
-        h0 = h0 if ctx.needs_input_grad[2] else None  # its gradient is all that it is here for
         inputs = (x, dt, w.A_log, B, C, w.D, z, h0, w.dt_bias, reset, borders, wide, True, rule)
         room = x.new_empty(*x.shape[:2], 5, d_inner)  # for draw, dz, y, ddt, dx
         gradients = scan_backward(dy, dh_last, *inputs, True, room[:, :, 1:])

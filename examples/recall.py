@@ -25,9 +25,9 @@ of which the largest of V is about sqrt(2 ln V). So the right one stands out up 
 This is no bound, as patterns can be chosen better than at random. But it is where a sum of all
 pairs begins to fail, and the picture draws it as a line. Mamba's patterns are more alike than
 random ones: B_t and C_t, its keys, are shared by all channels of a state, and computed from these
-channels. Of two states of 8192 numbers the wide one, 512 x 16, answers half of 380 to 391 pairs, 77
-to 79 % of what the line says, and the other, 128 x 64, of 89 to 160 (three seeds; 512 pairs are
-asked, but never in training).
+channels. Of two states of 8192 numbers, with the wide one, 512 x 16, half of 380 to 391 pairs are
+answered, 77 to 79 % of what the line says, with the other, 128 x 64, half of 89 to 160 (three
+seeds; 512 pairs are asked, but never in training).
 """
 
 from __future__ import annotations
@@ -172,17 +172,20 @@ def draw(results: dict[tuple[Shape, int], list[float]], sizes: dict, file: Path)
     shades = colormaps["viridis_r"]([(i + 1) / (len(states) + 1) for i in range(len(states))])
     colors = dict(zip(states, shades, strict=True)) | {None: "black"}
     labels = {shape: name(shape) for shape in colors}  # one line of the legend for all seeds
+    above = False
     for (shape, _), shares in results.items():
         left.plot(pairs, shares, "o-", color=colors[shape], label=labels.pop(shape, None))
         if shape is not None:
             count, sign = half(shares, pairs)
             mark = {"<": "v", "": "o", ">": "^"}[sign]
             right.plot(math.prod(shape), count, mark, color=colors[shape])
+            above = above or sign == ">"
     numbers = [min(map(math.prod, states)) / 2, max(map(math.prod, states)) * 2]
     line = [held_by_random_patterns(n, words) for n in numbers]
     formula = f"random patterns: numbers / (2 ln {words})"
     right.plot(numbers, line, color="gray", linestyle="--", label=formula)
-    right.plot([], [], "^", color="gray", label="more than all that were tried")
+    if above:
+        right.plot([], [], "^", color="gray", label="more than all that were tried")
     left.axhline(1 / words, color="gray", linestyle=":", label="guessing")
     for axes in (left, right):
         axes.set_xscale("log", base=2)

@@ -84,8 +84,8 @@ def keep_average(optimizer: torch.optim.Optimizer, newest: Tensor) -> None:
 
     @torch.no_grad()
     def update(*_: object) -> None:
-        for weight, kept in optimizer.state.items():
-            if "average" not in kept:
+        for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
+            if "average" not in (kept := optimizer.state[weight]):
                 kept["average"] = weight.clone()
             kept["average"].lerp_(weight, newest)
 
@@ -112,8 +112,9 @@ def evaluate(model: Mamba, texts: list[Text], window: int = 4096) -> float:
         state = model.init_state(1)
         for i in range(0, len(ids) - 1, window):
             part = ids[i : i + window + 1].to(device).long()
-            forget = reset[None, i : i + len(part) - 1].to(device)
-            logits, state = model(part[None, :-1], state, reset=forget if forget.any() else None)
+            forget = reset[None, i : i + len(part) - 1]
+            forget = forget.to(device) if forget.any() else None
+            logits, state = model(part[None, :-1], state, reset=forget)
             nats += F.cross_entropy(logits[0].float(), part[1:], reduction="sum").item()
     return nats / sum(len(ids) - 1 for ids, _ in texts)
 

@@ -9,6 +9,7 @@ import sys
 import types
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -333,33 +334,50 @@ def scan(monkeypatch):
 
 
 def test_the_official_scan_gets_what_ours_gets_and_both_are_in_the_table(scan, monkeypatch, capsys):
-    """A dry run of one small shape; another y than ours is an error."""
+    """A dry run of one small shape and length; another y, or gradient of x, is an error."""
     monkeypatch.setattr(scan, "STATES", 1)  # Triton's interpreter is slow
-    tensors, dy = scan.make_inputs(2, 5, 9, torch.float32, torch.device("cpu"))
-    with torch.no_grad():
-        for passes in (scan.our_passes, scan.official_passes):
-            forward, backward = passes(tensors, dy)
-            y, (dx, ddt, dA, *_) = forward()[0], backward(*forward())
-            if passes is scan.our_passes:
-                expected = y, dx.mT, ddt.mT, dA
-    for name, theirs, ours in zip("y dx ddt dA".split(), (y, dx, ddt, dA), expected, strict=True):
-        assert scan.relative(theirs, ours.double()) < 1e-5, name
-    shape = {"B": 1, "D": 3, "L": 9, "dtype": "fp32", "limit_memory_ms": 1, "limit_exp_ms": 2}
+    shape = {"B": 2, "D": 3, "L": 4, "dtype": "fp32", "limit_memory_ms": 1, "limit_exp_ms": 2}
     monkeypatch.setattr(scan, "wanted_shapes", lambda *_: [shape])
     monkeypatch.setattr(sys, "argv", ["scan.py", "--dry-run", "--parts", "shapes"])
+    assert scan.parse().official is False, "the real one does not run on a CPU"
+    (options := scan.parse()).official = True
+    monkeypatch.setattr(scan, "parse", lambda: options)
     times = itertools.count(1)
-    monkeypatch.setattr(scan, "milliseconds", lambda *_: next(times))
+    monkeypatch.setattr(scan, "milliseconds", lambda run, _: (run(), next(times))[1])
+    official = sys.modules["selective_scan_cuda"]
+    for name in ("fwd", "bwd"):
+        monkeypatch.setattr(official, name, mock.Mock(side_effect=getattr(official, name)))
     scan.main()
-    row = re.search(r"^\| 1 x 3 x 9, fp32 \| (.*) \|$", capsys.readouterr().out, re.M)[1]
+    ## To compare one of each; one forward for the timed backward pass; two timed ones of each.
+    assert (official.fwd.call_count, official.bwd.call_count) == (1 + 1 + 2, 1 + 2)
+    row = re.search(r"^\| 2 x 3 x 4, fp32 \| (.*) \|$", capsys.readouterr().out, re.M)[1]
     ## In the order of measuring: ours forward, from a graph, backward, from a graph; then theirs.
-    ours, theirs = (1, 2, 3, 4), (5, 6, 7, 8)
-    expected = [x for o, t in zip(ours, theirs, strict=True) for x in (t, o, t / o)]
+    expected = [x for ours, theirs in zip((1, 2, 3, 4), (5, 6, 7, 8), strict=True)
+                for x in (theirs, ours, theirs / ours)]  # fmt: skip
     assert [float(x) for x in row.split("|")] == pytest.approx([*expected, 2, 0.5, 9], rel=5e-3)
-    fwd = sys.modules["selective_scan_cuda"].fwd
-    wrong = lambda *inputs: (*fwd(*inputs)[:2], fwd(*inputs)[2] * 1.001)  # noqa: E731
-    monkeypatch.setattr(sys.modules["selective_scan_cuda"], "fwd", wrong)
-    with pytest.raises(SystemExit, match=r"another y than the official one, by 1\.0e-03"):
-        scan.main()
+
+    with torch.no_grad():
+        row = scan.measure_length(2, options)
+    assert (official.fwd.call_count, official.bwd.call_count) == (4 + 2, 3 + 1)
+    *_, line, _ = scan.lengths_table([row]).split("\n")
+    found = [float(x.replace(",", "")) for x in line.strip("| ").split("|")]
+    assert found == pytest.approx([2, 10, 11, 1.05e7, 1, 1, 12, 13, 1, 14, 1], rel=5e-3)
+
+    same = dict.fromkeys([f"{name}_ms" for name in scan.PASSES], 1.0)
+    same |= {"fwd_MiB": 1.0, "bwd_MiB": 1.0}
+    monkeypatch.setattr(scan, "measure_passes", lambda *_: dict(same))
+    monkeypatch.setattr(scan, "errors", lambda *_: (0.0, 0.0))
+    for name, which in (("fwd", 2), ("bwd", 0)):
+        right = getattr(official, name)
+
+        def wrong(*inputs, right=right, which=which):
+            results = list(right(*inputs))
+            results[which] = results[which] * 1.001
+            return results
+
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match=r"by 1\.0e-03"):
+            patch.setattr(official, name, wrong)
+            scan.main()
 
 
 def test_lines_whose_mutants_do_not_count_are_still_there():

@@ -39,10 +39,11 @@ def random_model(**changes) -> Mamba:
 
 
 def results(
-    model: Mamba, *, fused: bool, autocast=False, of=("logits", "conv", "h"), seqlen: int = 5
-) -> dict[str, Tensor]:
+    model: Mamba, *, fused: bool, autocast=False, of=("logits", "conv", "h"), seqlen: int = 5,
+    wanted=("conv", "h"),
+) -> dict[str, Tensor]:  # fmt: skip
     """Logits, states, and all gradients of a loss that weighs these at random, of rows with
-    documents in them."""
+    documents in them. wanted: of the first state."""
     generator = torch.Generator().manual_seed(1)
 
     def draw(like: Tensor) -> Tensor:
@@ -51,7 +52,9 @@ def results(
     ids = torch.randint(30, (2, seqlen), generator=generator).to(DEVICE)
     reset = (torch.rand(2, seqlen, generator=generator) < 0.2).to(DEVICE)
     model.zero_grad()
-    state = model.init_state(2).map(lambda tensor: draw(tensor).requires_grad_())
+    state = model.init_state(2).map(draw)
+    for name in wanted:
+        getattr(state, name).requires_grad_()
     kernels = triton_scan if fused else None
     with (
         mock.patch.object(mamba, "kernels_for", lambda *_: kernels),
@@ -115,6 +118,13 @@ def test_a_loss_of_one_output_alone(of):
     assert_all_close(actual, expected, 1e-4 if GPU else 2e-5)
 
 
+@pytest.mark.parametrize("wanted", ["conv", "h"])
+def test_of_the_first_state_gets_a_gradient_what_wants_one(wanted):
+    model = random_model()
+    expected, actual = (results(model, fused=fused, wanted=[wanted]) for fused in (False, True))
+    assert_all_close(actual, expected, 1e-4 if GPU else 2e-5)
+
+
 @pytest.mark.parametrize("trained", ["in_proj", "out_proj"])
 def test_a_matrix_is_trained_by_itself_and_no_product_is_made_for_others(trained):
     model = random_model(n_layer=1)
@@ -161,6 +171,7 @@ def test_of_all_that_is_as_long_as_the_text_a_block_keeps_little_for_its_backwar
         lambda tensor: kept.setdefault(tensor.data_ptr(), tensor), lambda tensor: tensor
     ):
         triton_scan.residual_block_triton(layer, stream, state.conv, state.h)
+    assert state.h.data_ptr() not in kept, "a state that wants no gradient"
     weights = {parameter.data_ptr() for parameter in layer.parameters()}
     numbers = {t.numel() for at, t in kept.items() if at not in weights and 9 in t.shape}
     rank, d_inner, states = model.config.dt_rank, model.config.d_inner, 4  # 3, in tiles of 4

@@ -312,6 +312,7 @@ GRIDS = {
     (1, 66, 3, 1): [(1, 2, 1), (1, 2, 1)],
     (1, 65536, 2048, 16): [(64, 33, 1), (128, 8, 1), (128, 8, 1)],
     (1, 2**20, 2048, 16): [(64, 33, 1), (128, 8, 1), (128, 8, 1)],
+    (1, 65536, 256, 16): [(8, 131, 1), (16, 62, 1), (16, 66, 1)],
     (1, 65536, 4096, 16): [(128, 33, 1), (256, 4, 1), (256, 4, 1)],
     (1, 2048, 1536, 16): [(48, 22, 1), (96, 11, 1)],
     (1, 1024, 2048, 16): [(64, 16, 1), (128, 8, 1)],
@@ -688,14 +689,15 @@ def test_a_compiled_variant_is_used_again_only_where_it_fits(monkeypatch):
     monkeypatch.setattr(triton_scan, "INTERPRETED", False)
     monkeypatch.setattr(triton_scan, "variants", {})
     numbers = torch.zeros(32)
-    first = {"tensors": (numbers,), "free": (7,), "fixed": (3, 5), "T": 8, "EVEN": True}
+    first = {"tensors": (numbers, numbers), "free": (7,), "fixed": (3, 5), "T": 8, "EVEN": True}
     others = [{"fixed": (3, n)} for n in (1, 16, 2**31 + 1)] + [{"T": 4}, {"EVEN": False}]
-    others += [{"tensors": (numbers[2:],)}, {"tensors": (numbers.half(),)}]
-    others += [{"tensors": (torch.zeros(32, device="meta"),)}]
-    kernel = mock.MagicMock(arg_names=["x", "free", "d", "n", "EVEN", "T"])
+    pairs = (numbers[2:], numbers), (numbers, numbers[2:]), (numbers[2:], numbers[2:])
+    pairs += (numbers.half(), numbers), (numbers, numbers.half())
+    others += [{"tensors": pair} for pair in (*pairs, (torch.zeros(32, device="meta"),) * 2)]
+    kernel = mock.MagicMock(arg_names=["x", "y", "free", "d", "n", "EVEN", "T"])
     for count, changes in enumerate([{}, *others], start=1):
-        (tensor,) = changes.get("tensors", (numbers,))
-        for again in ({}, {"free": (16,)}, {"tensors": (tensor[8:],)}):
+        later = tuple(tensor[8:] for tensor in changes.get("tensors", first["tensors"]))
+        for again in ({}, {"free": (16,)}, {"tensors": later}):
             triton_scan.launch(kernel, (count,), **(first | changes | again))
         assert kernel.__getitem__.return_value.call_count == count, changes
     other = mock.MagicMock(arg_names=kernel.arg_names)
@@ -706,7 +708,7 @@ def test_a_compiled_variant_is_used_again_only_where_it_fits(monkeypatch):
     grids = [call.args[0] for call in variant.__getitem__.call_args_list]
     assert grids == [(i,) for i in range(1, count + 1) for _ in range(2)]
     call = variant.__getitem__.return_value.call_args_list[0]
-    assert call.args == (numbers.data_ptr(), 16, 3, 5, True, 8)
+    assert call.args == (numbers.data_ptr(), numbers.data_ptr(), 16, 3, 5, True, 8)
     for n in range(10_000):
         triton_scan.launch(other, (0,), **(first | {"fixed": (3, n)}))
     assert 0 < len(triton_scan.variants) < 100, "all but the last have been let go"

@@ -426,25 +426,27 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_and_ends_with_the_same_bits(
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", only_once(torch.save))
         with pytest.raises(SystemExit, match=r"train\.py: stopped: the same command goes on from"):
-            run("--out cut --dropout 0.3")
-    before = torch.load("cut/training.pt")["seconds"]
-    assert "cut/training.pt: going on after step 2\n" in run("--out cut --dropout 0.3")
-    assert torch.load("cut/training.pt")["seconds"] > before > 0
+            run("--out new/cut --dropout 0.3")
+    before = torch.load("new/cut/training.pt")["seconds"]
+    assert "new/cut/training.pt: going on after step 2\n" in run("--out new/cut --dropout 0.3")
+    assert torch.load("new/cut/training.pt")["seconds"] > before > 0
     for name in ("model.safetensors", "config.json", "loss.csv"):
         whole = Path("whole", name).read_bytes()
-        assert Path("killed", name).read_bytes() == Path("cut", name).read_bytes() == whole, name
+        assert Path("killed", name).read_bytes() == Path("new/cut", name).read_bytes() == whole, (
+            name
+        )
     for name, before, value in (
         ("lr", "0.01", "0.02"), ("steps", "6", "7"), ("average", "0.998", "0.0"), ("seed", "5", "6")
     ):  # fmt: skip
         with pytest.raises(SystemExit, match=f"begun with {name} = {before}, not {value}: delete"):
-            run(f"--out cut --dropout 0.3 --{name} {value}")
+            run(f"--out new/cut --dropout 0.3 --{name} {value}")
     Path("more.txt").write_bytes(VERSE.swapcase())
     with pytest.raises(SystemExit, match=r"begun with texts = 424 tokens \w+, .*, not 424 tokens "):
-        run("--out cut --dropout 0.3")
+        run("--out new/cut --dropout 0.3")
     Path("more.txt").write_bytes(VERSE.upper())
     Path("kept.txt").write_bytes(VERSE)
     with pytest.raises(SystemExit, match="begun with texts"):
-        run("--out cut --dropout 0.3")
+        run("--out new/cut --dropout 0.3")
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
@@ -490,8 +492,8 @@ def test_a_recorded_step_is_the_step_and_a_run_on_a_gpu_goes_on(run, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", only_once(torch.save))
         with pytest.raises(SystemExit, match="stopped"):
-            run(f"--out cut {gpu} --graph")
-    assert "going on after step 2" in run(f"--out cut {gpu} --graph")
+            run(f"--out new/cut {gpu} --graph")
+    assert "going on after step 2" in run(f"--out new/cut {gpu} --graph")
     for folder in ("graph", "cut"):
         assert_close(folder, losses(folder)[:, 0], losses("plain")[:, 0], 1e-3)
 

@@ -2128,7 +2128,7 @@ class Block(torch.autograd.Function):
 
 
 def takes_block(layer: Any, stream: Tensor) -> bool:
-    """Whether residual_block_triton can run this layer, of mamba.py's modules, and should."""
+    """Whether residual_block_triton can run this layer of mamba.py, on a stream that is taken."""
     config, parts = layer.mixer.config, layer.mixer._modules
     if not all(["weight" in part._parameters for part in parts.values()]):
         return False
@@ -2139,7 +2139,7 @@ def takes_block(layer: Any, stream: Tensor) -> bool:
         and w.dt_bias is not None
         and parts["x_proj"]._parameters["bias"] is None
         and (filters, dilation) == ((1, config.d_conv), (1,))
-        and takes(stream, *w, rule=config.rule, d_state=w.A_log.shape[1], d_conv=filters[-1])
+        and fits((stream, *w), config.rule, d_state=w.A_log.shape[1], d_conv=filters[-1])
     )
 
 

@@ -1243,11 +1243,11 @@ def forward_shape(
 
 @functools.lru_cache(10_000)
 def soonest(programs: int, seqlen: int, tile: int, shortest: int) -> int:
-    """With how many steps a segment, of so many programs, all are done soonest: a multiple of tile.
+    """The steps of a segment with which all is done soonest: a multiple of tile, at least shortest.
 
-    One program to a scheduler is a turn, 33 for 32 schedulers are two. A turn takes the steps of a
-    segment and its chain of summaries, in the mean half of all; one takes about as long as a step.
-    In a single turn nothing else runs while a program waits: two to eight are tried.
+    With so many programs a segment, one to a scheduler is a turn; 33 for 32 schedulers are two. A
+    turn takes a segment's steps and its chain of summaries, in the mean half of all, each about as
+    long as a step. In a single turn nothing else runs while a program waits: two to eight are tried.
     """
 
     def time(steps: int) -> float:
@@ -1271,8 +1271,8 @@ def unpack(packed: Tensor, d_inner: int, d_state: int) -> Tensor:
 
 
 ## Which compiled variant of a kernel fits depends on dtypes, addresses (are they multiples of 16?),
-## constants and `fixed` numbers: each of their values is an entry, as it is sooner compared than
-## judged; not on those of `free` numbers (do_not_specialize), whose types must stay the same.
+## constants and `fixed` numbers (each value has an entry of its own: cheaper than to judge it); not
+## on those of `free` numbers (do_not_specialize), whose types must stay the same.
 
 variants: dict = {}
 

@@ -1247,7 +1247,7 @@ def soonest(programs: int, seqlen: int, tile: int, shortest: int) -> int:
 
     With so many programs a segment, one to a scheduler is a turn; 33 for 32 schedulers are two. A
     turn takes a segment's steps and its chain of summaries, in the mean half of all, each about as
-    long as a step. In a single turn nothing else runs while a program waits: two to eight are tried.
+    long as a step. In a single turn nothing else runs while a program waits: 2 to 8 are tried.
     """
 
     def time(steps: int) -> float:

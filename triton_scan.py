@@ -1270,9 +1270,9 @@ def unpack(packed: Tensor, d_inner: int, d_state: int) -> Tensor:
     return h[..., :d_inner, :d_state].contiguous()
 
 
-## Which compiled variant of a kernel fits depends on dtypes, addresses (are they multiples of 16?),
-## constants and `fixed` numbers (each value has an entry of its own: cheaper than to judge it); not
-## on those of `free` numbers (do_not_specialize), whose types must stay the same.
+## Which compiled variant of a kernel fits depends on the dtypes, on whether addresses and `fixed`
+## numbers are multiples of 16 (and on numbers that are 1, or need 64 bits), and on the constants;
+## not on the values of the `free` numbers (do_not_specialize), whose types must stay the same.
 
 variants: dict = {}
 
@@ -1283,15 +1283,14 @@ def launch(kernel, grid, tensors: tuple, free: tuple, fixed: tuple, **constants)
     addresses = [tensor.data_ptr() for tensor in tensors]
     dtypes = [tensor.dtype for tensor in tensors]
     uneven = [i for i, address in enumerate(addresses) if address % 16]
-    key = (kernel.fn, tensors[0].device, *dtypes, *fixed, *constants.values(), *uneven)
+    traits = [n % 16 == 0 if 1 < n < 2**31 else (n,) for n in fixed]
+    key = (kernel.fn, tensors[0].device, *dtypes, *traits, *constants.values(), *uneven)
     if key in variants:
         variant, values = variants[key]  # of a tensor Triton asks the address again
         variant[grid](*addresses, *free, *fixed, *values)
         return
     variant = kernel[grid](*tensors, *free, *fixed, **constants)
     if not INTERPRETED:
-        if len(variants) >= 10_000:  # of many lengths; what is still in use comes back
-            variants.clear()
         count = len(tensors) + len(free) + len(fixed)
         variants[key] = variant, tuple(constants[name] for name in kernel.arg_names[count:])
 

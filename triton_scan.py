@@ -1241,7 +1241,8 @@ def lane_shape(d_state: int, lanes_of_a_channel: int) -> tuple[int, int, int]:
 ## kernel is as fast without cutting time. BACKWARD_WANTED: about so many, where time is cut.
 
 SCHEDULERS = 528
-FORWARD_FULL, FORWARD_CROWDED = 448, 4096  # programs of two lanes; from CROWDED on one is faster
+FORWARD_FULL = 448, 650  # programs of two lanes a channel, where they take one turn or two
+FORWARD_CROWDED = 4096  # programs of two lanes, from which on one lane is faster
 BACKWARD_FULL, BACKWARD_WANTED = 700, 1056
 PIECES = 4  # of a segment, backward, with a summary each
 
@@ -1257,12 +1258,12 @@ def forward_shape(
 ) -> tuple[tuple[int, int, int], int]:
     """(M, J, C) of the forward kernel, and the steps of a segment, a multiple of FORWARD_T.
 
-    Where two lanes a channel make programs enough, time is not cut; where they make very many, a
-    channel has one lane. Where too few, it has one lane too, and time is cut.
+    Where two lanes a channel make programs enough for a turn of the schedulers, or two, time is not
+    cut; where they make very many, a channel has one lane. Else it has one too, and time is cut.
     """
     one, two = lane_shape(d_state, 1), lane_shape(d_state, 2)
     programs = batch * ceil_div(d_inner, two[2])
-    if programs >= FORWARD_FULL:
+    if programs >= FORWARD_FULL[0 if programs <= SCHEDULERS else 1]:
         return two if programs < FORWARD_CROWDED else one, ceil_div(seqlen, FORWARD_T) * FORWARD_T
     return one, soonest(batch * ceil_div(d_inner, one[2]), seqlen, FORWARD_T, K)
 

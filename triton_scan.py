@@ -106,8 +106,8 @@ from torch import Tensor
 ##     x (b, l, d)        kernel      M x J x C     blocks x segments x b = programs    slices
 ##     (8, 2048, 2048)    forward     8 x 2 x 16    128 x 1 x 8 = 1024                  1
 ##     (1, 2048, 1536)    forward     16 x 1 x 32   48 x 22 x 1 = 1056                  1
-##     (8, 2048, 2048)    backward    8 x 2 x 16    128 x 1 x 8 = 1024                  4
-##     (1, 2048, 1536)    backward    8 x 2 x 16    96 x 11 x 1 = 1056                  1
+##     (8, 2048, 2048)    backward    8 x 2 x 16    128 x 1 x 8 = 1024                  1
+##     (1, 65536, 2048)   backward    8 x 2 x 16    128 x 8 x 1 = 1024                  4
 ##
 ## Words, from small to large. Step: one token. Tile: the 8 or 4 steps in registers. Chunk: K = 64
 ## steps; h at the start of each is kept for the backward pass. Segment: the steps of one program.
@@ -500,11 +500,10 @@ def widen_kernel(
 ## where it multiplies and adds 32 times. So 2^v is a polynomial for two of 16 states. (The scan
 ## itself gains nothing by that: it multiplies more.)
 ##
-## Gained, in µs, over two lanes a channel and no cut: 1 x 5120 x 2048 173 -> 139, 4 x 1536 x 2048
-## 176 -> 165. By four summaries at a time (`chain`) and segments that fill the schedulers' turns
-## (`forward_shape`) 1 x 1536 x 2048 went 60 -> 50. By Δ that the summary computes once 137 -> 131
-## and 50 -> 48, by its polynomial -> 127 and 46. By four summaries of a segment backward, not one,
-## 1 x 5120 x 2048 went 611 -> 573.
+## Gained, in µs, over two lanes a channel and no cut: 1 x 5120 x 2048 173 -> 139. By four summaries
+## at a time (`chain`) and segments that fill the schedulers' turns (`soonest`) 1 x 1536 x 2048 went
+## 60 -> 50. By Δ that the summary computes once 137 -> 131 and 50 -> 48, by its polynomial -> 127
+## and 46. Backward, by four summaries of a segment, not one, 1 x 5120 x 2048 went 611 -> 573.
 
 
 @triton.jit
@@ -865,13 +864,11 @@ def spread(v, T: tl.constexpr):
 ## some steps is what their g add to it. This needs no recurrence, so it may be cut finer than the
 ## scan: a segment has four pieces, each with a summary, which makes four times as many programs of
 ## that short kernel. (`chain` asks for four at a time.)
-##
-## Tiles go to memory in an order in which the compiler gives the lanes what they have already.
 
 
 @triton.jit
 def store_own(pointers, value, mask, EVEN: tl.constexpr):
-    """A tile (s, j, c), to pointers (j, s, c): the mask is (s, j, c) too."""
+    """A tile and mask (s, j, c), to pointers (j, s, c): so each lane stores what it has already."""
     value = tl.permute(value, [1, 0, 2])
     store(pointers, value, mask if EVEN else tl.permute(mask, [1, 0, 2]), EVEN)
 
@@ -1237,20 +1234,13 @@ def lane_shape(d_state: int, lanes_of_a_channel: int) -> tuple[int, int, int]:
 
 
 ## How the work is cut depends on the sizes and not on the device, so that every process of a
-## distributed run computes the same bits. The numbers are an H100's. FULL: programs from which on a
-## kernel is as fast without cutting time. BACKWARD_WANTED: about so many, where time is cut.
+## distributed run computes the same bits. The numbers are an H100's, as measured. FULL: programs
+## from which on the forward kernel is as fast without cutting time.
 
 SCHEDULERS = 528
 FORWARD_FULL = 448, 650  # programs of two lanes a channel, where they take one turn or two
 FORWARD_CROWDED = 4096  # programs of two lanes, from which on one lane is faster
-BACKWARD_FULL, BACKWARD_WANTED = 700, 1056
 PIECES = 4  # of a segment, backward, with a summary each
-
-
-def segment_length(seqlen: int, segments: int) -> int:
-    """Steps of a segment, a multiple of K."""
-    chunks = ceil_div(seqlen, K)
-    return ceil_div(chunks, min(chunks, segments)) * K
 
 
 def forward_shape(
@@ -1283,6 +1273,21 @@ def soonest(programs: int, seqlen: int, tile: int, shortest: int) -> int:
 
     tiles, most = ceil_div(seqlen, tile), [turns * SCHEDULERS // programs for turns in range(2, 9)]
     return min((max(ceil_div(tiles, n) * tile, shortest) for n in most), key=time)
+
+
+@functools.lru_cache(10_000)
+def backward_segment(programs: int, chunks: int) -> int:
+    """The same for the backward kernel, in chunks. Here two programs to a scheduler are a turn, of
+    which a last one that is not full takes 0.45 and more, and chains and summaries take less."""
+
+    def time(length: int) -> float:
+        segments = ceil_div(chunks, length)
+        turns, rest = divmod(segments * programs / (2 * SCHEDULERS), 1)
+        turns += 0.45 + 0.55 * rest if rest else 0
+        summaries = 0.07 * chunks + 0.1 * programs / (2 * SCHEDULERS) * (chunks - length)
+        return turns * (length + segments / 50) + (summaries if segments > 1 else 0)
+
+    return min(range(chunks, 0, -1), key=time)
 
 
 def pack(h: Tensor, channels: int, M: int, J: int, C: int) -> Tensor:
@@ -1443,8 +1448,8 @@ def scan_forward(
 
 
 def room_for_sums(x: Tensor) -> int:
-    """Bytes for the sums of dB and dC of one slice of time: as much as x has, or 24 MiB."""
-    return max(x.numel() * x.element_size(), 24 * 2**20)
+    """Bytes for the sums of dB and dC of one slice of time: as much as x has, or 256 MiB."""
+    return max(x.numel() * x.element_size(), 2**28)
 
 
 @operator(lambda dy, dh_last, x, *others: empty_like_each(x, x, *others[:8]))
@@ -1464,12 +1469,11 @@ def scan_backward(
     x, dt, z, dy = within_reach(x), within_reach(dt), within_reach(z), within_reach(dy)
 
     ## The sums of dB and dC of each program are n / 8 float32 numbers for each of x: for n = 16 and
-    ## bfloat16 as much as x, dx, ddt and dz. So the kernel runs on slices of time, the last first,
-    ## each added up before the next, which gets w, what arrives at the state before the slice.
-    wanted = 1 if programs >= BACKWARD_FULL else max(1, BACKWARD_WANTED // programs)
-    chunks = room_for_sums(x) // (programs * K * 2 * states * 4)
-    steps = min(max(1, round(chunks / wanted)) * wanted, ceil_div(seqlen, K)) * K
-    segment = segment_length(steps, wanted)
+    ## bfloat16 as much as x, dx, ddt and dz. If that is too much the kernel runs on slices of time,
+    ## the last first, each added up before the next, which gets w, what arrives at its last state.
+    chunks, most = ceil_div(seqlen, K), room_for_sums(x) // (programs * K * 2 * states * 4)
+    chunks = ceil_div(chunks, ceil_div(chunks, max(1, most)))  # of a slice: all are as long
+    steps, segment = chunks * K, backward_segment(programs, chunks) * K
     segments, pieces = ceil_div(steps, segment), min(PIECES, K // BACKWARD_T)
 
     starts = range((seqlen - 1) // steps * steps, -1, -steps)
@@ -1653,10 +1657,9 @@ def check_inputs(rule: str, x: Tensor, A: Tensor, **others: Tensor | None) -> No
             f"need x (b, l, d), not empty, and A (d, n), got {tuple(x.shape)}, {tuple(A.shape)}"
         )
     (b, seqlen, d), n = x.shape, A.shape[1]
-    shapes = {
-        "x": (b, seqlen, d), "dt": (b, seqlen, d), "z": (b, seqlen, d), "A": (d, n),
-        "B": (b, seqlen, n), "C": (b, seqlen, n), "D": (d,), "dt_bias": (d,), "h0": (b, d, n),
-        "reset": (b, seqlen),
+    shapes = dict.fromkeys(("x", "dt", "z"), (b, seqlen, d)) | {
+        "A": (d, n), "B": (b, seqlen, n), "C": (b, seqlen, n), "D": (d,), "dt_bias": (d,),
+        "h0": (b, d, n), "reset": (b, seqlen),
     }  # fmt: skip
     check_tensors({"x": x, "A": A, **others}, shapes)
     if not 1 <= n <= MAX_STATE:
@@ -1681,10 +1684,7 @@ def selective_scan_triton(
 
     Raises ValueError for shapes, dtypes and rules that do not fit, RuntimeError off the GPU.
     """
-    tensors = {
-        "x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "h0": h0, "dt_bias": dt_bias,
-        "reset": reset,
-    }  # fmt: skip
+    tensors = dict(x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, h0=h0, dt_bias=dt_bias, reset=reset)
     check_inputs(rule, **tensors)
     if wants_gradient(*tensors.values()):
         return SelectiveScan.apply(*tensors.values(), dt_softplus, rule)
@@ -2808,8 +2808,7 @@ def sample_triton(
     with device_of(logits):
         # Floats: a variant that was compiled for an integer takes no other.
         free = vocab, scale, float(top_p), float(min_p)
-        constants = {"SIZE": SIZE, "FAST": FAST}
-        constants["num_warps"] = max(1, SIZE // 512)
+        constants = {"SIZE": SIZE, "FAST": FAST, "num_warps": max(1, SIZE // 512)}
         tensors, fixed = (logits, seeds, out), (logits.stride(0),)
         launch(sample_kernel, (batch, 1, 1), tensors, free, fixed, **constants)
     return out

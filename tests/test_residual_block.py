@@ -101,7 +101,7 @@ def test_in_bfloat16_it_loses_no_more_than_the_plain_block_does(autocast):
 
 
 def test_a_text_of_several_slices_has_its_gradients_in_their_places(monkeypatch):
-    for name, value in {"K": 8, "BACKWARD_WANTED": 1, "room_for_sums": lambda x: 64}.items():
+    for name, value in {"K": 8, "room_for_sums": lambda x: 64}.items():
         monkeypatch.setattr(triton_scan, name, value)
     model = random_model(n_layer=1)
     expected, actual = (results(model, fused=fused, seqlen=9) for fused in (False, True))

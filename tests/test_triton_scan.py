@@ -214,7 +214,8 @@ CASES = {
     "tiles that need no filling, impulses, as little as can be": {
         "small": (2, 40, 32, 1), "large": (2, 1000, 96, 16), "strided": True, "rule": "dirac",
         "without": "D z h0 dt_bias", "edit": {"dt": torch.abs}, "dt_softplus": False, "cut": (5, 3),
-        "patch": sized({"BACKWARD_WANTED": 6}, {}),  # two tiles in a piece; the last one ends early
+        # Two tiles in a piece; the last one ends early.
+        "patch": sized({"backward_segment": lambda programs, chunks: 2}, {}),
     },
     "one of each": {"small": (1, 1, 1, 1), "large": (2, 63, 16, 1)},
     "the states of mamba": {
@@ -224,7 +225,9 @@ CASES = {
     "16 lanes for a channel": {"small": (1, 3, 2, 200), "large": (1, 61, 16, 256), "without": "D"},
     "programs enough without cutting time": {
         "small": (2, 11, 3, 3), "large": (17, 129, 1536, 16), "reset": True,
-        "patch": sized({"FORWARD_FULL": (2, 2), "BACKWARD_FULL": 2}, {}),
+        "patch": sized(
+            {"FORWARD_FULL": (2, 2), "backward_segment": lambda programs, chunks: chunks}, {}
+        ),
     },
     # Three tiles in a chunk; 8 lanes for a channel, more than a tile has steps, and halves swapped.
     "a loss of y": {
@@ -238,7 +241,7 @@ CASES = {
     "a loss of h_last": {"small": (1, 5, 3, 2), "large": (2, 63, 16, 1), "outputs": ["h_last"]},
     "slices of one segment": {
         "small": (1, 21, 3, 1), "large": (300, 65, 48, 17), "cut": (3, 1, 1, 1),
-        "patch": sized({"BACKWARD_WANTED": 1, "room_for_sums": lambda x: 64}, {}),
+        "patch": sized({"room_for_sums": lambda x: 64}, {}),
     },
     "bfloat16": {"small": (2, 7, 11, 1), "large": (2, 1025, 200, 16), "dtypes": SHORT},
     "all dtypes": {"small": (2, 7, 11, 1), "large": (2, 61, 200, 16), "dtypes": MIXED},
@@ -246,7 +249,7 @@ CASES = {
         "small": (2, 37, 20, 3), "large": (2, 1041, 200, 16),
         "edit": {"A": lambda A: (A + 0.1).clamp(max=0)},  # some states forget only at resets
         "strided": True, "reset": True, "cut": (5, 2, 3), "patch": {  # slices of 2 and 3
-            "BACKWARD_WANTED": sized(12, 84), "PIECES": sized(1, 4),
+            "backward_segment": lambda programs, chunks: sized(1, 2), "PIECES": sized(1, 4),
             "room_for_sums": lambda x: sized(24 * 4 * 2 * 4 * 4, 384 * 28 * 2 * 16 * 4),
         },
     },
@@ -312,13 +315,15 @@ GRIDS = {
     (1, 66, 3, 1): [(1, 2, 1), (1, 2, 1)],
     (1, 65536, 2048, 16): [(64, 33, 1), (128, 8, 1), (128, 8, 1)],
     (1, 2**20, 2048, 16): [(64, 33, 1), (128, 8, 1), (128, 8, 1)],
-    (1, 65536, 256, 16): [(8, 131, 1), (16, 62, 1), (16, 66, 1)],
+    (1, 65536, 256, 16): [(8, 131, 1), (16, 64, 1)],
     (1, 65536, 4096, 16): [(128, 33, 1), (256, 4, 1), (256, 4, 1)],
     (1, 2048, 1536, 16): [(48, 22, 1), (96, 11, 1)],
     (1, 1024, 2048, 16): [(64, 16, 1), (128, 8, 1)],
-    (1, 2048, 5120, 16): [(160, 13, 1), (320, 1, 1), (320, 3, 1), (320, 3, 1)],
-    (3, 2048, 1536, 16): [(48, 11, 3), (96, 1, 3), (96, 3, 3), (96, 3, 3)],
-    (8, 2048, 1536, 16): [(96, 1, 8), (96, 1, 8), (96, 1, 8)],
+    (1, 2048, 5120, 16): [(160, 13, 1), (320, 3, 1)],
+    (3, 2048, 1536, 16): [(48, 11, 3), (96, 11, 3)],
+    (6, 2048, 1536, 16): [(48, 9, 6), (96, 8, 6)],
+    (8, 2048, 1536, 16): [(96, 1, 8), (96, 1, 8)],
+    (16, 2048, 1536, 16): [(96, 1, 16), (96, 2, 16), (96, 2, 16)],
     (4, 128, 1776, 16): [(56, 2, 4), (112, 2, 4)],
     (4, 128, 1777, 16): [(112, 1, 4), (112, 2, 4)],
     (4, 128, 2112, 16): [(132, 1, 4), (132, 2, 4)],

@@ -1525,7 +1525,7 @@ def scan_backward(
             )  # fmt: skip
             numbers = (stop - start) * 2 * states
             grid, free = (ceil_div(numbers, 128), batch, 1), (seqlen, start, numbers, steps, blocks)
-            constants = {"M": M, "J": J, "SWAP": swap, "ROWS": 16, "SIZE": 128, "num_warps": 4}
+            constants = {"M": M, "J": J, "SWAP": swap, "ROWS": 32, "SIZE": 128, "num_warps": 4}
             launch(sum_blocks_kernel, grid, (parts, dB, dC), free, (d_state,), **constants)
             w_after, w_before = w_before, w_after
         constants = {

@@ -16,14 +16,14 @@ A lesson, for those who have read mamba.py and know the vector addition of Trito
 `first_kernel` to the last one in steps. Each says what was slow, what changed and what it gained:
 ms forward / backward on an NVIDIA H100, of 8 x 2048 x 2048 (batch x channels x steps), n = 16,
 bfloat16, where no other size is named; from step 7 on of earlier versions, to be compared within a
-pair. At the end it is 0.257 / 1.10. (benchmarks/NOTES.md has more, and what failed.)
+pair. At the end it is 0.259 / 1.10. (benchmarks/NOTES.md has more, and what failed.)
 
     The problem             what limits a GPU here; how the work lies over it (a picture); words
     The first kernel        scan_chunked of mamba.py, fused                     about 3
-    Step 1  Lanes           a channel lies in one lane of a warp, or in two     1.24  / 4.03
-    Step 2  Tiles           several steps at once                               0.58  / 1.70
-    Step 3  Loads ahead     memory is asked two tiles before                    0.280 / 1.25
-    Step 4  Cheap numbers   fewer instructions around each exponential          0.257 / 1.19
+    Step 1  Lanes           a channel lies in one lane of a warp, or in two     1.25  / 4.08
+    Step 2  Tiles           several steps at once                               0.58  / 1.66
+    Step 3  Loads ahead     memory is asked two tiles before                    0.282 / 1.17
+    Step 4  Cheap numbers   fewer instructions around each exponential          0.259 / 1.10
     Step 5  Cutting time    if channels do not fill the chip    1 x 5120 x 2048: 0.173 -> 0.127
             Forward         the kernel of steps 1 to 5
     Step 6  h again         the backward pass computes states and does not store them: not timed
@@ -203,10 +203,10 @@ def first_scan(
 ## programs: faster while a scheduler has few (`forward_shape`). What has no axis (Δ has none for m
 ## and j, B none for c) is broadcast. The compiler takes the last axes for lanes: (t, m, j, c).
 ##
-## Gained: 3 -> 1.24 ms, one pass for two, bfloat16 and step 4's B and C included. 132 instructions
+## Gained: 3 -> 1.25 ms, one pass for two, bfloat16 and step 4's B and C included. 132 instructions
 ## for a step of 32 channels; an early version with four lanes a channel had 237, one with time
 ## across the lanes 490. (Steps 1 to 4 by `python benchmarks/scan.py --parts steps`: the kernels
-## below, their constants set back. So backward, 4.03 ms here, has steps 6 to 8 from the start.)
+## below, their constants set back. So backward, 4.08 ms here, has steps 6 to 8 from the start.)
 
 LANES = 32  # of a warp
 
@@ -282,8 +282,8 @@ def state_offsets(
 ## Changed: T steps are a tile and are loaded at once. The exponentials of all its steps, which do
 ## not depend on h, are there before the recurrence runs through them.
 ##
-## Gained: forward 1.24 ms, T = 2 1.01, T = 4 0.81, T = 8 0.58. Backward 4.03, 2.45 and, T = 4,
-## 1.70. (T = 16, with steps 3 and 4: 0.254 for 0.257. T = 8 backward: 1.85 for 1.19.)
+## Gained: forward 1.25 ms, T = 2 1.01, T = 4 0.81, T = 8 0.58. Backward 4.08, 2.41 and, T = 4,
+## 1.66. (T = 16, with steps 3 and 4: 0.255 for 0.259. T = 8 backward: 1.85 for 1.10.)
 ##
 ## Triton cannot index a tile in registers. But a scan or a reduction along an axis in the registers
 ## of a lane compiles to plain instructions: `associative_scan` is a loop here, and `row`, which
@@ -363,7 +363,7 @@ def chosen(here1, value1, here2, value2):
 ## Changed: `num_stages` of the loops over tiles (`tl.range`). While one tile is computed, the next
 ## two, backward three, are copied to shared memory (cp.async): no register, and nobody waits.
 ##
-## Gained: 0.58 -> 0.280 ms and 1.70 -> 1.25. (Two stages, with step 4: 0.36, 1.54.)
+## Gained: 0.58 -> 0.282 ms and 1.66 -> 1.17. (Two stages, with step 4: 0.36, 1.50.)
 
 FORWARD_T, FORWARD_STAGES = 8, 3  # steps of a tile, tiles in flight
 BACKWARD_T, BACKWARD_STAGES = 4, 4
@@ -389,7 +389,7 @@ def load_tile(
 ## Changed: A is multiplied by log2 e beforehand, ex2.approx.ftz is one instruction, and
 ## `widen_kernel` converts B and C once for all.
 ##
-## Gained: 0.280 -> 0.257 ms and 1.25 -> 1.19 by the first. By the second 184 -> 137 instructions,
+## Gained: 0.282 -> 0.259 ms and 1.17 -> 1.10 by the first. By the second 184 -> 137 instructions,
 ## 0.35 -> 0.33 ms, in an early version with T = 4. (With two lanes a channel, which take softplus
 ## and silu twice, the limit is 0.217.)
 
@@ -497,19 +497,19 @@ def widen_kernel(
 ## still takes all exponentials: hence not where batch x d fills the chip.
 ##
 ## And it does little else: it waits for the special functions, of which a scheduler has 4 a clock,
-## where it multiplies and adds 32 times. So 2^v is a polynomial for two of 16 states. (The scan
+## where it multiplies and adds 32 times. So 2^v is a polynomial for one state in eight. (The scan
 ## itself gains nothing by that: it multiplies more.)
 ##
 ## Gained, in µs, over two lanes a channel and no cut: 1 x 5120 x 2048 173 -> 139. By four summaries
 ## at a time (`chain`) and segments that fill the schedulers' turns (`soonest`) 1 x 1536 x 2048 went
-## 60 -> 50. By Δ that the summary computes once 137 -> 131 and 50 -> 48, by its polynomial -> 127
-## and 46. Backward, by four summaries of a segment, not one, 1 x 5120 x 2048 went 611 -> 573.
+## 60 -> 50. Then 1 x 5120 and 1 x 1536: by a summary that computes Δ once 137 -> 131 and 50 -> 48,
+## by its polynomial -> 127 and 46. Backward, by four summaries of a segment, not one, 611 -> 573.
 
 
 @triton.jit
 def exp2_polynomial(v):
-    """2^v = 2^i 2^f, -126 <= v < 128, i the whole number next to v. (2^f - 1) / f is a polynomial,
-    to 4e-7, so that an Ā near 1 is all the closer."""
+    """2^v for v < 128, 2^-126 below that: 2^i 2^f, i the whole number next to v. (2^f - 1) / f is a
+    polynomial, to 4e-7, so that an Ā near 1 is as close as float32 is."""
     v = tl.maximum(v, -126.0)
     shifted = v + 12582912.0  # 1.5 x 2^23: in a float of this size the last bits are i
     f = v - (shifted - 12582912.0)
@@ -565,7 +565,8 @@ def forward_summary_kernel(
         )  # fmt: skip
         b_v = delta_x(b_delta, b_x, DIRAC)[:, None, None, :]
         b_B, delta4 = b_B[:, :, :, None], b_delta[:, None, None, :]
-        a = exp2_shared(delta4 * b_A2[None, :, :, :], M if M < 8 else 8, FAST)
+        v = delta4 * b_A2[None, :, :, :]
+        a = exp2_shared(v, 8, FAST) if M >= 8 else exp2(v, FAST)
         _, h = recur(a, b_v, b_B, b_h, b_r, HAS_RESET)
         b_h = row(h, T - 1)
         b_sum += tl.sum(delta4, 0)
@@ -712,8 +713,8 @@ def forward_kernel(
 ##
 ## Changed: the forward pass keeps h at the start of every chunk of 64 steps (32 MiB, `borders`).
 ## Backward takes the chunks from the last to the first. It runs each forward once from its border
-## and leaves the state at the start of every tile in a scratch buffer (16 KB a program, mostly in
-## the L2 cache). Then, from the last tile to the first: forward through it, with h in registers,
+## and leaves the state at the start of every tile in a scratch buffer (16 KB a program, if not many
+## in the L2 cache). Then, from the last tile to the first: forward through it, with h in registers,
 ## and backward through the same registers.
 ##
 ## Gained: one exponential more a state and step, 0.13 ms, for 1.4 ms of memory; not timed.
@@ -858,7 +859,9 @@ def spread(v, T: tl.constexpr):
     return all_steps
 
 
-## Backward: steps 1 to 8 in one kernel ------------------------------------------------------------
+## ================================================================================================
+## Backward: steps 1 to 8 in one kernel
+## ================================================================================================
 ##
 ## Time is cut as in step 5, from its end to its start: what is chained is w, and the summary of
 ## some steps is what their g add to it. This needs no recurrence, so it may be cut finer than the
@@ -945,12 +948,10 @@ def backward_summary_kernel(
     tl.store(sums + where * CHANNELS + c, b_sum)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "seqlen", "slice_start", "slice_stop", "segment", "steps", "has_w", "earlier",
-        "state_step", "dx", "ddt", "dz", "y", "dBC",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=[
+    "seqlen", "slice_start", "slice_stop", "segment", "steps", "has_w", "earlier", "state_step",
+    "dx", "ddt", "dz", "y", "dBC",
+])  # fmt: skip
 def backward_kernel(
     x, dt, z, dy, A, B, C, D, dt_bias, reset, borders, scratch, ends, sums, w_after, w_before,
     dx, ddt, dz, y, dBC, totals,
@@ -1196,10 +1197,10 @@ def sum_totals_kernel(
 ## timed; PyTorch's wrapper for operators takes as long again; and backward was twenty launches.
 ##
 ## Changed: `launch` remembers what Triton found out; `operator` gives the wrapper to torch.compile
-## only; nothing is set to zero, one kernel adds up all parts of a sum, for all of time at once.
+## only; nothing is set to zero, one kernel adds up all parts of a sum, most often for all of time.
 ##
-## Gained, 1 x 1536 x 2048 backward: 0.98 -> 0.46 ms, by the third, elsewhere, 1.07 -> 0.16. By the
-## last, and more rows at a time, 1 x 5120 x 2048 0.58 -> 0.44, 8 x 2048 x 2048 1.17 -> 1.10.
+## Gained, 1 x 1536 x 2048 backward: 0.98 -> 0.46 ms, by the third, elsewhere, 1.07 -> 0.16. By one
+## slice of time, not four, and sums of 32 rows at once 8 x 2048 x 2048 1.19 -> 1.10.
 
 
 def check_device(x: Tensor) -> None:
@@ -1239,8 +1240,7 @@ def lane_shape(d_state: int, lanes_of_a_channel: int) -> tuple[int, int, int]:
 ## from which on the forward kernel is as fast without cutting time.
 
 SCHEDULERS = 528
-FORWARD_FULL = 448, 650  # programs of two lanes a channel, where they take one turn or two
-FORWARD_CROWDED = 4096  # programs of two lanes, from which on one lane is faster
+FORWARD_FULL, FORWARD_CROWDED = 448, 4096  # programs of two lanes; from CROWDED on one is faster
 PIECES = 4  # of a segment, backward, with a summary each
 
 
@@ -1249,12 +1249,12 @@ def forward_shape(
 ) -> tuple[tuple[int, int, int], int]:
     """(M, J, C) of the forward kernel, and the steps of a segment, a multiple of FORWARD_T.
 
-    Where two lanes a channel make programs enough for a turn of the schedulers, or two, time is not
-    cut; where they make very many, a channel has one lane. Else it has one too, and time is cut.
+    Where two lanes a channel make programs enough, time is not cut; where they make very many, a
+    channel has one lane. Where too few, it has one lane too, and time is cut.
     """
     one, two = lane_shape(d_state, 1), lane_shape(d_state, 2)
     programs = batch * ceil_div(d_inner, two[2])
-    if programs >= FORWARD_FULL[0 if programs <= SCHEDULERS else 1]:
+    if programs >= FORWARD_FULL:
         return two if programs < FORWARD_CROWDED else one, ceil_div(seqlen, FORWARD_T) * FORWARD_T
     return one, soonest(batch * ceil_div(d_inner, one[2]), seqlen, FORWARD_T, K)
 
@@ -1278,17 +1278,21 @@ def soonest(programs: int, seqlen: int, tile: int, shortest: int) -> int:
 
 @functools.lru_cache(10_000)
 def backward_segment(programs: int, chunks: int) -> int:
-    """The same for the backward kernel, in chunks. Here two programs to a scheduler are a turn, of
-    which a last one that is not full takes 0.45 and more, and chains and summaries take less."""
+    """The same for the backward kernel, in chunks, fitted to 41 times (NOTES.md, "One slice").
+
+    Two programs to a scheduler are a turn, a last one filled to a part r 0.45 + 0.55 r of one. What
+    is cut takes summaries, and 1/50 chunk for each in a chain; to spare memory, at most five turns.
+    """
 
     def time(length: int) -> float:
         segments = ceil_div(chunks, length)
         turns, rest = divmod(segments * programs / (2 * SCHEDULERS), 1)
         turns += 0.45 + 0.55 * rest if rest else 0
-        summaries = 0.07 * chunks + 0.1 * programs / (2 * SCHEDULERS) * (chunks - length)
+        summaries = 0.07 * chunks + 0.05 * programs / SCHEDULERS * (chunks - length)
         return turns * (length + segments / 50) + (summaries if segments > 1 else 0)
 
-    return min(range(chunks, 0, -1), key=time)
+    most = min(chunks, max(1, 10 * SCHEDULERS // programs))
+    return min((ceil_div(chunks, segments) for segments in range(1, most + 1)), key=time)
 
 
 def pack(h: Tensor, channels: int, M: int, J: int, C: int) -> Tensor:
@@ -1449,7 +1453,7 @@ def scan_forward(
 
 
 def room_for_sums(x: Tensor) -> int:
-    """Bytes for the sums of dB and dC of one slice of time: as much as x has, or 256 MiB."""
+    """Bytes for the sums of dB and dC of one slice of time, if it has more than one chunk."""
     return max(x.numel() * x.element_size(), 2**28)
 
 
@@ -1470,11 +1474,11 @@ def scan_backward(
     x, dt, z, dy = within_reach(x), within_reach(dt), within_reach(z), within_reach(dy)
 
     ## The sums of dB and dC of each program are n / 8 float32 numbers for each of x: for n = 16 and
-    ## bfloat16 as much as x, dx, ddt and dz. If that is too much the kernel runs on slices of time,
+    ## bfloat16 as much as x, dx, ddt and dz. If that is more than x and 256 MiB, time is in slices,
     ## the last first, each added up before the next, which gets w, what arrives at its last state.
     chunks, most = ceil_div(seqlen, K), room_for_sums(x) // (programs * K * 2 * states * 4)
-    chunks = ceil_div(chunks, ceil_div(chunks, max(1, most)))  # of a slice: all are as long
-    steps, segment = chunks * K, backward_segment(programs, chunks) * K
+    chunks = ceil_div(chunks, ceil_div(chunks, max(1, most)))  # of a slice; the last may have fewer
+    steps, segment = min(seqlen, chunks * K), backward_segment(programs, chunks) * K
     segments, pieces = ceil_div(steps, segment), min(PIECES, K // BACKWARD_T)
 
     starts = range((seqlen - 1) // steps * steps, -1, -steps)
@@ -1583,7 +1587,9 @@ class SelectiveScan(torch.autograd.Function):
         return *(g if need else None for g, need in needed), None, None, None
 
 
-## The public function, and what it takes ----------------------------------------------------------
+## ================================================================================================
+## The public function, and what it takes
+## ================================================================================================
 ##
 ## `takes` answers with yes or no, for a caller who has another way; what is called raises errors.
 
@@ -1958,7 +1964,7 @@ def causal_conv_triton(
 ## the stream, and gradients of float32 weights. Autocast rounds the weights once for both passes.
 ##
 ## Gained, 130m from a CUDA graph: a training step 86.4 -> 82.7 ms and 18.1 -> 15.3 GiB, a prompt of
-## 2048 tokens 3.74 -> 3.24 ms. Since then 79.6 -> 77.2 ms and 15.2 -> 14.1 GiB, step 10 included.
+## 2048 tokens 3.74 -> 3.24 ms. Later 79.6 -> 77.2 ms and 15.2 -> 14.1 GiB, step 10 included.
 
 
 NORM_ROWS = 16  # of a program of the norm's backward pass
@@ -2199,13 +2205,14 @@ def residual_block_triton(
 ## (W (u w)) / rms, so that one walk over u gives the product and the sum of squares.
 ##
 ## Gained: from the first four kernels to the last 0.402 -> 0.201 ms a token of 130m (one sequence,
-## from a CUDA graph, several H100s), as listed below. `first_step` was not timed.
+## from a CUDA graph, several H100s), as listed below. The plain form is to read, and was not timed.
 
 
 @triton.jit
 def first_step_kernel(
     u, weight, norm, out, rows, eps, COLUMNS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
+    """out (b, rows) = weight RMSNorm(u). A grid of (rows, b)."""
     i_r, i_b, k = tl.program_id(0), tl.program_id(1), tl.arange(0, BLOCK)
     products, squares = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for start in range(0, COLUMNS, BLOCK):
@@ -2217,14 +2224,6 @@ def first_step_kernel(
         products += b_weight * (b_u * b_norm)
     result = tl.sum(products, 0) / tl.sqrt(tl.sum(squares, 0) / COLUMNS + eps)
     tl.store(out + i_b * rows + i_r, result.to(out.dtype.element_ty))
-
-
-def first_step(u: Tensor, weight: Tensor, norm: Tensor, eps: float = 1e-5) -> Tensor:
-    """weight RMSNorm(u), (b, columns) -> (b, rows). To read and to test: models run vector_step."""
-    (rows, columns), out = weight.shape, weight.new_empty(len(u), len(weight))
-    sizes = {"COLUMNS": columns, "BLOCK": 1024}
-    first_step_kernel[(rows, len(u))](u, weight, norm, out, rows, eps, **sizes)
-    return out
 
 
 ## From there to `vector_step_kernel`, with ms of a token of 130m:
@@ -2969,10 +2968,10 @@ def reference(x, dt, A, B, C, D, z, dt_bias):
     return (torch.stack(ys, 1) + D * x) * torch.nn.functional.silu(z)
 
 
-def random_inputs(batch: int, seqlen: int, d_inner: int, d_state: int, dtype, device) -> list:
-    x, dt, z = (torch.randn(batch, seqlen, d_inner, device=device, dtype=dtype) for _ in range(3))
+def random_inputs(batch: int, seqlen: int, d_inner: int, d_state: int, device) -> list:
+    x, dt, z = (torch.randn(batch, seqlen, d_inner, device=device) for _ in range(3))
     A = -torch.exp(torch.randn(d_inner, d_state, device=device) / 2)
-    B, C = (torch.randn(batch, seqlen, d_state, device=device, dtype=dtype) for _ in range(2))
+    B, C = (torch.randn(batch, seqlen, d_state, device=device) for _ in range(2))
     D, dt_bias = torch.randn(2, d_inner, device=device)
     return [x, dt, A, B, C, D, z, dt_bias - 4]
 
@@ -2982,11 +2981,12 @@ def main() -> None:
     if device.type == "cpu" and not INTERPRETED:
         raise SystemExit("no GPU: set TRITON_INTERPRET=1 to check the kernels, slowly, on the CPU")
     sizes = (2, 200, 64) if device.type == "cuda" else (1, 9, 5)
-    inputs = [t.requires_grad_() for t in random_inputs(*sizes, 16, torch.float32, device)]
+    inputs = [t.requires_grad_() for t in random_inputs(*sizes, 16, device)]
     y, _ = selective_scan_triton(*inputs[:-1], dt_bias=inputs[-1])
     doubles = [t.detach().double().requires_grad_() for t in inputs]
     expected = reference(*doubles)
-    gradients = torch.autograd.grad(y, inputs, dy := torch.randn_like(y))
+    dy = torch.randn_like(y)
+    gradients = torch.autograd.grad(y, inputs, dy)
     wanted = torch.autograd.grad(expected, doubles, dy.double())
     names = "y dx ddt dA dB dC dD dz ddt_bias".split()
     for name, ours, theirs in zip(names, (y, *gradients), (expected, *wanted), strict=True):

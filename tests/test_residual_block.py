@@ -201,7 +201,7 @@ def test_a_short_stream_between_float32_weights_is_promoted_as_by_the_modules():
 def test_A_may_be_given_as_the_logarithm_of_minus_A(monkeypatch):
     """In every kernel that reads A, in channels and states that fill no tile, of any strides."""
     monkeypatch.setattr(triton_scan, "K", 8)
-    x, dt, A, B, C, D, z, bias = triton_scan.random_inputs(1, 9, 3, 3, torch.float32, DEVICE)
+    x, dt, A, B, C, D, z, bias = triton_scan.random_inputs(1, 9, 3, 3, DEVICE)
     rest = (B, C, D, z, None, bias, None)
     y, h_last, *kept = triton_scan.scan_forward(x, dt, A, *rest, True, "mamba", True)
     gradients = triton_scan.scan_backward(y, h_last, x, dt, A, *rest, *kept, True, "mamba")

@@ -254,7 +254,8 @@ def test_the_first_rung_the_norm_and_a_product_alone_are_rounded_once():
         weight = normal(5, columns, dtype=dtype, seed=1)
         u, norm, weight = inside_nan(u), inside_nan(norm), inside_nan(weight)
         with poisoned():
-            first = triton_scan.first_step(u, weight, norm, 0.1)
+            first, sizes = weight.new_empty(batch, 5), {"COLUMNS": columns, "BLOCK": 1024}
+            triton_scan.first_step_kernel[(5, batch)](u, weight, norm, first, 5, 0.1, **sizes)
             _, normed = triton_scan.norm_step(u, norm, 0.1)
             linear = triton_scan.vector_step if batch < 6 else triton_scan.tile_step
             out, wide = (linear(u.to(dtype), weight, dtype=d) for d in (None, F32))

@@ -554,10 +554,12 @@ def main() -> None:
             reset_peak(options)
             for row in rows:
                 said = ", ".join(map(str, (what, row["system"], *case)))
-                print(f"{said}: {row['ms']:.1f} ms", file=sys.stderr)
+                print(f"{said}: {row['ms']:.3f} ms", file=sys.stderr)
                 measured[what].append(
                     {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
                 )
+            if options.json:  # each time: a run that is cut short keeps what it has
+                options.json.write_text(json.dumps(measured, indent=1) + "\n")
     versions = ", ".join(f"{k} {measured[k]}" for k in ("torch", "triton") if k in measured)
     print(f"{measured['device']}, {versions}\n")
     if measured.get("train"):
@@ -572,8 +574,6 @@ def main() -> None:
         for row in measured[what]:
             if "kernels" in row:
                 print(kernels_table(row))
-    if options.json:
-        options.json.write_text(json.dumps(measured, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import json
 import math
 import random
 import re
@@ -52,6 +53,22 @@ def test_the_peak_of_tensors_counts_what_is_held_at_a_time(cpu):
         return [held + 1 for _ in range(4)]  # together, but less
 
     assert cpu.peak_of_tensors(run) == pytest.approx(5000 * 4, abs=256)
+
+
+def test_a_run_of_models_that_is_cut_short_keeps_what_it_has_measured(
+    monkeypatch, tmp_path, capsys
+):
+    monkeypatch.syspath_prepend(HERE)
+    model = importlib.import_module("model")
+    command = "model.py --dry-run --models 130m --what prefill train --runs 1 --json"
+    monkeypatch.setattr(sys, "argv", [*command.split(), str(tmp_path / "all.json")])
+    monkeypatch.setattr(model, "prepare_training", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        model.main()
+    rows = json.loads((tmp_path / "all.json").read_text())["prefill"]
+    assert [(row["system"], row["how"]) for row in rows] == [("ours", "eager"), ("ours", "graph")]
+    said = capsys.readouterr().err
+    assert all(row["ms"] > 0 and f"{row['ms']:.3f} ms" in said for row in rows)
 
 
 @pytest.fixture

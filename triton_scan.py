@@ -15,7 +15,7 @@ Symbols as in mamba.py: x, dt, z, y (b, l, d), A (d, n), B and C (b, l, n), the 
 A lesson, for those who have read mamba.py and know the vector addition of Triton's tutorials: from
 `first_kernel` to the last one in steps. Each says what was slow, what changed and what it gained:
 ms forward / backward on an NVIDIA H100, of 8 x 2048 x 2048 (batch x channels x steps), n = 16,
-bfloat16, where no other size is named; from step 7 on of earlier versions, to be compared within a
+bfloat16, where no other size is named; from step 5 on of earlier versions, to be compared within a
 pair. At the end it is 0.259 / 1.10. (benchmarks/NOTES.md has more, and what failed.)
 
     The problem             what limits a GPU here; how the work lies over it (a picture); words
@@ -501,9 +501,9 @@ def widen_kernel(
 ## itself gains nothing by that: it multiplies more.)
 ##
 ## Gained, in µs, over two lanes a channel and no cut: 1 x 5120 x 2048 173 -> 139. By four summaries
-## at a time (`chain`) and segments that fill the schedulers' turns (`soonest`) 1 x 1536 x 2048 went
+## at a time (`chain`) and segments that leave few schedulers idle (`soonest`) 1 x 1536 x 2048 went
 ## 60 -> 50. Then 1 x 5120 and 1 x 1536: by a summary that computes Δ once 137 -> 131 and 50 -> 48,
-## by its polynomial -> 127 and 46. Backward, by four summaries of a segment, not one, 611 -> 573.
+## by its polynomial -> 127 and 46. Backward, 1 x 5120, by four summaries a segment: 611 -> 573.
 
 
 @triton.jit
@@ -864,8 +864,8 @@ def spread(v, T: tl.constexpr):
 ## ================================================================================================
 ##
 ## Time is cut as in step 5, from its end to its start: what is chained is w, and the summary of
-## some steps is what their g add to it. This needs no recurrence, so it may be cut finer than the
-## scan: a segment has four pieces, each with a summary, which makes four times as many programs of
+## some steps is what their g add to it, a plain sum. Summaries chain, so that a segment may have
+## more than one: it has four pieces, each with its own, which makes four times as many programs of
 ## that short kernel. (`chain` asks for four at a time.)
 
 
@@ -1199,8 +1199,8 @@ def sum_totals_kernel(
 ## Changed: `launch` remembers what Triton found out; `operator` gives the wrapper to torch.compile
 ## only; nothing is set to zero, one kernel adds up all parts of a sum, most often for all of time.
 ##
-## Gained, 1 x 1536 x 2048 backward: 0.98 -> 0.46 ms, by the third, elsewhere, 1.07 -> 0.16. By one
-## slice of time, not four, and sums of 32 rows at once 8 x 2048 x 2048 1.19 -> 1.10.
+## Gained, 1 x 1536 x 2048 backward: by the first two 0.98 -> 0.46 ms, by the third, on another
+## machine, 1.07 -> 0.16. By one slice of time, not four: 8 x 2048 x 2048 1.19 -> 1.10.
 
 
 def check_device(x: Tensor) -> None:
@@ -1263,7 +1263,7 @@ def forward_shape(
 def soonest(programs: int, seqlen: int, tile: int, shortest: int) -> int:
     """The steps of a segment with which all is done soonest: a multiple of tile, at least shortest.
 
-    With so many programs a segment, one to a scheduler is a turn; 33 for 32 schedulers are two. A
+    Each segment has `programs`. One to a scheduler is a turn; 33 for 32 schedulers are two. A
     turn takes a segment's steps and its chain of summaries, in the mean half of all, each about as
     long as a step. In a single turn nothing else runs while a program waits: 2 to 8 are tried.
     """
@@ -1280,8 +1280,8 @@ def soonest(programs: int, seqlen: int, tile: int, shortest: int) -> int:
 def backward_segment(programs: int, chunks: int) -> int:
     """The same for the backward kernel, in chunks, fitted to 41 times (NOTES.md, "One slice").
 
-    Two programs to a scheduler are a turn, a last one filled to a part r 0.45 + 0.55 r of one. What
-    is cut takes summaries, and 1/50 chunk for each in a chain; to spare memory, at most five turns.
+    A turn is two programs a scheduler; a last one, filled to r, counts 0.45 + 0.55 r. What is cut
+    takes summaries and, each turn, 1/50 chunk a segment; to spare memory, at most five turns.
     """
 
     def time(length: int) -> float:
@@ -1474,12 +1474,12 @@ def scan_backward(
     x, dt, z, dy = within_reach(x), within_reach(dt), within_reach(z), within_reach(dy)
 
     ## The sums of dB and dC of each program are n / 8 float32 numbers for each of x: for n = 16 and
-    ## bfloat16 as much as x, dx, ddt and dz. If that is more than x and 256 MiB, time is in slices,
+    ## bfloat16 as much as x, dx, ddt and dz. If that exceeds both x and 256 MiB, time is in slices,
     ## the last first, each added up before the next, which gets w, what arrives at its last state.
     chunks, most = ceil_div(seqlen, K), room_for_sums(x) // (programs * K * 2 * states * 4)
     chunks = ceil_div(chunks, ceil_div(chunks, max(1, most)))  # of a slice; the last may have fewer
     steps, segment = min(seqlen, chunks * K), backward_segment(programs, chunks) * K
-    segments, pieces = ceil_div(steps, segment), min(PIECES, K // BACKWARD_T)
+    segments, pieces = ceil_div(steps, segment), min(PIECES, K // BACKWARD_T)  # a tile at least
 
     starts = range((seqlen - 1) // steps * steps, -1, -steps)
     counts = [ceil_div(min(seqlen, start + steps) - start, segment) for start in starts]

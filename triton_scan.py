@@ -1476,8 +1476,8 @@ def scan_backward(
     ## The sums of dB and dC of each program are n / 8 float32 numbers for each of x: for n = 16 and
     ## bfloat16 as much as x, dx, ddt and dz. If that exceeds both x and 256 MiB, time is in slices,
     ## the last first, each added up before the next, which gets w, what arrives at its last state.
-    chunks, most = ceil_div(seqlen, K), room_for_sums(x) // (programs * K * 2 * states * 4)
-    chunks = ceil_div(chunks, ceil_div(chunks, max(1, most)))  # of a slice; the last may have fewer
+    slices = ceil_div(seqlen, K * max(1, room_for_sums(x) // (programs * K * 2 * states * 4)))
+    chunks = ceil_div(seqlen, K * slices)  # of a slice; the last may have fewer
     steps, segment = min(seqlen, chunks * K), backward_segment(programs, chunks) * K
     segments, pieces = ceil_div(steps, segment), min(PIECES, K // BACKWARD_T)  # a tile at least
 

@@ -199,9 +199,9 @@ def first_scan(
 ## Changed: a lane has a channel and all of its n states, or two lanes have half of them each. The
 ## sum over n is a chain of multiply-adds within a lane. B and C, the same for all channels, are
 ## read from shared memory, where lanes that read the same word are served at once. Two lanes a
-## channel do the work of a channel twice and that of its states once, and make twice as many
-## programs: faster while a scheduler has few (`forward_shape`). What has no axis (Δ has none for m
-## and j, B none for c) is broadcast. The compiler takes the last axes for lanes: (t, m, j, c).
+## channel make twice as many programs: faster while a scheduler has few (`forward_shape`). What has
+## no axis (Δ has none for m and j, B none for c) is broadcast. The compiler takes the last axes for
+## lanes: (t, m, j, c).
 ##
 ## Gained: 3 -> 1.25 ms, one pass for two, bfloat16 and step 4's B and C included. 132 instructions
 ## for a step of 32 channels; an early version with four lanes a channel had 237, one with time
@@ -369,29 +369,21 @@ FORWARD_T, FORWARD_STAGES = 8, 3  # steps of a tile, tiles in flight
 BACKWARD_T, BACKWARD_STAGES = 4, 4
 
 
-@triton.jit
-def load_tile(
-    x, dt, B, reset, here, mask, b_bias,
-    SOFTPLUS: tl.constexpr, HAS_RESET: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
-):  # fmt: skip
-    """What the recurrence reads: x, Δ (t, c), B (t, m, j), document starts (t)."""
-    b_x = load(x, mask, EVEN)
-    b_delta, _ = load_delta(dt, mask, b_bias[None, :], SOFTPLUS, EVEN, FAST)
-    b_B = load(B, here[:, None, None], EVEN)
-    return b_x, b_delta, b_B, load_resets(reset, here, HAS_RESET)
-
-
 ## Step 4. Cheap numbers ---------------------------------------------------------------------------
 ##
 ## Slow: exp2 takes four instructions, to be right for results below 2^-126, which are noise here.
-## And each program converts B and C to float32: 32 conversions a step.
+## Each program converts B and C to float32: 32 conversions a step. And what has no states, Δ, D x,
+## the gate, is the same in both lanes of a channel.
 ##
-## Changed: A is multiplied by log2 e beforehand, ex2.approx.ftz is one instruction, and
-## `widen_kernel` converts B and C once for all.
+## Changed: A is multiplied by log2 e beforehand, ex2.approx.ftz is one instruction. `widen_kernel`
+## converts B and C once for all. And each lane computes what has no states for its share of the
+## steps of a tile: tiles (s, j, c), where lane j has the steps j S ... j S + S - 1. `spread` gives
+## all of them to all lanes, one exchange between lanes for each number; `sum_states` sums over the
+## lanes of a channel and gives each the sums of its own steps.
 ##
 ## Gained: 0.282 -> 0.259 ms and 1.17 -> 1.10 by the first. By the second 184 -> 137 instructions,
-## 0.35 -> 0.33 ms, in an early version with T = 4. (With two lanes a channel, which take softplus
-## and silu twice, the limit is 0.217.)
+## 0.35 -> 0.33 ms, in an early version with T = 4. By the third, in the last, 80 -> 74, 0.256 ->
+## 0.240; backward: step 8.
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -482,6 +474,83 @@ def widen_kernel(
     tl.store(wide + (batch + i_b) * numbers + o, b_C.to(tl.float32), mask=t < seqlen)
 
 
+@triton.jit
+def own_steps(J: tl.constexpr, T: tl.constexpr):
+    """(s, j, 1): the steps of each lane. If there are fewer than lanes, neighbours have the same."""
+    S: tl.constexpr = T // J if T > J else 1
+    return (tl.arange(0, S)[:, None] + (tl.arange(0, J) * T // J)[None, :])[:, :, None]
+
+
+@triton.jit
+def spread(v, T: tl.constexpr):
+    """A tile (s, j, c), each lane with its own steps -> (t, 1, j, c), all steps in each lane."""
+    S: tl.constexpr = v.shape[0]
+    J: tl.constexpr = v.shape[1]
+    CHANNELS: tl.constexpr = v.shape[2]
+    t, all_steps = tl.arange(0, T)[:, None, None, None], tl.zeros([T, 1, J, CHANNELS], tl.float32)
+    for k in tl.static_range(T // S):  # the steps k S ... k S + S - 1, and the first lane with them
+        j = tl.full([J, 1], k * J * S // T, tl.int32)
+        lane = tl.reshape(j * CHANNELS + tl.arange(0, CHANNELS)[None, :], [J * CHANNELS])
+        for s in tl.static_range(S):
+            one = from_lane(row(v[:, None, :, :], s)[None, :, :, :], lane)
+            all_steps = tl.where(t == k * S + s, one, all_steps)
+    return all_steps
+
+
+@triton.jit
+def from_lane(p, lane):
+    """p (., ., j, c) of other lanes, numbered lane = j C + c."""
+    shape: tl.constexpr = [p.shape[0], p.shape[1], 1, lane.shape[0]]
+    lane = tl.broadcast_to(lane[None, None, None, :], shape)
+    return tl.reshape(tl.gather(tl.reshape(p, shape), lane, 3), p.shape)
+
+
+@triton.jit
+def sum_states(p):
+    """Sums over m and j of a tile (t, m, j, c), for the steps of each lane: (s, j, c)."""
+    T: tl.constexpr = p.shape[0]
+    J: tl.constexpr = p.shape[2]
+    CHANNELS: tl.constexpr = p.shape[3]
+    s = tl.reshape(tl.sum(p, 1), [1, T, J, CHANNELS])  # steps where `fold` has m
+    for k in tl.static_range(1, 6):
+        if J >> k > 0:
+            s = fold(s, (J >> k) * CHANNELS)
+    return tl.reshape(s, [T // J if T > J else 1, J, CHANNELS])
+
+
+@triton.jit
+def fold(p, bit: tl.constexpr):
+    """(t, m, j, c) -> (t, m / 2, j, c): the sum over pairs of lanes, each with half of the m. A
+    single m is summed in both lanes."""
+    if p.shape[1] == 1:
+        return p + from_lane(p, tl.arange(0, p.shape[2] * p.shape[3]) ^ bit)
+    else:
+        low, high = halves(p)
+        return exchange(low, high, bit)
+
+
+@triton.jit
+def exchange(low, high, bit: tl.constexpr):
+    """low, summed over pairs of lanes, to those without the bit; high to those with it."""
+    lane = tl.arange(0, low.shape[2] * low.shape[3])
+    has_bit = tl.reshape((lane & bit) != 0, [1, 1, low.shape[2], low.shape[3]])
+    return tl.where(has_bit, high, low) + from_lane(tl.where(has_bit, low, high), lane ^ bit)
+
+
+@triton.jit
+def halves(p):
+    """(t, m, j, c) -> two of (t, m / 2, j, c)."""
+    shape: tl.constexpr = [p.shape[0], 2, p.shape[1] // 2, p.shape[2], p.shape[3]]
+    return tl.split(tl.permute(tl.reshape(p, shape), [0, 2, 3, 4, 1]))
+
+
+@triton.jit
+def store_own(pointers, value, mask, EVEN: tl.constexpr):
+    """A tile and mask (s, j, c), to pointers (j, s, c): so each lane stores what it has already."""
+    value = tl.permute(value, [1, 0, 2])
+    store(pointers, value, mask if EVEN else tl.permute(mask, [1, 0, 2]), EVEN)
+
+
 ## Step 5. Cutting time ----------------------------------------------------------------------------
 ##
 ## Slow: one sequence with d = 1536 makes 48 programs with one lane a channel, 96 with two. Most of
@@ -559,12 +628,12 @@ def forward_summary_kernel(
     for step in tl.range(start, min(seqlen, start + segment), T, num_stages=STAGES):
         i = tl.cast(step, tl.int64)
         here = i + t < seqlen
-        b_x, b_delta, b_B, b_r = load_tile(
-            x + i * x_l + o_x, dt + i * dt_l + o_dt, B + i * N + o_B, reset + i + t, here,
-            here[:, None] & (d < d_inner)[None, :], b_bias, SOFTPLUS, HAS_RESET, EVEN, FAST,
-        )  # fmt: skip
-        b_v = delta_x(b_delta, b_x, DIRAC)[:, None, None, :]
-        b_B, delta4 = b_B[:, :, :, None], b_delta[:, None, None, :]
+        mask = here[:, None] & (d < d_inner)[None, :]
+        b_x = load(x + i * x_l + o_x, mask, EVEN)
+        b_delta, _ = load_delta(dt + i * dt_l + o_dt, mask, b_bias[None, :], SOFTPLUS, EVEN, FAST)
+        b_B = load(B + i * N + o_B, here[:, None, None], EVEN)[:, :, :, None]
+        b_r = load_resets(reset + i + t, here, HAS_RESET)
+        b_v, delta4 = delta_x(b_delta, b_x, DIRAC)[:, None, None, :], b_delta[:, None, None, :]
         v = delta4 * b_A2[None, :, :, :]
         a = exp2_shared(v, 8, FAST) if M >= 8 else exp2(v, FAST)
         _, h = recur(a, b_v, b_B, b_h, b_r, HAS_RESET)
@@ -641,9 +710,10 @@ def forward_kernel(
     blocks, segments = tl.num_programs(0), tl.num_programs(1)
     N: tl.constexpr = M * J
     t, c, n, d = axes(i_d, M, J, CHANNELS, T)
+    t_own, c3 = own_steps(J, T), c[None, None, :]
     b_A2 = load_A(A, d, n[:, :, None], d_inner, d_state, LOG)
-    b_bias = load_channels(dt_bias, d, d_inner, HAS_BIAS)
-    b_D = load_channels(D, d, d_inner, HAS_D)
+    b_bias = load_channels(dt_bias, d, d_inner, HAS_BIAS)[None, None, :]
+    b_D = load_channels(D, d, d_inner, HAS_D)[None, None, :]
     o_h = state_offsets(M, J, CHANNELS, GROUP_J, GROUP_C)
 
     b_h = tl.zeros([M, J, CHANNELS], tl.float32)
@@ -658,10 +728,11 @@ def forward_kernel(
 
     start = i_s * segment
     stop = min(seqlen, start + segment)
-    x, o_x = start_of(x, i_b, i_d, t[:, None], c[None, :], x_b, x_l, x_d)
-    dt, o_dt = start_of(dt, i_b, i_d, t[:, None], c[None, :], dt_b, dt_l, dt_d)
-    z, o_z = start_of(z, i_b, i_d, t[:, None], c[None, :], z_b, z_l, z_d)
-    y, o_y = start_of(y, i_b * seqlen, i_d, t[:, None], c[None, :], d_inner, d_inner, 1)
+    x, o_x = start_of(x, i_b, i_d, t_own, c3, x_b, x_l, x_d)
+    dt, o_dt = start_of(dt, i_b, i_d, t_own, c3, dt_b, dt_l, dt_d)
+    z, o_z = start_of(z, i_b, i_d, t_own, c3, z_b, z_l, z_d)
+    y, o_y = start_of(y, i_b * seqlen, i_d, t_own, c3, d_inner, d_inner, 1)
+    o_y = tl.permute(o_y, [1, 0, 2])
     B, C, o_B = B + i_b * seqlen * N, C + i_b * seqlen * N, t[:, None, None] * N + n[None, :, :]
     reset += i_b * seqlen
     borders += ((i_b * tl.cdiv(seqlen, K) + tl.cdiv(start, K)) * blocks + i_d) * state_step
@@ -673,22 +744,21 @@ def forward_kernel(
             borders += tl.where(border, blocks * state_step, 0)
         i = tl.cast(step, tl.int64)
         here = i + t < seqlen
-        mask = here[:, None] & (d < d_inner)[None, :]
-        b_x, b_delta, b_B, b_r = load_tile(
-            x + i * x_l + o_x, dt + i * dt_l + o_dt, B + i * N + o_B, reset + i + t,
-            here, mask, b_bias, SOFTPLUS, HAS_RESET, EVEN, FAST,
-        )  # fmt: skip
+        mask = (i + t_own < seqlen) & (d < d_inner)[None, None, :]
+        b_x = load(x + i * x_l + o_x, mask, EVEN)
+        b_delta, _ = load_delta(dt + i * dt_l + o_dt, mask, b_bias, SOFTPLUS, EVEN, FAST)
+        b_B = load(B + i * N + o_B, here[:, None, None], EVEN)
+        b_r = load_resets(reset + i + t, here, HAS_RESET)
         b_C = load(C + i * N + o_B, here[:, None, None], EVEN)
-        b_v = delta_x(b_delta, b_x, DIRAC)[:, None, None, :]
-        b_B, delta4 = b_B[:, :, :, None], b_delta[:, None, None, :]
-        a = exp2(delta4 * b_A2[None, :, :, :], FAST)
-        _, h = recur(a, b_v, b_B, b_h, b_r, HAS_RESET)
+        all_delta, all_v = spread(b_delta, T), spread(delta_x(b_delta, b_x, DIRAC), T)
+        a = exp2(all_delta * b_A2[None, :, :, :], FAST)
+        _, h = recur(a, all_v, b_B[:, :, :, None], b_h, b_r, HAS_RESET)
         b_h = row(h, T - 1)
-        b_y = tl.sum(tl.sum(h * b_C[:, :, :, None], 1), 1) + b_D[None, :] * b_x  # (2b), and D x
+        b_y = sum_states(h * b_C[:, :, :, None]) + b_D * b_x  # (2b), and D x
         if HAS_Z:
             b_z = load(z + i * z_l + o_z, mask, EVEN)
             b_y = b_y * b_z * sigmoid(b_z, FAST)
-        store(y + i * d_inner + o_y, b_y, mask, EVEN)
+        store_own(y + i * d_inner + o_y, b_y, mask, EVEN)
 
     if i_s == segments - 1:
         offsets, m_h = state_mask(d, n[:, :, None], d_inner, d_state)
@@ -745,40 +815,6 @@ def forward_kernel(
 
 
 @triton.jit
-def from_lane(p, lane):
-    """p (., ., j, c) of other lanes, numbered lane = j C + c."""
-    shape: tl.constexpr = [p.shape[0], p.shape[1], 1, lane.shape[0]]
-    lane = tl.broadcast_to(lane[None, None, None, :], shape)
-    return tl.reshape(tl.gather(tl.reshape(p, shape), lane, 3), p.shape)
-
-
-@triton.jit
-def halves(p):
-    """(t, m, j, c) -> two of (t, m / 2, j, c)."""
-    shape: tl.constexpr = [p.shape[0], 2, p.shape[1] // 2, p.shape[2], p.shape[3]]
-    return tl.split(tl.permute(tl.reshape(p, shape), [0, 2, 3, 4, 1]))
-
-
-@triton.jit
-def exchange(low, high, bit: tl.constexpr):
-    """low, summed over pairs of lanes, to those without the bit; high to those with it."""
-    lane = tl.arange(0, low.shape[2] * low.shape[3])
-    has_bit = tl.reshape((lane & bit) != 0, [1, 1, low.shape[2], low.shape[3]])
-    return tl.where(has_bit, high, low) + from_lane(tl.where(has_bit, low, high), lane ^ bit)
-
-
-@triton.jit
-def fold(p, bit: tl.constexpr):
-    """(t, m, j, c) -> (t, m / 2, j, c): the sum over pairs of lanes, each with half of the m. A
-    single m is summed in both lanes."""
-    if p.shape[1] == 1:
-        return p + from_lane(p, tl.arange(0, p.shape[2] * p.shape[3]) ^ bit)
-    else:
-        low, high = halves(p)
-        return exchange(low, high, bit)
-
-
-@triton.jit
 def fold_swapped(p, bit: tl.constexpr):
     """`fold`, where the lanes with the bit have the halves of the m in the other order."""
     kept, given = halves(p)
@@ -820,43 +856,11 @@ def both_orders(p, CHANNELS: tl.constexpr):
 ## Slow: a lane that holds 16 states needs more registers than there are (255), and spills.
 ##
 ## Changed: two lanes share a channel, j = 2, and a program has 16 channels. What has no states, Δ,
-## g, dx and so on, would be the same in both lanes. So each computes it for half of the steps of a
-## tile: tiles (s, j, c), where lane j has the steps j S ... j S + S - 1. `spread` gives all of them
-## to all lanes, one exchange between lanes for each number; `sum_states` sums over both lanes and
-## gives each lane the sums of its own steps. Pointers move along, and full tiles have no masks.
+## g, dx and so on, each computes for half of the steps (step 4). Pointers move on, tile by tile.
 ##
 ## Gained: 1.36 -> 1.09 ms by two lanes. By what they share, pointers and swapped halves, in a later
 ## version, 665 -> 521 instructions, 1.22 -> 1.17 ms, and 7.10 -> 6.29 for 8 x 5120 x 4096: the
 ## limit is now how long the instructions of a tile wait for each other, not their number.
-
-
-@triton.jit
-def sum_states(p):
-    """Sums over m and j of a tile (t, m, j, c), for the steps of each lane: (s, j, c)."""
-    T: tl.constexpr = p.shape[0]
-    J: tl.constexpr = p.shape[2]
-    CHANNELS: tl.constexpr = p.shape[3]
-    s = tl.reshape(tl.sum(p, 1), [1, T, J, CHANNELS])  # steps where `fold` has m
-    for k in tl.static_range(1, 6):
-        if J >> k > 0:
-            s = fold(s, (J >> k) * CHANNELS)
-    return tl.reshape(s, [T // J if T > J else 1, J, CHANNELS])
-
-
-@triton.jit
-def spread(v, T: tl.constexpr):
-    """A tile (s, j, c), each lane with its own steps -> (t, 1, j, c), all steps in each lane."""
-    S: tl.constexpr = v.shape[0]
-    J: tl.constexpr = v.shape[1]
-    CHANNELS: tl.constexpr = v.shape[2]
-    t, all_steps = tl.arange(0, T)[:, None, None, None], tl.zeros([T, 1, J, CHANNELS], tl.float32)
-    for k in tl.static_range(T // S):  # the steps k S ... k S + S - 1, and the first lane with them
-        j = tl.full([J, 1], k * J * S // T, tl.int32)
-        lane = tl.reshape(j * CHANNELS + tl.arange(0, CHANNELS)[None, :], [J * CHANNELS])
-        for s in tl.static_range(S):
-            one = from_lane(row(v[:, None, :, :], s)[None, :, :, :], lane)
-            all_steps = tl.where(t == k * S + s, one, all_steps)
-    return all_steps
 
 
 ## ================================================================================================
@@ -866,14 +870,8 @@ def spread(v, T: tl.constexpr):
 ## Time is cut as in step 5, from its end to its start: what is chained is w, and the summary of
 ## some steps is what their g add to it, a plain sum. Summaries chain, so that a segment may have
 ## more than one: it has four pieces, each with its own, which makes four times as many programs of
-## that short kernel. (`chain` asks for four at a time.)
-
-
-@triton.jit
-def store_own(pointers, value, mask, EVEN: tl.constexpr):
-    """A tile and mask (s, j, c), to pointers (j, s, c): so each lane stores what it has already."""
-    value = tl.permute(value, [1, 0, 2])
-    store(pointers, value, mask if EVEN else tl.permute(mask, [1, 0, 2]), EVEN)
+## that short kernel. It waits for the special functions, as the forward one does; with one lane a
+## channel and a polynomial: 176 -> 144 clocks for 32 channels, 1 x 5120 x 2048 0.449 -> 0.445 ms.
 
 
 @triton.jit
@@ -888,23 +886,23 @@ def add_both(a1, b1, a2, b2):
     return a1 + a2, b1 + b2
 
 
-@triton.jit(do_not_specialize=["seqlen", "piece", "pieces", "slice_start", "slice_stop"])
+@triton.jit(do_not_specialize=["seqlen", "first_stop", "piece", "pieces"])
 def backward_summary_kernel(
     dt, z, dy, A, C, dt_bias, reset, ends, sums,
-    seqlen, slice_start, slice_stop, piece, pieces, d_inner, d_state,
+    seqlen, first_stop, piece, pieces, d_inner, d_state,
     dt_b, dt_l, dt_d, z_b, z_l, z_d, dy_b, dy_l, dy_d,
-    M: tl.constexpr, J: tl.constexpr, CHANNELS: tl.constexpr, T: tl.constexpr, STAGES: tl.constexpr,
+    M: tl.constexpr, J: tl.constexpr, CHANNELS: tl.constexpr,
+    GROUP_J: tl.constexpr, GROUP_C: tl.constexpr, T: tl.constexpr, STAGES: tl.constexpr,
     HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESET: tl.constexpr,
     SOFTPLUS: tl.constexpr, LOG: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """What the gradients g of a piece's own steps add to w at its start. piece: its steps, pieces:
-    how many the slice has. For those of its first segment nobody asks.
+    how many the slice has, with those of its first segment, for which nobody asks.
 
     In this direction the decays to the start are at hand, exp(A (Δ_start + ... + Δ_t)) for step t,
     and the sum over the steps, Σ_t exp(...) C_t g_t, needs no recurrence.
     """
-    i_d, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    i_p = pieces - tl.num_programs(1) + tl.program_id(1)
+    i_d, i_p, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     N: tl.constexpr = M * J
     t, c, n, d = axes(i_d, M, J, CHANNELS, T)
     b_A2 = load_A(A, d, n[:, :, None], d_inner, d_state, LOG)
@@ -916,11 +914,10 @@ def backward_summary_kernel(
     reset += i_b * seqlen
 
     b_e = tl.zeros([M, J, CHANNELS], tl.float32)
-    b_sum = tl.zeros([CHANNELS], tl.float32)  # ΣΔ of the tiles before this one
+    b_sum = tl.zeros([1, 1, CHANNELS], tl.float32)  # ΣΔ of the tiles before this one
     resets_before = tl.full([], 0, tl.int32)
-    start = slice_start + i_p * piece
-    stop = min(min(seqlen, slice_stop), start + piece)
-    for step in tl.range(start, stop, T, num_stages=STAGES):
+    start = first_stop + i_p * piece
+    for step in tl.range(start, min(seqlen, start + piece), T, num_stages=STAGES):
         i = tl.cast(step, tl.int64)
         here = i + t < seqlen
         mask = here[:, None] & (d < d_inner)[None, :]
@@ -930,33 +927,35 @@ def backward_summary_kernel(
             b_z = load(z + i * z_l + o_z, mask, EVEN)
             b_g = b_g * b_z * sigmoid(b_z, FAST)
         b_C = load(C + i * N + o_C, here[:, None, None], EVEN)
-        b_through = b_sum[None, :] + tl.cumsum(b_delta, 0)  # Δ of step t included
-        b_weight = exp2(b_through[:, None, None, :] * b_A2[None, :, :, :], FAST)
+        delta4 = b_delta[:, None, None, :]
+        b_through = b_sum[None, :, :, :] + tl.cumsum(delta4, 0)  # Δ of step t included
+        v = b_through * b_A2[None, :, :, :]
+        b_weight = exp2_shared(v, 8, FAST) if M >= 8 else exp2(v, FAST)
         if HAS_RESET:
             b_r = (tl.load(reset + i + t, mask=here, other=0) != 0).to(tl.int32)
             cut = resets_before + tl.cumsum(b_r, 0) > 0
             b_weight = tl.where(cut[:, None, None, None], 0.0, b_weight)
             resets_before += tl.sum(b_r, 0)
         b_e += tl.sum(b_weight * b_g[:, None, None, :] * b_C[:, :, :, None], 0)
-        b_sum += tl.sum(b_delta, 0)
+        b_sum += tl.sum(delta4, 0)
     if HAS_RESET:
         b_sum = tl.where(resets_before > 0, float("inf"), b_sum)
 
-    where = (i_b * pieces + i_p) * tl.num_programs(0) + i_d
-    o_h = state_offsets(M, J, CHANNELS, J, CHANNELS)
+    where = ((i_b + 1) * pieces - tl.num_programs(1) + i_p) * tl.num_programs(0) + i_d
+    o_h = state_offsets(M, J, CHANNELS, GROUP_J, GROUP_C)
     tl.store(ends + where * (N * CHANNELS) + o_h, tl.reshape(b_e, [M, J * CHANNELS]))
-    tl.store(sums + where * CHANNELS + c, b_sum)
+    tl.store(sums + where * CHANNELS + c[None, None, :], b_sum)
 
 
 @triton.jit(do_not_specialize=[
-    "seqlen", "slice_start", "slice_stop", "segment", "steps", "has_w", "earlier", "state_step",
-    "dx", "ddt", "dz", "y", "dBC",
+    "seqlen", "slice_start", "slice_stop", "first_stop", "segment", "steps", "has_w", "earlier",
+    "state_step", "dx", "ddt", "dz", "y", "dBC",
 ])  # fmt: skip
 def backward_kernel(
     x, dt, z, dy, A, B, C, D, dt_bias, reset, borders, scratch, ends, sums, w_after, w_before,
     dx, ddt, dz, y, dBC, totals,
-    seqlen, slice_start, slice_stop, segment, steps, has_w, earlier, state_step, d_inner, d_state,
-    x_b, x_l, x_d, dt_b, dt_l, dt_d, z_b, z_l, z_d, dy_b, dy_l, dy_d, dx_l,
+    seqlen, slice_start, slice_stop, first_stop, segment, steps, has_w, earlier, state_step,
+    d_inner, d_state, x_b, x_l, x_d, dt_b, dt_l, dt_d, z_b, z_l, z_d, dy_b, dy_l, dy_d, dx_l,
     M: tl.constexpr, J: tl.constexpr, CHANNELS: tl.constexpr, SWAP: tl.constexpr,
     T: tl.constexpr, STAGES: tl.constexpr, K: tl.constexpr,
     HAS_Z: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESET: tl.constexpr,
@@ -970,9 +969,7 @@ def backward_kernel(
     N: tl.constexpr = M * J
     t, c, n, d = axes(i_d, M, J, CHANNELS, T)
     t4, c3 = t[:, None, None, None], c[None, None, :]
-    # The steps of each lane (s, j, 1). With more lanes than steps neighbours have the same one.
-    S: tl.constexpr = T // J if T > J else 1
-    t_own = (tl.arange(0, S)[:, None] + (tl.arange(0, J) * T // J)[None, :])[:, :, None]
+    t_own = own_steps(J, T)
     # The states of each lane (m, j, c): swapped halves where c >= C / 2.
     U: tl.constexpr = 2 if SWAP else 1
     HALF: tl.constexpr = M // U
@@ -1025,8 +1022,8 @@ def backward_kernel(
     b_dA = tl.zeros([M, J, CHANNELS], tl.float32)
     b_dD, b_dbias = tl.zeros([J, CHANNELS], tl.float32), tl.zeros([J, CHANNELS], tl.float32)
     m_d = (d < d_inner)[None, None, :]
-    start = slice_start + i_s * segment
-    stop = min(min(seqlen, slice_stop), start + segment)
+    start = max(slice_start, first_stop + (i_s - 1) * segment)
+    stop = min(slice_stop, first_stop + i_s * segment)
     for k in range(0, tl.cdiv(stop - start, K)):
         chunk = (tl.cdiv(stop, K) - 1 - k) * K
         tiles = tl.cdiv(min(stop, chunk + K) - chunk, T)
@@ -1278,17 +1275,17 @@ def soonest(programs: int, seqlen: int, tile: int, shortest: int) -> int:
 
 @functools.lru_cache(10_000)
 def backward_segment(programs: int, chunks: int) -> int:
-    """The same for the backward kernel, in chunks, fitted to 41 times (NOTES.md, "One slice").
+    """The same for the backward kernel, in chunks, by times in NOTES.md ("One slice").
 
-    A turn is two programs a scheduler; a last one, filled to r, counts 0.45 + 0.55 r. What is cut
-    takes summaries and, each turn, 1/50 chunk a segment; to spare memory, at most five turns.
+    Two programs a scheduler are a turn, full or not: a processor takes new ones only when each of
+    its schedulers has room. What is cut takes summaries, and each turn 1/50 chunk for a segment. To
+    spare memory, at most five turns.
     """
 
     def time(length: int) -> float:
         segments = ceil_div(chunks, length)
-        turns, rest = divmod(segments * programs / (2 * SCHEDULERS), 1)
-        turns += 0.45 + 0.55 * rest if rest else 0
-        summaries = 0.07 * chunks + 0.05 * programs / SCHEDULERS * (chunks - length)
+        turns = ceil_div(segments * programs, 2 * SCHEDULERS)
+        summaries = 0.55 + 0.077 * programs / SCHEDULERS * (chunks - length)
         return turns * (length + segments / 50) + (summaries if segments > 1 else 0)
 
     most = min(chunks, max(1, 10 * SCHEDULERS // programs))
@@ -1468,8 +1465,8 @@ def scan_backward(
     what was None. room (b, l, 4, d), if z is there: dz, y again, ddt and dx are written to it."""
     (batch, seqlen, d_inner), d_state = x.shape, A.shape[1]
     M, J, channels = lane_shape(d_state, 2)
-    states, blocks = M * J, borders.shape[2]
-    group, programs = borders.shape[2:], batch * blocks
+    states, state_step, group = M * J, M * J * channels, borders.shape[2:]
+    blocks, programs = group[0], batch * group[0]
     swap = M > 1 and channels >= 4  # states whose halves can be swapped, and lanes for both orders
     x, dt, z, dy = within_reach(x), within_reach(dt), within_reach(z), within_reach(dy)
 
@@ -1489,7 +1486,7 @@ def scan_backward(
     dz, y, ddt, dx = (dz, dx, ddt, dx) if room is None else room.unbind(2)  # without it y is unused
     parts = empty((batch, blocks, steps, J, 2 * M))
     totals = empty((batch * sum(counts), blocks, (states + 2) * channels))
-    scratch = empty((K // BACKWARD_T, batch * segments, blocks, states * channels))
+    scratch = empty((K // BACKWARD_T, batch * segments, blocks, state_step))
     ends = sums = x
     if segments > 1:
         ends = empty((batch, segments * pieces, *group))
@@ -1504,23 +1501,26 @@ def scan_backward(
         "SOFTPLUS": dt_softplus, "LOG": log, "FAST": FAST,
         "EVEN": d_inner == blocks * channels and seqlen % BACKWARD_T == 0, "num_warps": 1,
     }  # fmt: skip
+    one = dict(zip(("M", "J", "CHANNELS"), lane_shape(d_state, 1), strict=True))
+    one |= {"GROUP_J": J, "GROUP_C": channels}  # of the summary, but w is stored as for the kernel
     gate = x if z is None else z
     bias, document = or_else(dt_bias, x), document_starts(reset, x)
     with device_of(x):
         for i, (start, count) in enumerate(zip(starts, counts, strict=True)):
-            where = (seqlen, start, stop := min(seqlen, start + steps))
+            stop = min(seqlen, start + steps)
+            first_stop = ceil_div(stop, K) * K - (count - 1) * segment
             if count > 1:
                 tensors = (dt, gate, dy, A, wide_C, bias, document, ends, sums)
                 fixed = (d_inner, d_state, *dt.stride(), *strides(z), *dy.stride())
-                grid = (blocks, (count - 1) * pieces, batch)
-                free = (*where, segment // pieces, count * pieces)
-                launch(backward_summary_kernel, grid, tensors, free, fixed, **flags)
+                grid = (blocks * channels // one["CHANNELS"], (count - 1) * pieces, batch)
+                free = (seqlen, first_stop, segment // pieces, count * pieces)
+                launch(backward_summary_kernel, grid, tensors, free, fixed, **flags | one)
             tensors = (
                 x, dt, gate, dy, A, wide_B, wide_C, or_else(D, x), bias, document, borders, scratch,
                 ends, sums, w_after, w_before, dx, ddt, dx if z is None else dz, y, parts, totals,
             )  # fmt: skip
             has_w, earlier = int(i > 0 or dh_last is not None), sum(counts[:i]) * programs
-            free = (*where, segment, steps, has_w, earlier, states * channels)
+            free = (seqlen, start, stop, first_stop, segment, steps, has_w, earlier, state_step)
             fixed = (d_inner, d_state, *x.stride(), *dt.stride(), *strides(z), *dy.stride())
             fixed += (dx.stride(1),)
             launch(

@@ -476,7 +476,7 @@ def widen_kernel(
 
 @triton.jit
 def own_steps(J: tl.constexpr, T: tl.constexpr):
-    """(s, j, 1): the steps of each lane. If there are fewer than lanes, neighbours have the same."""
+    """(s, j, 1): the steps of each lane. If they are fewer than lanes, neighbours share one."""
     S: tl.constexpr = T // J if T > J else 1
     return (tl.arange(0, S)[:, None] + (tl.arange(0, J) * T // J)[None, :])[:, :, None]
 

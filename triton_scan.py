@@ -16,14 +16,14 @@ A lesson, for those who have read mamba.py and know the vector addition of Trito
 `first_kernel` to the last one in steps. Each says what was slow, what changed and what it gained:
 ms forward / backward on an NVIDIA H100, of 8 x 2048 x 2048 (batch x channels x steps), n = 16,
 bfloat16, where no other size is named; from step 5 on of earlier versions, to be compared within a
-pair. At the end it is 0.259 / 1.10. (benchmarks/NOTES.md has more, and what failed.)
+pair. At the end it is 0.242 / 1.09. (benchmarks/NOTES.md has more, and what failed.)
 
     The problem             what limits a GPU here; how the work lies over it (a picture); words
     The first kernel        scan_chunked of mamba.py, fused                     about 3
-    Step 1  Lanes           a channel lies in one lane of a warp, or in two     1.25  / 4.08
-    Step 2  Tiles           several steps at once                               0.58  / 1.66
-    Step 3  Loads ahead     memory is asked two tiles before                    0.282 / 1.17
-    Step 4  Cheap numbers   fewer instructions around each exponential          0.259 / 1.10
+    Step 1  Lanes           a channel lies in one lane of a warp, or in two     1.29  / 4.12
+    Step 2  Tiles           several steps at once                               0.65  / 1.69
+    Step 3  Loads ahead     memory is asked two tiles before                    0.265 / 1.15
+    Step 4  Cheap numbers   fewer instructions around each exponential          0.242 / 1.09
     Step 5  Cutting time    if channels do not fill the chip    1 x 5120 x 2048: 0.173 -> 0.127
             Forward         the kernel of steps 1 to 5
     Step 6  h again         the backward pass computes states and does not store them: not timed
@@ -203,10 +203,10 @@ def first_scan(
 ## no axis (Δ has none for m and j, B none for c) is broadcast. The compiler takes the last axes for
 ## lanes: (t, m, j, c).
 ##
-## Gained: 3 -> 1.25 ms, one pass for two, bfloat16 and step 4's B and C included. 132 instructions
+## Gained: 3 -> 1.29 ms, one pass for two, bfloat16 and some of step 4 included. 132 instructions
 ## for a step of 32 channels; an early version with four lanes a channel had 237, one with time
 ## across the lanes 490. (Steps 1 to 4 by `python benchmarks/scan.py --parts steps`: the kernels
-## below, their constants set back. So backward, 4.08 ms here, has steps 6 to 8 from the start.)
+## below, their constants set back. So backward, 4.12 ms here, has steps 6 to 8 from the start.)
 
 LANES = 32  # of a warp
 
@@ -282,8 +282,9 @@ def state_offsets(
 ## Changed: T steps are a tile and are loaded at once. The exponentials of all its steps, which do
 ## not depend on h, are there before the recurrence runs through them.
 ##
-## Gained: forward 1.25 ms, T = 2 1.01, T = 4 0.81, T = 8 0.58. Backward 4.08, 2.41 and, T = 4,
-## 1.66. (T = 16, with steps 3 and 4: 0.255 for 0.259. T = 8 backward: 1.85 for 1.10.)
+## Gained: forward 1.29 ms, T = 2 0.98, T = 4 0.91, T = 8 0.65. Backward 4.12, 2.41 and, T = 4,
+## 1.69. (With steps 3 and 4: T = 8 backward 1.90 for 1.09; T = 16 forward 0.224 for 0.242, but
+## with one lane a channel, or more than 16 states, there are too few registers.)
 ##
 ## Triton cannot index a tile in registers. But a scan or a reduction along an axis in the registers
 ## of a lane compiles to plain instructions: `associative_scan` is a loop here, and `row`, which
@@ -363,7 +364,7 @@ def chosen(here1, value1, here2, value2):
 ## Changed: `num_stages` of the loops over tiles (`tl.range`). While one tile is computed, the next
 ## two, backward three, are copied to shared memory (cp.async): no register, and nobody waits.
 ##
-## Gained: 0.58 -> 0.282 ms and 1.66 -> 1.17. (Two stages, with step 4: 0.36, 1.50.)
+## Gained: 0.65 -> 0.265 ms and 1.69 -> 1.15. (Two stages, with step 4: 0.36, 1.48.)
 
 FORWARD_T, FORWARD_STAGES = 8, 3  # steps of a tile, tiles in flight
 BACKWARD_T, BACKWARD_STAGES = 4, 4
@@ -381,9 +382,8 @@ BACKWARD_T, BACKWARD_STAGES = 4, 4
 ## all of them to all lanes, one exchange between lanes for each number; `sum_states` sums over the
 ## lanes of a channel and gives each the sums of its own steps.
 ##
-## Gained: 0.282 -> 0.259 ms and 1.17 -> 1.10 by the first. By the second 184 -> 137 instructions,
-## 0.35 -> 0.33 ms, in an early version with T = 4. By the third, in the last, 80 -> 74, 0.256 ->
-## 0.240; backward: step 8.
+## Gained: 0.265 -> 0.242 ms and 1.15 -> 1.09 by the first. By the second 184 -> 137 instructions,
+## 0.35 -> 0.33 ms, in an early version with T = 4. By the third 80 -> 74, 0.256 -> 0.240.
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)

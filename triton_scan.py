@@ -200,7 +200,7 @@ def first_scan(
 ## sum over n is a chain of multiply-adds within a lane. B and C, the same for all channels, are
 ## read from shared memory, where lanes that read the same word are served at once. Two lanes a
 ## channel make twice as many programs: faster while a scheduler has few (`forward_shape`). What has
-## no axis (Δ has none for m and j, B none for c) is broadcast. The compiler takes the last axes for
+## no axis (Δ has none for m, B none for c) is broadcast. The compiler takes the last axes for
 ## lanes: (t, m, j, c).
 ##
 ## Gained: 3 -> 1.29 ms, one pass for two, bfloat16 and some of step 4 included. 132 instructions
@@ -254,7 +254,7 @@ def load_A(A, d, n, d_inner, d_state, LOG: tl.constexpr):
 
 
 ## States lie in memory as in the lanes of the backward kernel, (m, j, c) for each of its groups of
-## 16 channels. `state_offsets` finds them for a forward kernel with one lane a channel as well.
+## 16 channels. `state_offsets` finds them for kernels with one lane a channel as well.
 
 
 @triton.jit
@@ -378,12 +378,12 @@ BACKWARD_T, BACKWARD_STAGES = 4, 4
 ##
 ## Changed: A is multiplied by log2 e beforehand, ex2.approx.ftz is one instruction. `widen_kernel`
 ## converts B and C once for all. And each lane computes what has no states for its share of the
-## steps of a tile: tiles (s, j, c), where lane j has the steps j S ... j S + S - 1. `spread` gives
-## all of them to all lanes, one exchange between lanes for each number; `sum_states` sums over the
+## steps of a tile: tiles (s, j, c), where lane j has the S = T / J steps from j S on. All lanes get
+## all of them by `spread`, one exchange between lanes for each number; `sum_states` sums over the
 ## lanes of a channel and gives each the sums of its own steps.
 ##
-## Gained: 0.265 -> 0.242 ms and 1.15 -> 1.09 by the first. By the second 184 -> 137 instructions,
-## 0.35 -> 0.33 ms, in an early version with T = 4. By the third 80 -> 74, 0.256 -> 0.240.
+## Gained: 0.265 -> 0.242 ms and 1.15 -> 1.09 by the first, with the others there. By the second 184
+## -> 137 instructions, 0.35 -> 0.33 ms, early. By the third 80 -> 74 (16 channels), 0.256 -> 0.240.
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -482,6 +482,14 @@ def own_steps(J: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
+def from_lane(p, lane):
+    """p (., ., j, c) of other lanes, numbered lane = j C + c."""
+    shape: tl.constexpr = [p.shape[0], p.shape[1], 1, lane.shape[0]]
+    lane = tl.broadcast_to(lane[None, None, None, :], shape)
+    return tl.reshape(tl.gather(tl.reshape(p, shape), lane, 3), p.shape)
+
+
+@triton.jit
 def spread(v, T: tl.constexpr):
     """A tile (s, j, c), each lane with its own steps -> (t, 1, j, c), all steps in each lane."""
     S: tl.constexpr = v.shape[0]
@@ -495,14 +503,6 @@ def spread(v, T: tl.constexpr):
             one = from_lane(row(v[:, None, :, :], s)[None, :, :, :], lane)
             all_steps = tl.where(t == k * S + s, one, all_steps)
     return all_steps
-
-
-@triton.jit
-def from_lane(p, lane):
-    """p (., ., j, c) of other lanes, numbered lane = j C + c."""
-    shape: tl.constexpr = [p.shape[0], p.shape[1], 1, lane.shape[0]]
-    lane = tl.broadcast_to(lane[None, None, None, :], shape)
-    return tl.reshape(tl.gather(tl.reshape(p, shape), lane, 3), p.shape)
 
 
 @triton.jit
@@ -520,8 +520,8 @@ def sum_states(p):
 
 @triton.jit
 def fold(p, bit: tl.constexpr):
-    """(t, m, j, c) -> (t, m / 2, j, c): the sum over pairs of lanes, each with half of the m. A
-    single m is summed in both lanes."""
+    """(t, m, j, c) -> (t, m / 2, j, c): the sum over pairs of lanes, `bit` apart, each with half of
+    the m. A single m is summed in both lanes."""
     if p.shape[1] == 1:
         return p + from_lane(p, tl.arange(0, p.shape[2] * p.shape[3]) ^ bit)
     else:
@@ -546,7 +546,7 @@ def halves(p):
 
 @triton.jit
 def store_own(pointers, value, mask, EVEN: tl.constexpr):
-    """A tile and mask (s, j, c), to pointers (j, s, c): so each lane stores what it has already."""
+    """A tile and mask (s, j, c), to pointers (j, s, c): a store has its first axis in lanes."""
     value = tl.permute(value, [1, 0, 2])
     store(pointers, value, mask if EVEN else tl.permute(mask, [1, 0, 2]), EVEN)
 
@@ -722,7 +722,7 @@ def forward_kernel(
         b_h += tl.load(h0 + i_b * d_inner * d_state + offsets, mask=m_h, other=0.0)
     # state_step is N C, but the compiler is not to know that it is a multiple of anything. It would
     # give a lane four neighbouring channels, to move 16 bytes at once, and, since all of b_h has
-    # one layout, shuffle the states in every tile (do_not_specialize; below for pointers as well).
+    # one layout, shuffle the states in every tile (do_not_specialize; backward for pointers, too).
     where = i_b * segments * blocks + i_d
     b_h = chain(b_h, ends, sums, where, blocks, i_s, state_step, b_A2, o_h, M, J, CHANNELS, FAST)
 
@@ -754,7 +754,7 @@ def forward_kernel(
         a = exp2(all_delta * b_A2[None, :, :, :], FAST)
         _, h = recur(a, all_v, b_B[:, :, :, None], b_h, b_r, HAS_RESET)
         b_h = row(h, T - 1)
-        b_y = sum_states(h * b_C[:, :, :, None]) + b_D * b_x  # (2b), and D x
+        b_y = sum_states(h * b_C[:, :, :, None]) + b_D * b_x  # C h, and D x
         if HAS_Z:
             b_z = load(z + i * z_l + o_z, mask, EVEN)
             b_y = b_y * b_z * sigmoid(b_z, FAST)
@@ -783,17 +783,17 @@ def forward_kernel(
 ##
 ## Changed: the forward pass keeps h at the start of every chunk of 64 steps (32 MiB, `borders`).
 ## Backward takes the chunks from the last to the first. It runs each forward once from its border
-## and leaves the state at the start of every tile in a scratch buffer (16 KB a program, if not many
-## in the L2 cache). Then, from the last tile to the first: forward through it, with h in registers,
+## and leaves the state at the start of every tile in a scratch buffer (16 KB a program; if few, in
+## the L2 cache). Then, from the last tile to the first: forward through it, with h in registers,
 ## and backward through the same registers.
 ##
-## Gained: one exponential more a state and step, 0.13 ms, for 1.4 ms of memory; not timed.
+## Gained: one exponential more a state and step, 0.14 ms, for 1.4 ms of memory; not timed.
 
 
 ## Step 7. Sums over channels ----------------------------------------------------------------------
 ##
 ## Slow: the sums over d, for dB and dC, go across lanes, and a processor does one exchange between
-## lanes a clock for all of its schedulers. With n = 16 and two lanes a channel (step 8) it has 8
+## lanes a clock for all of its schedulers. With n = 16 and two lanes a channel one has 8
 ## products for dB and 8 for dC a step; to sum each over 16 lanes the usual way takes 16 x 4.
 ##
 ## Changed: `sum_channels` halves the values with each exchange. First lanes c and c ^ 8: the one
@@ -810,7 +810,7 @@ def forward_kernel(
 ## comes in the instruction that multiplies. (For n < 3, no halves, and n > 128, fewer than 4
 ## channels a program, nothing is swapped: the first exchange then divides dB from dC.)
 ##
-## Gained: with one lane a channel 31 exchanges for 160, 612 instructions for 880 (not timed), 1.36
+## Gained: with one lane a channel 31 exchanges for 160, 612 instructions for 880, and now 1.36
 ## ms. Swapped halves: 521 instructions for 567, timed with step 8.
 
 
@@ -855,8 +855,8 @@ def both_orders(p, CHANNELS: tl.constexpr):
 ##
 ## Slow: a lane that holds 16 states needs more registers than there are (255), and spills.
 ##
-## Changed: two lanes share a channel, j = 2, and a program has 16 channels. What has no states, Δ,
-## g, dx and so on, each computes for half of the steps (step 4). Pointers move on, tile by tile.
+## Changed: two lanes share a channel, J = 2, and a program has 16 channels. What has no states is
+## shared, as in step 4. Pointers move on, tile by tile.
 ##
 ## Gained: 1.36 -> 1.09 ms by two lanes. By what they share, pointers and swapped halves, in a later
 ## version, 665 -> 521 instructions, 1.22 -> 1.17 ms, and 7.10 -> 6.29 for 8 x 5120 x 4096: the
@@ -870,8 +870,8 @@ def both_orders(p, CHANNELS: tl.constexpr):
 ## Time is cut as in step 5, from its end to its start: what is chained is w, and the summary of
 ## some steps is what their g add to it, a plain sum. Summaries chain, so that a segment may have
 ## more than one: it has four pieces, each with its own, which makes four times as many programs of
-## that short kernel. It waits for the special functions, as the forward one does; with one lane a
-## channel and a polynomial: 176 -> 144 clocks for 32 channels, 1 x 5120 x 2048 0.449 -> 0.445 ms.
+## that short kernel. It waits for the special functions, as the forward one does. By one lane for a
+## channel and a polynomial: 176 -> 144 clocks a step of 32 channels, 1 x 5120 x 2048 449 -> 445 µs.
 
 
 @triton.jit
@@ -897,7 +897,7 @@ def backward_summary_kernel(
     SOFTPLUS: tl.constexpr, LOG: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """What the gradients g of a piece's own steps add to w at its start. piece: its steps, pieces:
-    how many the slice has, with those of its first segment, for which nobody asks.
+    the slice's; those of its first segment, up to first_stop, nobody asks for: they are left out.
 
     In this direction the decays to the start are at hand, exp(A (Δ_start + ... + Δ_t)) for step t,
     and the sum over the steps, Σ_t exp(...) C_t g_t, needs no recurrence.
@@ -932,7 +932,7 @@ def backward_summary_kernel(
         v = b_through * b_A2[None, :, :, :]
         b_weight = exp2_shared(v, 8, FAST) if M >= 8 else exp2(v, FAST)
         if HAS_RESET:
-            b_r = (tl.load(reset + i + t, mask=here, other=0) != 0).to(tl.int32)
+            b_r = load_resets(reset + i + t, here, HAS_RESET).to(tl.int32)
             cut = resets_before + tl.cumsum(b_r, 0) > 0
             b_weight = tl.where(cut[:, None, None, None], 0.0, b_weight)
             resets_before += tl.sum(b_r, 0)
@@ -1022,7 +1022,7 @@ def backward_kernel(
     b_dA = tl.zeros([M, J, CHANNELS], tl.float32)
     b_dD, b_dbias = tl.zeros([J, CHANNELS], tl.float32), tl.zeros([J, CHANNELS], tl.float32)
     m_d = (d < d_inner)[None, None, :]
-    start = max(slice_start, first_stop + (i_s - 1) * segment)
+    start = max(slice_start, first_stop + (i_s - 1) * segment)  # of segment 0: what is left
     stop = min(slice_stop, first_stop + i_s * segment)
     for k in range(0, tl.cdiv(stop - start, K)):
         chunk = (tl.cdiv(stop, K) - 1 - k) * K
@@ -1155,7 +1155,7 @@ def sum_blocks_kernel(
     n, of_C = j * M + w // (2 * HALF) * HALF + w % HALF, (w // HALF) % 2 == 1
     place = (i_b * seqlen + start + t) * d_state + n
     mask = (o < numbers) & (n < d_state)
-    tl.store(dB + place, total.to(dB.dtype.element_ty), mask=mask & (of_C == 0))
+    tl.store(dB + place, total.to(dB.dtype.element_ty), mask=mask & ~of_C)
     tl.store(dC + place, total.to(dC.dtype.element_ty), mask=mask & of_C)
 
 
@@ -1275,11 +1275,11 @@ def soonest(programs: int, seqlen: int, tile: int, shortest: int) -> int:
 
 @functools.lru_cache(10_000)
 def backward_segment(programs: int, chunks: int) -> int:
-    """The same for the backward kernel, in chunks, by times in NOTES.md ("One slice").
+    """`soonest` for the backward kernel, in chunks, by times in NOTES.md ("What a turn is").
 
     Two programs a scheduler are a turn, full or not: a processor takes new ones only when each of
-    its schedulers has room. What is cut takes summaries, and each turn 1/50 chunk for a segment. To
-    spare memory, at most five turns.
+    its schedulers has room. A cut adds the summaries, and to each turn 1/50 chunk for a segment. To
+    spare memory, cut into at most five turns.
     """
 
     def time(length: int) -> float:
@@ -1502,13 +1502,13 @@ def scan_backward(
         "EVEN": d_inner == blocks * channels and seqlen % BACKWARD_T == 0, "num_warps": 1,
     }  # fmt: skip
     one = dict(zip(("M", "J", "CHANNELS"), lane_shape(d_state, 1), strict=True))
-    one |= {"GROUP_J": J, "GROUP_C": channels}  # of the summary, but w is stored as for the kernel
+    one |= {"GROUP_J": J, "GROUP_C": channels}  # of the summary; e is stored as the kernel reads it
     gate = x if z is None else z
     bias, document = or_else(dt_bias, x), document_starts(reset, x)
     with device_of(x):
         for i, (start, count) in enumerate(zip(starts, counts, strict=True)):
             stop = min(seqlen, start + steps)
-            first_stop = ceil_div(stop, K) * K - (count - 1) * segment
+            first_stop = ceil_div(stop, K) * K - (count - 1) * segment  # then whole segments
             if count > 1:
                 tensors = (dt, gate, dy, A, wide_C, bias, document, ends, sums)
                 fixed = (d_inner, d_state, *dt.stride(), *strides(z), *dy.stride())

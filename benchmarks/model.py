@@ -475,14 +475,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=20, help="timed runs of each case")
     parser.add_argument(
         "--json", type=Path, metavar="FILE",
-        help="keeps the parts that are not measured, if of the same GPU and versions; default of "
-        "a full run: model.json, beside this",
+        help="a part of all models takes its place in a file of the same GPU and versions; default "
+        "of a full run: model.json, beside this",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU")
     options = parser.parse_args()
-    full = options.what is None and set(options.models) == set(SIZES)
-    if full and not options.dry_run:
+    all_models = set(options.models) == set(SIZES)
+    options.full = options.what is None and all_models
+    if options.full and not options.dry_run:
         options.json = options.json or HERE / "model.json"
+    if options.json and options.json.exists() and not all_models:
+        parser.error(f"{options.json} is there: a part of it is of all models")
     options.what = options.what or ["train", "prefill", "decode", "long"]
     options.device = torch.device("cpu" if options.dry_run else "cuda")
     options.seqlen = 16 if options.dry_run else SEQLEN
@@ -502,10 +505,11 @@ def main() -> None:
         print("no triton: the scan is scan_chunked", file=sys.stderr)
     else:
         measured["triton"] = triton.__version__
-    if options.json and options.json.exists():
+    if options.json and options.json.exists() and not options.full:
         before = json.loads(options.json.read_text())
-        if all(before.get(name) == value for name, value in measured.items()):
-            measured = before
+        if any(before.get(name) != measured.get(name) for name in ("device", "torch", "triton")):
+            raise SystemExit(f"{options.json} is of another GPU or version: name another file")
+        measured = before
     far = 4 if options.dry_run else 100_000
     cases: dict[str, list[tuple]] = {
         "train": [

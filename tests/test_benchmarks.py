@@ -60,17 +60,28 @@ def test_a_run_of_models_that_is_cut_short_keeps_what_it_has_measured(
 ):
     monkeypatch.syspath_prepend(HERE)
     model = importlib.import_module("model")
-    command = f"model.py --dry-run --models 130m --runs 1 --json {tmp_path}/all.json --what "
+    file = tmp_path / "all.json"
+    command = f"model.py --dry-run --runs 1 --json {file} --what "
     monkeypatch.setattr(sys, "argv", [*command.split(), "prefill", "train"])
     monkeypatch.setattr(model, "prepare_training", mock.Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         model.main()
-    rows = json.loads((tmp_path / "all.json").read_text())["prefill"]
-    assert [(row["system"], row["how"]) for row in rows] == [("ours", "eager"), ("ours", "graph")]
+    rows = json.loads(file.read_text())["prefill"]
+    assert [(row["system"], row["how"]) for row in rows] == [
+        ("ours", "eager"),
+        ("ours", "graph"),
+    ] * 2
     monkeypatch.setattr(sys, "argv", [*command.split(), "long"])  # another part: that one stays
     model.main()
-    kept = json.loads((tmp_path / "all.json").read_text())
+    kept = json.loads(file.read_text())
     assert kept["prefill"] == rows and len(kept["long"]) == 4
+    sys.argv += ["--models", "130m"]
+    with pytest.raises(SystemExit):
+        model.main()
+    file.write_text(json.dumps(kept | {"device": "another"}))
+    monkeypatch.setattr(sys, "argv", [*command.split(), "long"])
+    with pytest.raises(SystemExit, match="another GPU"):
+        model.main()
     said = capsys.readouterr().err
     assert all(row["ms"] > 0 and f"{row['ms']:.3f} ms" in said for row in rows)
 

@@ -213,9 +213,13 @@ EXTREME = {
 CASES = {
     "tiles that need no filling, impulses, as little as can be": {
         "small": (2, 40, 32, 1), "large": (2, 1000, 96, 16), "strided": True, "rule": "dirac",
-        "without": "D z h0 dt_bias", "edit": {"dt": torch.abs}, "dt_softplus": False, "cut": (5, 3),
-        # Two tiles in a piece; the last one ends early.
-        "patch": sized({"backward_segment": lambda programs, chunks: 2}, {}),
+        "without": "D z h0 dt_bias", "edit": {"dt": torch.abs}, "dt_softplus": False, "cut": (3, 3),
+        # The last chunk ends early. Two tiles in a piece, of which the last one has none.
+        "patch": sized({"K": 16, "PIECES": 2, "backward_segment": lambda programs, chunks: 1}, {}),
+    },
+    "two lanes forward, tiles that need no filling": {
+        "small": (1, 16, 32, 3), "large": (8, 128, 1024, 16), "cut": (1, 2),
+        "patch": sized({"FORWARD_FULL": 1}, {}),
     },
     "one of each": {"small": (1, 1, 1, 1), "large": (2, 63, 16, 1)},
     "the states of mamba": {

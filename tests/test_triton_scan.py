@@ -245,7 +245,7 @@ CASES = {
     "a loss of h_last": {"small": (1, 5, 3, 2), "large": (2, 63, 16, 1), "outputs": ["h_last"]},
     "slices of one segment": {
         "small": (1, 21, 3, 1), "large": (300, 65, 48, 17), "cut": (3, 1, 1, 1),
-        "patch": sized({"room_for_sums": lambda x: 64}, {}),
+        "patch": sized({"room_for_sums": lambda x: 64}, {}), "outputs": ["y"],
     },
     "bfloat16": {"small": (2, 7, 11, 1), "large": (2, 1025, 200, 16), "dtypes": SHORT},
     "all dtypes": {"small": (2, 7, 11, 1), "large": (2, 61, 200, 16), "dtypes": MIXED},

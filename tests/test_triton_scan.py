@@ -214,7 +214,7 @@ CASES = {
     "tiles that need no filling, impulses, as little as can be": {
         "small": (2, 40, 32, 1), "large": (2, 1000, 96, 16), "strided": True, "rule": "dirac",
         "without": "D z h0 dt_bias", "edit": {"dt": torch.abs}, "dt_softplus": False, "cut": (3, 3),
-        # The last chunk ends early. Two tiles in a piece, of which the last one has none.
+        # The last chunk ends early. A piece has two tiles; the last piece has none.
         "patch": sized({"K": 16, "PIECES": 2, "backward_segment": lambda programs, chunks: 1}, {}),
     },
     "two lanes forward, tiles that need no filling": {

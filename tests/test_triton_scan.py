@@ -213,8 +213,12 @@ EXTREME = {
 CASES = {
     "tiles that need no filling, impulses, as little as can be": {
         "small": (2, 40, 32, 1), "large": (2, 1000, 96, 16), "strided": True, "rule": "dirac",
-        "without": "D z h0 dt_bias", "edit": {"dt": torch.abs}, "dt_softplus": False, "cut": (3, 3),
-        # The last chunk ends early. A piece has two tiles; the last piece has none.
+        "without": "D z h0 dt_bias", "edit": {"dt": torch.abs}, "dt_softplus": False, "cut": (5, 3),
+        # Two tiles in a piece; the first segment is shorter than the others.
+        "patch": sized({"backward_segment": lambda programs, chunks: 2}, {}),
+    },
+    "tiles that need no filling, where the last chunk ends early": {
+        "small": (1, 40, 32, 1), "large": (1, 1000, 96, 16), "without": "D z", "cut": (3, 3),
         "patch": sized({"K": 16, "PIECES": 2, "backward_segment": lambda programs, chunks: 1}, {}),
     },
     "two lanes forward, tiles that need no filling": {
@@ -244,6 +248,10 @@ CASES = {
     },
     "a loss of h_last": {"small": (1, 5, 3, 2), "large": (2, 63, 16, 1), "outputs": ["h_last"]},
     "slices of one segment": {
+        "small": (1, 21, 3, 1), "large": (300, 65, 48, 17), "cut": (3, 1, 1, 1),
+        "patch": sized({"room_for_sums": lambda x: 64}, {}),
+    },
+    "slices, and a loss of y": {
         "small": (1, 21, 3, 1), "large": (300, 65, 48, 17), "cut": (3, 1, 1, 1),
         "patch": sized({"room_for_sums": lambda x: 64}, {}), "outputs": ["y"],
     },
